@@ -1,0 +1,235 @@
+"""What the registry knows, as values: every process holds one immutable `Snapshot` of these and swaps it whole.
+
+The same classes are the schema of the manifests (`spec:` of each kind), so a field is described once. They hold no I/O and
+no behaviour beyond look-ups; `manifests` validates into them, `store` writes them, `watcher` hands out snapshots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Name = str  # [a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?  checked by `manifests`
+
+FeatureDType = Literal[
+    "bool", "int8", "int16", "int32", "int64", "float16", "float32", "float64"
+]
+TensorDType = Literal[
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64", "bytes"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feature:
+    """One column of a feature view. `default` is used where no value is known; without one such a cell is NaN (floats) or 0 and its row says NOT_FOUND."""
+
+    name: Name
+    dtype: FeatureDType = "float32"
+    default: float | int | bool | None = None
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureSchema:
+    """One generation of a view's columns. `id` (u16) is stored in every row, so rows of older schemas stay readable."""
+
+    id: int
+    features: tuple[Feature, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entity:
+    """What a view's rows are about. `key` says how an id is typed: string "1" and int64 1 are different entities."""
+
+    type: Name
+    key: Literal["string", "int64"] = "string"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureView:
+    """Features of one entity type that are written together and stored as one packed row.
+
+    `version` is part of the key (a new version starts empty); columns may be appended within a version, which adds a schema.
+    `max_age_s`: a row with an older event time is STALE (0 = never). `retention_s`: physical time to live in the store,
+    longer than `max_age_s` so that stale and absent can be told apart (0 = for ever).
+    """
+
+    name: Name
+    entity: Entity
+    features: tuple[Feature, ...]
+    version: int = 1
+    max_age_s: float = 0.0
+    retention_s: float = 0.0
+    description: str = ""
+    schemas: tuple[FeatureSchema, ...] = ()  # oldest first, the last is current; filled in by the store, never in a manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInput:
+    """One tensor a feature set yields: `features` ("view:feature") in column order, all of one entity type, cast to `dtype`.
+
+    Its shape is [number of ids of `entity` in the request, len(features)].
+    """
+
+    name: str
+    entity: Name
+    features: tuple[str, ...]
+    dtype: Literal["int32", "int64", "float16", "float32", "float64"] = "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureSet:
+    """The ordered features a model's inputs need: one `ModelInput` per input tensor."""
+
+    name: Name
+    inputs: tuple[ModelInput, ...]
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One tensor of a model's signature. -1 marks a variable dimension.
+
+    `per`: "row" tensors grow with the candidates and are concatenated in a batch; "request" tensors have a first dimension of 1 per
+    request (the user side), are stacked to [requests, ...] in a batch and never copied per row.
+    """
+
+    name: str
+    dtype: TensorDType
+    shape: tuple[int, ...]
+    per: Literal["row", "request"] = "row"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batching:
+    """How requests to one model may share a forward pass. Rows are counted, not requests.
+
+    `row_splits`: name of the extra int64 [requests + 1] input through which a model with per-request inputs learns which rows
+    belong to which request (as in RaggedTensor); empty for a model whose inputs are all per row.
+    """
+
+    max_rows: int = 4096
+    max_queue_rows: int = 32768
+    max_queue_delay_ms: float = 2.0
+    row_splits: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """What a model takes and gives; read from the artifact's `model.yaml`, never typed in a manifest."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    feature_set: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelVersion:
+    """One immutable, published artifact. `digest` is "sha256:<hex>" of its `model.yaml`, which in turn holds the digest of every other file.
+
+    `artifact` is a directory path (file:// or plain); `digest` and `signature` may be left out of a manifest: `plait apply` reads
+    them from the artifact and pins them.
+    """
+
+    version: str
+    artifact: str
+    digest: str = ""
+    signature: Signature | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A named model, its published versions and the aliases routes refer to (for example champion → "3")."""
+
+    name: Name
+    versions: tuple[ModelVersion, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    description: str = ""
+
+    def resolve(self, reference: str) -> ModelVersion | None:
+        """Return the version an alias or a version string names, or None."""
+        wanted = self.aliases.get(reference, reference)
+        return next((v for v in self.versions if v.version == wanted), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One arm of a route: `use` names a version or an alias of `model`; `weight` is relative to the other arms."""
+
+    name: Name
+    model: Name
+    use: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """What a backend calls by name. `subject` and `candidate` are entity types; `score` names the model output that orders.
+
+    `on_missing`: "fail" refuses a request whose features are missing or stale, "default" serves declared defaults and says so,
+    "stale_ok" is "default" that does not count stale rows. `max_defaulted_share` (0..1) bounds how much of an answer may be defaults.
+    `tenants`: who may call it; empty = every tenant. `sticky` keeps one subject on one variant.
+    """
+
+    name: Name
+    variants: tuple[Variant, ...]
+    subject: Name = "user"
+    candidate: Name = "item"
+    score: str = "score"
+    timeout_s: float = 1.0
+    max_candidates: int = 10_000
+    on_missing: Literal["fail", "default", "stale_ok"] = "default"
+    max_defaulted_share: float = 1.0
+    tenants: tuple[Name, ...] = ()
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tenant:
+    """Who shares the mesh. Rows, keys and quotas are kept apart by tenant."""
+
+    name: Name
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """A caller's key. Only the SHA-256 (hex) of the 256-bit secret is ever stored; `id` may be logged.
+
+    Scopes: "rank" (router), "features" (read and write features), "infer" (Open Inference calls), "admin".
+    `expires_at` is seconds since the epoch, 0 = never.
+    """
+
+    id: str
+    tenant: Name
+    sha256: str
+    scopes: tuple[str, ...] = ("rank", "features", "infer")
+    expires_at: float = 0.0
+
+
+Record = Model | FeatureView | FeatureSet | Route | Tenant
+Kind = Literal["Model", "FeatureView", "FeatureSet", "Route", "Tenant"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The whole registry at one revision. A request reads the holder's attribute once and so sees one world."""
+
+    revision: int = 0
+    models: Mapping[str, Model] = field(default_factory=dict)
+    feature_views: Mapping[str, FeatureView] = field(default_factory=dict)
+    feature_sets: Mapping[str, FeatureSet] = field(default_factory=dict)
+    routes: Mapping[str, Route] = field(default_factory=dict)
+    tenants: Mapping[str, Tenant] = field(default_factory=dict)
+    keys: Mapping[str, ApiKey] = field(default_factory=dict)  # by sha256
+
+    def __repr__(self) -> str:
+        return (
+            f"<Snapshot revision={self.revision} models={len(self.models)} views={len(self.feature_views)} sets={len(self.feature_sets)} "
+            f"routes={len(self.routes)} tenants={len(self.tenants)} keys={len(self.keys)}>"
+        )
+
+
+EMPTY = Snapshot()
