@@ -1,0 +1,41 @@
+"""How one plait service opens a channel to another."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import grpc
+
+from plait.rpc.credentials import SERVICE_TOKEN_HEADER, channel_credentials
+from plait.settings import ChannelSettings
+
+# A peer that vanishes without a word (a lost node) is noticed within 30 s; one that was restarted is found again within a second.
+_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.enable_retries", 0),  # retries are decided where the deadline and the other endpoints are known
+)
+
+
+def open_channel(address: str, settings: ChannelSettings, *, interceptors: list[grpc.aio.ClientInterceptor] | None = None) -> grpc.aio.Channel:
+    """Return a channel to `address` (host:port or a gRPC target). It connects on first use and reconnects by itself."""
+    options = [
+        *_OPTIONS,
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if settings.tls:
+        credentials = channel_credentials(settings.tls_ca, settings.tls_cert, settings.tls_key)
+        return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+    return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
+
+
+def service_metadata(settings: ChannelSettings) -> tuple[tuple[str, str], ...]:
+    """Return the metadata by which the other service knows us as a plait service."""
+    token = settings.service_token.get_secret_value()
+    return ((SERVICE_TOKEN_HEADER, token),) if token else ()

@@ -1,0 +1,221 @@
+"""What every call of every service passes through, once: authentication, deadline, errors to the wire, metrics.
+
+One interceptor wraps each method's handler when it is first called and keeps the wrapped one, so a call pays for nothing but what it needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import grpc
+from prometheus_client import Counter, Histogram
+
+from plait.errors import DETAILS_KEY, Internal, InvalidArgument, PlaitError, ResourceExhausted
+from plait.rpc.call import Call, enter
+from plait.rpc.credentials import Authenticator
+from plait.rpc.deadline import Deadline
+from plait.telemetry.logging import get_logger
+from plait.telemetry.metrics import Metrics
+
+log = get_logger(__name__)
+
+_PUSHBACK: Final = ("grpc-retry-pushback-ms", "-1")
+_MAX_REQUEST_ID_CHARS: Final = 128
+MALFORMED: Final = object()  # what a message that cannot be parsed becomes, so that the handler's wrapper can answer for it
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Wraps the handlers of our services; health, reflection and channelz pass untouched.
+
+    `scopes` maps a service's full name to the scope its methods ask for. At most `max_in_flight` unary calls run at once.
+    """
+
+    def __init__(
+        self, authenticator: Authenticator, scopes: dict[str, str], metrics: Metrics, *, max_in_flight: int, default_timeout_s: float
+    ) -> None:
+        self._authenticator = authenticator
+        self._scopes = scopes
+        self._max_in_flight = max_in_flight
+        self._default_timeout_s = default_timeout_s
+        self._in_flight = 0
+        self._streams: set[RequestStream] = set()
+        self._draining = False
+        self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
+        self._handled: Counter = metrics.counter("plait_rpc_server_handled", "calls answered, by method and status code", ("method", "code"))
+        self._seconds: Histogram = metrics.histogram("plait_rpc_server_seconds", "time to answer a unary call, seconds", ("method",))
+
+    def __repr__(self) -> str:
+        return f"<CallInterceptor in_flight={self._in_flight}/{self._max_in_flight} streams={len(self._streams)} draining={self._draining}>"
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Return the wrapped handler of the method called."""
+        method: str = handler_call_details.method
+        known = self._wrapped.get(method)
+        if known is not None:
+            return known
+        handler = await continuation(handler_call_details)
+        scope = self._scopes.get(method.split("/")[1]) if handler is not None else None
+        if scope is None:
+            return handler
+        wrapped = self._wrap(handler, method, scope)
+        self._wrapped[method] = wrapped
+        return wrapped
+
+    def drain(self) -> None:
+        """End the request side of every open stream, as if its client had finished, so that handlers answer what they hold and return."""
+        self._draining = True
+        for stream in tuple(self._streams):
+            stream.end()
+
+    def _wrap(self, handler: Any, method: str, scope: str) -> grpc.RpcMethodHandler:
+        parse = _tolerant(handler.request_deserializer)
+        if handler.unary_unary is not None:
+            behaviour = self._unary(handler.unary_unary, method, scope)
+            return grpc.unary_unary_rpc_method_handler(behaviour, parse, handler.response_serializer)
+        if handler.stream_stream is not None:
+            behaviour = self._stream(handler.stream_stream, method, scope)
+            return grpc.stream_stream_rpc_method_handler(behaviour, parse, handler.response_serializer)
+        raise TypeError(f"{method}: only unary-unary and stream-stream methods are served")
+
+    def _unary(self, inner: Callable[[Any, Any], Awaitable[Any]], method: str, scope: str) -> Callable[[Any, Any], Awaitable[Any]]:
+        seconds = self._seconds.labels(method)
+        handled_ok = self._handled.labels(method, "OK")
+
+        async def behaviour(request: Any, context: Any) -> Any:
+            started = time.perf_counter()
+            self._in_flight += 1
+            try:
+                self._admit(context, method, scope)
+                if request is MALFORMED:
+                    raise InvalidArgument("the request cannot be parsed: is it the message this method takes?", reason="MALFORMED_MESSAGE")
+                response = await inner(request, context)
+            except Exception as error:  # noqa: BLE001  (whatever it is, it must reach the wire as a typed status)
+                await self._fail(context, method, error)
+            else:
+                handled_ok.inc()
+                return response
+            finally:
+                self._in_flight -= 1
+                seconds.observe(time.perf_counter() - started)
+
+        return behaviour
+
+    def _stream(self, inner: Callable[[Any, Any], Any], method: str, scope: str) -> Callable[[Any, Any], Any]:
+        handled_ok = self._handled.labels(method, "OK")
+
+        @asynccontextmanager
+        async def accepted(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[RequestStream]:
+            stream = RequestStream(requests)
+            self._streams.add(stream)
+            try:
+                self._admit(context, method, scope)
+                if self._draining:
+                    stream.end()
+                yield stream
+            except Exception as error:  # noqa: BLE001
+                await self._fail(context, method, error)
+            else:
+                handled_ok.inc()
+            finally:
+                self._streams.discard(stream)
+
+        async def generating(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+            async with accepted(requests, context) as stream:
+                async for response in inner(stream, context):
+                    yield response
+
+        async def writing(requests: AsyncIterator[Any], context: Any) -> None:
+            async with accepted(requests, context) as stream:
+                await inner(stream, context)
+
+        return generating if inspect.isasyncgenfunction(inner) else writing
+
+    def _admit(self, context: Any, method: str, scope: str) -> None:
+        """Authenticate first: who is not let in learns nothing else."""
+        metadata = context.invocation_metadata() or ()
+        identity = self._authenticator.identify(metadata, scope)
+        if self._in_flight > self._max_in_flight:
+            raise ResourceExhausted(
+                f"{self._max_in_flight} calls are under way, which is all this process takes: retry later", reason="OVERLOADED", retry_after_s=0.1
+            )
+        left = context.time_remaining()
+        request_id = next((str(v) for k, v in metadata if k == "x-request-id"), "")[:_MAX_REQUEST_ID_CHARS]
+        enter(
+            Call(
+                method=method,
+                tenant=identity.tenant,
+                caller=identity.caller,
+                scopes=identity.scopes,
+                is_service=identity.is_service,
+                request_id=request_id,
+                deadline=Deadline.after(self._default_timeout_s if left is None else left),
+            )
+        )
+
+    async def _fail(self, context: Any, method: str, error: Exception) -> None:
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        if not isinstance(error, PlaitError):
+            log.error("a call failed by a fault of ours", method=method, exc_info=error)
+            error = Internal("a fault inside plait; it was logged, please report it with the time of the call")
+        self._handled.labels(method, error.code.name).inc()
+        log.debug("a call was refused", method=method, code=error.code.name, reason=error.reason)
+        trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, error.to_status().SerializeToString())]
+        if isinstance(error, ResourceExhausted):
+            trailers.append(_PUSHBACK)
+        await context.abort(error.code, error.message, tuple(trailers))
+
+
+class RequestStream:
+    """The request side of a stream: refuses malformed messages, and can be ended from our side when the process drains."""
+
+    def __init__(self, requests: AsyncIterator[Any]) -> None:
+        self._requests = requests.__aiter__()
+        self._reader: asyncio.Task[Any] | None = None
+        self._ended = False
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._ended:
+            raise StopAsyncIteration
+        self._reader = asyncio.current_task()
+        try:
+            message = await self._requests.__anext__()
+        except asyncio.CancelledError:
+            if self._ended and self._reader is not None and self._reader.uncancel() == 0:
+                raise StopAsyncIteration from None
+            raise
+        finally:
+            self._reader = None
+        if message is MALFORMED:
+            raise InvalidArgument("a message of the stream cannot be parsed: is it the one this method takes?", reason="MALFORMED_MESSAGE")
+        return message
+
+    def end(self) -> None:
+        """Let the handler see the end of its requests, now."""
+        self._ended = True
+        if self._reader is not None:
+            self._reader.cancel()
+
+
+def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Return a deserializer that never raises: grpc would answer INTERNAL with a traceback in our log for what is the caller's mistake."""
+
+    def tolerant(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except Exception:  # noqa: BLE001
+            return MALFORMED
+
+    return tolerant

@@ -1,0 +1,90 @@
+"""A grpc.aio server the way every plait service runs one: health, reflection, channelz, limits, TLS, drain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from grpc_channelz.v1 import channelz, channelz_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from plait.rpc.credentials import Authenticator, server_credentials
+from plait.rpc.interceptor import CallInterceptor
+from plait.settings import RpcSettings
+from plait.telemetry.logging import get_logger
+from plait.telemetry.metrics import Metrics
+from plait.telemetry.tracing import Tracing, off
+
+log = get_logger(__name__)
+
+
+class RpcServer:
+    """Built by a service's `app`, run by `plait.rpc.process`. Add services, `start`, then `drain`."""
+
+    def __init__(
+        self, settings: RpcSettings, *, authenticator: Authenticator, metrics: Metrics | None = None, tracing: Tracing | None = None
+    ) -> None:
+        self._settings = settings
+        self._scopes: dict[str, str] = {}
+        self.metrics = metrics or Metrics()
+        self.tracing = tracing or off()
+        self._interceptor = CallInterceptor(
+            authenticator,
+            self._scopes,
+            self.metrics,
+            max_in_flight=settings.max_in_flight,
+            default_timeout_s=settings.default_timeout_s,
+        )
+        self._health = HealthServicer()
+        self._server = grpc.aio.server(
+            interceptors=[*self.tracing.server_interceptors(), self._interceptor],
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", settings.max_message_bytes),
+                ("grpc.so_reuseport", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        self.address = ""
+
+    def __repr__(self) -> str:
+        return f"<RpcServer {self.address or 'not started'} services={sorted(self._scopes)} {self._interceptor!r}>"
+
+    def add(self, register: Callable[[Any, Any], None], servicer: object, service_name: str, *, scope: str) -> None:
+        """Serve `servicer`, registered by its generated `add_…_to_server`; callers need `scope` (services have every scope)."""
+        register(servicer, self._server)
+        self._scopes[service_name] = scope
+
+    async def start(self) -> None:
+        """Listen and answer, with health SERVING."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        channelz.add_channelz_servicer(self._server)
+        names = [*self._scopes, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
+        names += [channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self._server)
+        self.address = f"{self._settings.host}:{self._listen()}"
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self) -> None:
+        """Say NOT_SERVING, let balancers notice, then refuse new calls and finish what is held within the grace."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await asyncio.sleep(self._settings.settle_s)
+        self._interceptor.drain()
+        await self._server.stop(self._settings.grace_s)
+
+    def _listen(self) -> int:
+        target = f"{self._settings.host}:{self._settings.port}"
+        if self._settings.tls_cert and self._settings.tls_key:
+            credentials = server_credentials(self._settings.tls_cert, self._settings.tls_key, self._settings.tls_client_ca)
+            return self._server.add_secure_port(target, credentials)
+        return self._server.add_insecure_port(target)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        for name in ("", *self._scopes):
+            await self._health.set(name, status)

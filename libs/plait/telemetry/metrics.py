@@ -1,0 +1,48 @@
+"""Prometheus metrics of one process: made by the composition root and handed to the parts, never global."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+# Seconds. Starts at half a millisecond because that is where our services answer.
+LATENCY_BUCKETS_S: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """The metrics of one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+    def counter(self, name: str, documentation: str, labels: Sequence[str] = ()) -> Counter:
+        """Return a new counter; labels have bounded values, never ids."""
+        return Counter(name, documentation, labels, registry=self.registry)
+
+    def gauge(self, name: str, documentation: str, labels: Sequence[str] = ()) -> Gauge:
+        """Return a new gauge."""
+        return Gauge(name, documentation, labels, registry=self.registry)
+
+    def histogram(self, name: str, documentation: str, labels: Sequence[str] = (), buckets: Sequence[float] = LATENCY_BUCKETS_S) -> Histogram:
+        """Return a new histogram, of seconds unless `buckets` say otherwise."""
+        return Histogram(name, documentation, labels, buckets=buckets, registry=self.registry)
+
+    def serve(self, host: str, port: int) -> MetricsEndpoint:
+        """Answer Prometheus' scrapes on a thread of its own until closed; port 0 picks a free one."""
+        return MetricsEndpoint(self.registry, host, port)
+
+
+class MetricsEndpoint:
+    """The listening side of `Metrics.serve`."""
+
+    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+        self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+        self.address = f"{host}:{self._server.server_port}"
+
+    def close(self) -> None:
+        """Stop listening and wait for the thread."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
