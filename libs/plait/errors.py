@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -202,12 +202,14 @@ def from_status(code: int, message: str, details: bytes = b"") -> PlaitError:
 def from_rpc_error(error: grpc.RpcError) -> PlaitError:
     """Return the typed form of an error raised by a gRPC call (sync or aio)."""
     code: grpc.StatusCode = error.code()
-    trailers = error.trailing_metadata() or ()
+    trailers: Any = error.trailing_metadata() or ()
     details = next((value for key, value in trailers if key == DETAILS_KEY), b"")
     return from_status(code.value[0], error.details() or code.name, details if isinstance(details, bytes) else b"")
 
 
-def _pack(status: status_pb2.Status, detail: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> None:
+def _pack(
+    status: status_pb2.Status, detail: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo
+) -> None:
     packed = any_pb2.Any()
     packed.Pack(detail)
     status.details.append(packed)

@@ -31,17 +31,25 @@ class Group(BaseModel):
 class RpcSettings(Group):
     """How a service listens."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; anything but loopback needs require_auth (or a mesh, see allow_insecure)")
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; anything but loopback needs require_auth (or a mesh, see allow_insecure)"
+    )
     port: int = Field(0, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
     port_file: Path | None = Field(None, description="file that receives the listening addresses as JSON once the service is SERVING")
     max_message_bytes: int = Field(16 * 1024 * 1024, ge=1024, le=1 << 30, description="largest message taken or sent, bytes")
     max_in_flight: int = Field(1024, ge=1, description="calls under way at once, per process; more are answered RESOURCE_EXHAUSTED")
     default_timeout_s: float = Field(10.0, gt=0, le=3600, description="budget of a call whose caller set no deadline, seconds")
     grace_s: float = Field(10.0, ge=0, le=600, description="time that held calls have to finish after SIGTERM, seconds")
-    settle_s: float = Field(0.0, ge=0, le=60, description="time between NOT_SERVING and refusing new calls, so that balancers notice, seconds")
+    settle_s: float = Field(
+        0.0, ge=0, le=60, description="time between NOT_SERVING and refusing new calls, so that balancers notice, seconds"
+    )
     require_auth: bool = Field(True, description="refuse calls without an API key or service token (health and reflection stay open)")
-    allow_insecure: bool = Field(False, description="listen beyond loopback although require_auth is off, because something else guards the port")
-    service_token: SecretStr = Field(SecretStr(""), description="shared secret of plait services among themselves; empty = no service is trusted")
+    allow_insecure: bool = Field(
+        False, description="listen beyond loopback although require_auth is off, because something else guards the port"
+    )
+    service_token: SecretStr = Field(
+        SecretStr(""), description="shared secret of plait services among themselves; empty = no service is trusted"
+    )
     tls_cert: Path | None = Field(None, description="PEM certificate chain to serve TLS with; needs tls_key")
     tls_key: Path | None = Field(None, description="PEM private key of tls_cert")
     tls_client_ca: Path | None = Field(None, description="PEM roots that client certificates must chain to (mutual TLS)")
@@ -53,7 +61,9 @@ class RpcSettings(Group):
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca needs tls_cert and tls_key")
         if self.host not in _LOOPBACK and not self.require_auth and not self.allow_insecure:
-            raise ValueError("host is not loopback and require_auth is off: set require_auth=true, or allow_insecure=true if a mesh guards the port")
+            raise ValueError(
+                "host is not loopback and require_auth is off: set require_auth=true, or allow_insecure=true if a mesh guards the port"
+            )
         return self
 
 
@@ -83,9 +93,13 @@ class TelemetrySettings(Group):
     log_format: Literal["json", "console"] = Field("json", description="json lines for machines, or coloured lines for people")
     trace_exporter: Literal["none", "otlp", "console"] = Field("none", description="where spans go; none also skips creating them")
     otlp_endpoint: str = Field("http://127.0.0.1:4317", description="OTLP/gRPC collector, as http(s)://host:port")
-    trace_sample_ratio: float = Field(0.01, ge=0, le=1, description="share of traces started here that are recorded; a caller's decision is kept")
+    trace_sample_ratio: float = Field(
+        0.01, ge=0, le=1, description="share of traces started here that are recorded; a caller's decision is kept"
+    )
     metrics_host: str = Field("127.0.0.1", description="address the Prometheus endpoint listens on")
-    metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the Prometheus endpoint (0 picks a free one); unset = no endpoint")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="port of the Prometheus endpoint (0 picks a free one); unset = no endpoint"
+    )
 
 
 class RegistrySettings(Group):
@@ -94,7 +108,9 @@ class RegistrySettings(Group):
     dsn: SecretStr = Field(SecretStr(""), description="Postgres of the registry, as postgresql://user:password@host:port/database")
     last_known_good: Path | None = Field(None, description="file that keeps the last snapshot, to start from when Postgres is away")
     poll_s: float = Field(30.0, gt=0, description="how often to look for changes besides listening, seconds")
-    first_snapshot_timeout_s: float = Field(10.0, gt=0, description="how long to wait for Postgres at start before the file is used, seconds")
+    first_snapshot_timeout_s: float = Field(
+        10.0, gt=0, description="how long to wait for Postgres at start before the file is used, seconds"
+    )
 
 
 class ServiceSettings(BaseSettings):
@@ -108,7 +124,12 @@ class ServiceSettings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, env_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Environment wins over what `load` read from the file."""
         return (env_settings, init_settings)
@@ -122,12 +143,16 @@ def load(cls: type[S], environ: Mapping[str, str] | None = None) -> S:
     environ = os.environ if environ is None else environ
     prefix = str(cls.model_config.get("env_prefix", ""))
     known = {name for name, _ in fields(cls)}
-    unknown = [name for name in environ if name.upper().startswith(prefix) and name.upper() not in known and name.upper() != f"{prefix}CONFIG"]
+    unknown = [
+        name for name in environ if name.upper().startswith(prefix) and name.upper() not in known and name.upper() != f"{prefix}CONFIG"
+    ]
     problems = [_unknown_setting(name, known) for name in sorted(unknown)]
     try:
         settings = cls(**_read_file(environ.get(f"{prefix}CONFIG"), f"{prefix}CONFIG"))
     except ValidationError as error:
-        problems += [_describe(cls, prefix, dict(detail)) for detail in error.errors(include_url=False) if not _is_env_extra(dict(detail), prefix)]
+        problems += [
+            _describe(cls, prefix, dict(detail)) for detail in error.errors(include_url=False) if not _is_env_extra(dict(detail), prefix)
+        ]
         raise SettingsError(_listing(problems)) from None
     except ValueError as error:  # a nested group given as something that is not JSON
         raise SettingsError(_listing([*problems, str(error)])) from None

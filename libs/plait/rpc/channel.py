@@ -21,7 +21,9 @@ _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
 )
 
 
-def open_channel(address: str, settings: ChannelSettings, *, interceptors: list[grpc.aio.ClientInterceptor] | None = None) -> grpc.aio.Channel:
+def open_channel(
+    address: str, settings: ChannelSettings, *, interceptors: list[grpc.aio.ClientInterceptor] | None = None
+) -> grpc.aio.Channel:
     """Return a channel to `address` (host:port or a gRPC target). It connects on first use and reconnects by itself."""
     options = [
         *_OPTIONS,

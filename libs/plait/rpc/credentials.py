@@ -31,7 +31,7 @@ Metadata = Sequence[tuple[str, str | bytes]]
 
 
 class KeyRecord(Protocol):
-    """What authentication needs to know of a key; `plait.registry.records.ApiKey` fits. `expires_at`: seconds since the epoch, 0 = never."""
+    """What authentication needs to know of a key; `registry.records.ApiKey` fits. `expires_at`: seconds since the epoch, 0 = never."""
 
     @property
     def id(self) -> str: ...
@@ -103,7 +103,9 @@ class Authenticator:
 
     def _service(self, token: str, tenant: str) -> Identity:
         if not self._service_token or not hmac.compare_digest(token.encode(), self._service_token):
-            raise Unauthenticated("the service token is not this service's: give both sides the same rpc.service_token", reason="SERVICE_TOKEN_WRONG")
+            raise Unauthenticated(
+                "the service token is not this service's: give both sides the same rpc.service_token", reason="SERVICE_TOKEN_WRONG"
+            )
         return Identity(caller="service", tenant=tenant or DEFAULT_TENANT, scopes=frozenset(), is_service=True)
 
     def _key(self, key: str, scope: str) -> Identity:
@@ -125,4 +127,6 @@ def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.Se
 
 def channel_credentials(ca: Path | None, cert: Path | None, key: Path | None) -> grpc.ChannelCredentials:
     """Return TLS credentials for a channel; without `ca` the system's roots are trusted."""
-    return grpc.ssl_channel_credentials(ca.read_bytes() if ca else None, key.read_bytes() if key else None, cert.read_bytes() if cert else None)
+    return grpc.ssl_channel_credentials(
+        ca.read_bytes() if ca else None, key.read_bytes() if key else None, cert.read_bytes() if cert else None
+    )

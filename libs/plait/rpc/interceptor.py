@@ -10,7 +10,7 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from prometheus_client import Counter, Histogram
@@ -24,12 +24,15 @@ from plait.telemetry.metrics import Metrics
 
 log = get_logger(__name__)
 
+if TYPE_CHECKING:
+    _Handler = grpc.RpcMethodHandler[Any, Any]
+
 _PUSHBACK: Final = ("grpc-retry-pushback-ms", "-1")
 _MAX_REQUEST_ID_CHARS: Final = 128
 MALFORMED: Final = object()  # what a message that cannot be parsed becomes, so that the handler's wrapper can answer for it
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handlers of our services; health, reflection and channelz pass untouched.
 
     `scopes` maps a service's full name to the scope its methods ask for. At most `max_in_flight` unary calls run at once.
@@ -45,8 +48,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._in_flight = 0
         self._streams: set[RequestStream] = set()
         self._draining = False
-        self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
-        self._handled: Counter = metrics.counter("plait_rpc_server_handled", "calls answered, by method and status code", ("method", "code"))
+        self._wrapped: dict[str, _Handler] = {}
+        self._handled: Counter = metrics.counter(
+            "plait_rpc_server_handled", "calls answered, by method and status code", ("method", "code")
+        )
         self._seconds: Histogram = metrics.histogram("plait_rpc_server_seconds", "time to answer a unary call, seconds", ("method",))
 
     def __repr__(self) -> str:
@@ -54,17 +59,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> _Handler | None:
         """Return the wrapped handler of the method called."""
         method: str = handler_call_details.method
         known = self._wrapped.get(method)
         if known is not None:
             return known
         handler = await continuation(handler_call_details)
-        scope = self._scopes.get(method.split("/")[1]) if handler is not None else None
-        if scope is None:
+        scope = self._scopes.get(method.split("/")[1])
+        if handler is None or scope is None:
             return handler
         wrapped = self._wrap(handler, method, scope)
         self._wrapped[method] = wrapped
@@ -76,7 +81,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         for stream in tuple(self._streams):
             stream.end()
 
-    def _wrap(self, handler: Any, method: str, scope: str) -> grpc.RpcMethodHandler:
+    def _wrap(self, handler: Any, method: str, scope: str) -> _Handler:
         parse = _tolerant(handler.request_deserializer)
         if handler.unary_unary is not None:
             behaviour = self._unary(handler.unary_unary, method, scope)
@@ -98,7 +103,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 if request is MALFORMED:
                     raise InvalidArgument("the request cannot be parsed: is it the message this method takes?", reason="MALFORMED_MESSAGE")
                 response = await inner(request, context)
-            except Exception as error:  # noqa: BLE001  (whatever it is, it must reach the wire as a typed status)
+            except Exception as error:  # (whatever it is, it must reach the wire as a typed status)
                 await self._fail(context, method, error)
             else:
                 handled_ok.inc()
@@ -121,7 +126,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 if self._draining:
                     stream.end()
                 yield stream
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 await self._fail(context, method, error)
             else:
                 handled_ok.inc()
@@ -145,7 +150,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         identity = self._authenticator.identify(metadata, scope)
         if self._in_flight > self._max_in_flight:
             raise ResourceExhausted(
-                f"{self._max_in_flight} calls are under way, which is all this process takes: retry later", reason="OVERLOADED", retry_after_s=0.1
+                f"{self._max_in_flight} calls are under way, which is all this process takes: retry later",
+                reason="OVERLOADED",
+                retry_after_s=0.1,
             )
         left = context.time_remaining()
         request_id = next((str(v) for k, v in metadata if k == "x-request-id"), "")[:_MAX_REQUEST_ID_CHARS]
@@ -179,7 +186,8 @@ class RequestStream:
     """The request side of a stream: refuses malformed messages, and can be ended from our side when the process drains."""
 
     def __init__(self, requests: AsyncIterator[Any]) -> None:
-        self._requests = requests.__aiter__()
+        self._requests = requests
+        self._iterator: AsyncIterator[Any] | None = None  # made when first read: grpc warns of one that is never used
         self._reader: asyncio.Task[Any] | None = None
         self._ended = False
 
@@ -189,9 +197,11 @@ class RequestStream:
     async def __anext__(self) -> Any:
         if self._ended:
             raise StopAsyncIteration
+        if self._iterator is None:
+            self._iterator = self._requests.__aiter__()
         self._reader = asyncio.current_task()
         try:
-            message = await self._requests.__anext__()
+            message = await self._iterator.__anext__()
         except asyncio.CancelledError:
             if self._ended and self._reader is not None and self._reader.uncancel() == 0:
                 raise StopAsyncIteration from None
@@ -215,7 +225,7 @@ def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     def tolerant(data: bytes) -> Any:
         try:
             return parse(data)
-        except Exception:  # noqa: BLE001
+        except Exception:
             return MALFORMED
 
     return tolerant

@@ -124,8 +124,8 @@ class _ServedCalls:
             await self._fill(frame.request, answer.response)
         except PlaitError as error:
             return self._failure(call_id, error)
-        except Exception as error:  # noqa: BLE001  (whatever it is, the caller must get a typed status)
-            log.error("a call failed by a fault of ours", method=self._stream_call.method, exc_info=error)
+        except Exception:  # (whatever it is, the caller must get a typed status)
+            log.exception("a call failed by a fault of ours", method=self._stream_call.method)
             return self._failure(call_id, Internal("a fault inside plait; it was logged, please report it with the time of the call"))
         return answer
 

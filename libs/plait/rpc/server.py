@@ -85,6 +85,6 @@ class RpcServer:
             return self._server.add_secure_port(target, credentials)
         return self._server.add_insecure_port(target)
 
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+    async def _set_health(self, status: int) -> None:
         for name in ("", *self._scopes):
             await self._health.set(name, status)

@@ -25,7 +25,9 @@ class Metrics:
         """Return a new gauge."""
         return Gauge(name, documentation, labels, registry=self.registry)
 
-    def histogram(self, name: str, documentation: str, labels: Sequence[str] = (), buckets: Sequence[float] = LATENCY_BUCKETS_S) -> Histogram:
+    def histogram(
+        self, name: str, documentation: str, labels: Sequence[str] = (), buckets: Sequence[float] = LATENCY_BUCKETS_S
+    ) -> Histogram:
         """Return a new histogram, of seconds unless `buckets` say otherwise."""
         return Histogram(name, documentation, labels, buckets=buckets, registry=self.registry)
 

@@ -48,10 +48,19 @@ class Tracing:
         """Return what a server needs so that each unary call is a span, child of its caller's."""
         if self._provider is None:
             return []
-        return [aio_server_interceptor(tracer_provider=self._provider, filter_=lambda d: d.method.rsplit("/", 1)[-1] not in _UNTRACED)]
+        return [
+            aio_server_interceptor(  # type: ignore[no-untyped-call]
+                tracer_provider=self._provider, filter_=lambda d: d.method.rsplit("/", 1)[-1] not in _UNTRACED
+            )
+        ]
 
     def span(
-        self, name: str, *, kind: SpanKind = SpanKind.INTERNAL, attributes: Mapping[str, AttributeValue] | None = None, traceparent: str = ""
+        self,
+        name: str,
+        *,
+        kind: SpanKind = SpanKind.INTERNAL,
+        attributes: Mapping[str, AttributeValue] | None = None,
+        traceparent: str = "",
     ) -> AbstractContextManager[Span]:
         """Return a context manager that is the current span: child of `traceparent` (W3C) where given, else of the current span."""
         if self._tracer is None:
