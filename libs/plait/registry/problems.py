@@ -10,7 +10,7 @@ from plait.errors import PlaitError, Violation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """`where` is "file:line" or "Kind name", `field` the path below it ("spec.features[3].dtype", may be empty), `message` what was expected."""
+    """What was expected (`message`) where: `where` is "file:line" or "Kind name", `field` the path below it, may be empty."""
 
     where: str
     field: str = ""

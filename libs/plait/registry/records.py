@@ -12,9 +12,7 @@ from typing import Literal
 
 Name = str  # [a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?  checked by `manifests`
 
-FeatureDType = Literal[
-    "bool", "int8", "int16", "int32", "int64", "float16", "float32", "float64"
-]
+FeatureDType = Literal["bool", "int8", "int16", "int32", "int64", "float16", "float32", "float64"]
 TensorDType = Literal[
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64", "bytes"
 ]
@@ -22,7 +20,10 @@ TensorDType = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feature:
-    """One column of a feature view. `default` is used where no value is known; without one such a cell is NaN (floats) or 0 and its row says NOT_FOUND."""
+    """One column of a feature view.
+
+    `default` is used where no value is known; without one such a cell is NaN (floats) or 0 and its row says NOT_FOUND.
+    """
 
     name: Name
     dtype: FeatureDType = "float32"
@@ -126,8 +127,9 @@ class Signature:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelVersion:
-    """One immutable, published artifact. `digest` is "sha256:<hex>" of its `model.yaml`, which in turn holds the digest of every other file.
+    """One immutable, published artifact.
 
+    `digest` is "sha256:<hex>" of its `model.yaml`, which in turn holds the digest of every other file.
     `artifact` is a directory path (file:// or plain); `digest` and `signature` may be left out of a manifest: `plait apply` reads
     them from the artifact and pins them.
     """

@@ -53,7 +53,7 @@ def kind_of(record: Record) -> Kind:
 
 def to_stored(record: Record) -> dict[str, Any]:
     """Return every field but the name, as JSON types."""
-    fields = cast("dict[str, Any]", _plain(record))
+    fields = cast("dict[str, Any]", to_plain(record))
     del fields["name"]
     return fields
 
@@ -63,12 +63,14 @@ def from_stored(kind: Kind, name: str, spec: Mapping[str, Any]) -> Record:
     try:
         return cast("Record", _STORED[kind]({**spec, "name": name}))
     except ValidationError as error:
-        raise Internal(f"the stored {kind} {name} cannot be read: {error.error_count()} fields are wrong", reason="REGISTRY_CORRUPT") from error
+        raise Internal(
+            f"the stored {kind} {name} cannot be read: {error.error_count()} fields are wrong", reason="REGISTRY_CORRUPT"
+        ) from error
 
 
 def to_spec(record: Record) -> dict[str, Any]:
     """Return what a person would write under `spec:`: no name, no defaults, nothing that the store fills in."""
-    spec = cast("dict[str, Any]", _plain(record, defaults=False))
+    spec = cast("dict[str, Any]", to_plain(record, defaults=False))
     for name in ("name", *_FILLED_IN):
         spec.pop(name, None)
     return spec
@@ -96,15 +98,16 @@ def freeze(value: T) -> T:
     return value
 
 
-def _plain(value: Any, *, defaults: bool = True) -> Any:
+def to_plain(value: Any, *, defaults: bool = True) -> Any:
+    """Return records and what they hold as JSON types; without `defaults`, fields at their default are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
         kept = [f for f in fields if defaults or not _is_default(f, getattr(value, f.name))]
-        return {f.name: _plain(getattr(value, f.name), defaults=defaults) for f in kept}
+        return {f.name: to_plain(getattr(value, f.name), defaults=defaults) for f in kept}
     if isinstance(value, tuple | list):
-        return [_plain(item, defaults=defaults) for item in value]
+        return [to_plain(item, defaults=defaults) for item in value]
     if isinstance(value, Mapping):
-        return {name: _plain(item, defaults=defaults) for name, item in value.items()}
+        return {name: to_plain(item, defaults=defaults) for name, item in value.items()}
     return value
 
 

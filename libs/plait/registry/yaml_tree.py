@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import yaml
 
@@ -28,8 +28,8 @@ _MAX_INT_DIGITS: Final = 64
 Scalar = str | int | float | bool | None
 
 
-class YamlProblem(Exception):  # noqa: N818 - carries one problem to `documents`' caller, which reports it with the others
-    """The text is not the YAML we take. `line` counts from 1."""
+class YamlProblem(Exception):
+    """The text is not the YAML we take; caught by who called `documents` and reported with the other problems. `line` counts from 1."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
@@ -73,7 +73,7 @@ class Document:
 
 def documents(text: str) -> Iterator[Document]:
     """Yield the non-empty documents of a stream. Raises YamlProblem; what came before it stands."""
-    events = _events(text)
+    events: Iterator[Any] = _events(text)
     for event in events:
         if not isinstance(event, yaml.DocumentStartEvent):
             continue
@@ -81,8 +81,13 @@ def documents(text: str) -> Iterator[Document]:
         root = builder.node(next(events), depth=0)
         end = next(events)
         if root.value is not None:
-            size_bytes = len(text[event.start_mark.index : end.end_mark.index].encode())
+            size_bytes = len(text[_index(event.start_mark) : _index(end.end_mark)].encode())
             yield Document(root, root.line, size_bytes)
+
+
+def _index(mark: Any) -> int:
+    index: int = mark.index
+    return index
 
 
 def _events(text: str) -> Iterator[Any]:
@@ -145,7 +150,8 @@ class _Builder:
             raise YamlProblem(line, "a field's name must be plain text")
         if event.value == "<<" and event.implicit[0]:
             raise YamlProblem(line, "merge keys (<<) are not supported; write the fields out")
-        return cast("str", event.value)
+        name: str = event.value
+        return name
 
     def _alias(self, event: Any, line: int) -> Node:
         node = self._anchors.get(event.anchor)
@@ -161,7 +167,7 @@ class _Builder:
 
 
 def _scalar(event: Any, line: int) -> Scalar:
-    text = cast("str", event.value)
+    text: str = event.value
     if event.tag is not None and event.tag not in ("!", "tag:yaml.org,2002:str"):
         raise YamlProblem(line, f"the tag {event.tag} is not supported; write plain values")
     if event.tag is not None or not event.implicit[0]:

@@ -1,0 +1,274 @@
+"""`model.yaml`: what a model artifact is made of, and proof that its files are what was published.
+
+An artifact is a folder. Its `model.yaml` holds the SHA-256 of every file that may be opened, and the registry holds the SHA-256 of
+`model.yaml`; so one digest pins everything. Pure reading, writing and hashing: neither torch nor numpy is needed to publish or check.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Final, Literal
+
+import yaml
+
+from plait.errors import FailedPrecondition, InvalidArgument
+from plait.registry import rules
+from plait.registry.decode import API_VERSION, Report, header, validated
+from plait.registry.problems import Problem, refusal
+from plait.registry.records import Batching, Signature, TensorSpec
+from plait.registry.specs import Validator, to_plain
+from plait.registry.yaml_tree import Node, YamlProblem, documents
+
+FILE_NAME: Final = "model.yaml"
+KIND: Final = "ModelArtifact"
+MAX_BYTES: Final = 1024 * 1024  # of model.yaml
+_CHUNK_BYTES: Final = 1024 * 1024
+_SHA256: Final = re.compile(r"[0-9a-f]{64}\Z")
+_FIELDS: Final = (
+    "apiVersion", "kind", "name", "format", "entry", "feature_set", "inputs", "outputs", "batching", "self_test", "files",
+)  # fmt: skip
+
+Format = Literal["torchscript", "torch_export"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileDigest:
+    """What a file must be: 64 hexadecimal digits and its size."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfTest:
+    """An .npz file (read without pickle) with arrays "input.<name>" and "output.<name>".
+
+    Outputs must agree to `tolerance`, absolute and relative.
+    """
+
+    file: str
+    tolerance: float = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactManifest:
+    """A published model: how to load it (`format`, `entry`), its signature, how to batch and test it, and the digest of each file."""
+
+    name: str
+    format: Format
+    entry: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    feature_set: str = ""
+    batching: Batching = field(default_factory=Batching)
+    self_test: SelfTest | None = None
+    files: Mapping[str, FileDigest] = field(default_factory=dict)
+
+    @property
+    def signature(self) -> Signature:
+        """What the registry keeps of it."""
+        return Signature(inputs=self.inputs, outputs=self.outputs, feature_set=self.feature_set)
+
+
+_VALIDATOR: Final = Validator(ArtifactManifest, forbid_unknown=True)
+
+
+def read(path: Path | str) -> ArtifactManifest:
+    """Return the manifest in an artifact's folder (or at the `model.yaml` itself).
+
+    Raises FailedPrecondition: ARTIFACT_MISSING, or ARTIFACT_INVALID with every problem and its line.
+    """
+    file = manifest_file(path)
+    return parse(_manifest_bytes(file), source=str(file))
+
+
+def parse(content: bytes, *, source: str) -> ArtifactManifest:
+    """Return the manifest held in the bytes of a `model.yaml`. Raises FailedPrecondition (ARTIFACT_INVALID)."""
+    report = Report(source)
+    manifest = _parse(content, report)
+    if report.problems or manifest is None:
+        raise refusal(FailedPrecondition, report.problems, f"{source} does not describe an artifact", reason="ARTIFACT_INVALID")
+    return manifest
+
+
+def write(folder: Path | str, manifest: ArtifactManifest) -> str:
+    """Write `model.yaml` with the digest of every file in the folder (hidden files excepted); return its own digest.
+
+    `manifest.files` is ignored and filled in. Raises FailedPrecondition (ARTIFACT_INVALID) where entry or self test are not there.
+    """
+    root = Path(folder)
+    found = {name: _digest_of(root / name) for name in sorted(_files_in(root))}
+    filled = dataclasses.replace(manifest, files=MappingProxyType(found))
+    data = {"apiVersion": API_VERSION, "kind": KIND, **to_plain(filled, defaults=False)}
+    content = yaml.safe_dump(data, sort_keys=False, width=120).encode()
+    parse(content, source=str(root / FILE_NAME))
+    (root / FILE_NAME).write_bytes(content)
+    return _sha256_text(content)
+
+
+def digest(path: Path | str) -> str:
+    """Return "sha256:<hex>" of the artifact's `model.yaml`. Raises FailedPrecondition (ARTIFACT_MISSING)."""
+    return _sha256_text(_manifest_bytes(manifest_file(path)))
+
+
+def read_pinned(path: Path | str, expected_digest: str) -> ArtifactManifest:
+    """Read `model.yaml` once, check those very bytes against the registry's digest, and return what they say.
+
+    Raises FailedPrecondition: ARTIFACT_MISSING, ARTIFACT_CORRUPT, ARTIFACT_INVALID.
+    """
+    file = manifest_file(path)
+    content = _manifest_bytes(file)
+    found = _sha256_text(content)
+    if found != expected_digest:
+        raise _corrupt(str(file), f"its digest is {found}, the registry expects {expected_digest or 'none'}")
+    return parse(content, source=str(file))
+
+
+def verify_files(folder: Path | str, manifest: ArtifactManifest) -> None:
+    """Hash every listed file. Raises FailedPrecondition (ARTIFACT_CORRUPT) that names each file that is missing or differs."""
+    root = Path(folder)
+    problems = [p for name, expected in manifest.files.items() for p in _verify_file(root, name, expected)]
+    if problems:
+        raise refusal(FailedPrecondition, problems, f"the artifact in {root} is not what was published", reason="ARTIFACT_CORRUPT")
+
+
+def manifest_file(path: Path | str) -> Path:
+    """Return where `model.yaml` is, given it or its folder."""
+    given = Path(path)
+    return given if given.name == FILE_NAME else given / FILE_NAME
+
+
+def location(text: str, base: Path) -> Path:
+    """Return the absolute folder an artifact reference means; relative ones start at `base`. Raises InvalidArgument."""
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return (base / text).resolve()
+    if scheme != "file":
+        later = "object stores come later" if scheme in ("s3", "gs") else "this scheme is not known"
+        raise InvalidArgument(f"{scheme}:// is not supported ({later}); use a folder or file:///…", reason="ARTIFACT_LOCATION")
+    if not rest.startswith("/"):
+        raise InvalidArgument("a file:// address needs an absolute path: file:///folder", reason="ARTIFACT_LOCATION")
+    return Path(rest).resolve()
+
+
+def _parse(content: bytes, report: Report) -> ArtifactManifest | None:
+    root = _root(content, report)
+    if root is None or header(root, report, kinds=(KIND,), fields=_FIELDS) is None:
+        return None
+    known = {name: value for name, value in root.plain().items() if name in _FIELDS[2:]}
+    manifest: ArtifactManifest | None = validated(_VALIDATOR, known, root, report)
+    if manifest is not None:
+        for steps, message in _check(manifest):
+            report.below(root, steps, message)
+    return manifest
+
+
+def _root(content: bytes, report: Report) -> Node | None:
+    if len(content) > MAX_BYTES:
+        report.at(1, f"is {len(content)} bytes long; at most {MAX_BYTES} are allowed")
+        return None
+    try:
+        found = list(documents(content.decode()))
+    except UnicodeDecodeError:
+        report.at(1, "is not UTF-8 text")
+        return None
+    except YamlProblem as problem:
+        report.at(problem.line, problem.message)
+        return None
+    if len(found) != 1:
+        report.at(1, f"expected one YAML document, found {len(found)}")
+        return None
+    return found[0].root
+
+
+def _check(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
+    yield from rules.check_signature(manifest.signature)
+    batching = manifest.batching
+    if not 1 <= batching.max_rows <= batching.max_queue_rows:
+        yield ("batching", "max_rows"), f"expected 1 to max_queue_rows ({batching.max_queue_rows}), found {batching.max_rows}"
+    if not 0 <= batching.max_queue_delay_ms <= 1000:
+        yield ("batching", "max_queue_delay_ms"), f"expected 0 to 1000, found {batching.max_queue_delay_ms:g}"
+    if any(t.per == "request" for t in manifest.inputs) != bool(batching.row_splits):
+        yield ("batching", "row_splits"), "must name the row-splits input where an input is per request, and be empty where none is"
+    for name, file in manifest.files.items():
+        yield from _check_file(name, file)
+    yield from _check_listed(manifest)
+
+
+def _check_listed(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
+    if manifest.entry not in manifest.files:
+        yield ("entry",), f"{manifest.entry[:80]!r} is not listed under files"
+    test = manifest.self_test
+    if test is not None and test.file not in manifest.files:
+        yield ("self_test", "file"), f"{test.file[:80]!r} is not listed under files"
+    if test is not None and not 0 < test.tolerance < 1:
+        yield ("self_test", "tolerance"), f"expected a number between 0 and 1, found {test.tolerance:g}"
+
+
+def _check_file(name: str, file: FileDigest) -> Iterable[rules.Finding]:
+    if not _safe(name):
+        yield ("files", name), "must be a plain path inside the artifact's folder"
+    if not _SHA256.match(file.sha256):
+        yield ("files", name, "sha256"), "expected 64 hexadecimal digits"
+    if file.size_bytes < 0:
+        yield ("files", name, "size_bytes"), f"expected 0 or more, found {file.size_bytes}"
+
+
+def _safe(name: str) -> bool:
+    """Say whether a name stays inside the folder on every system: no '..', no root, no drive, no backslash, no control characters."""
+    parts = name.split("/")
+    return bool(name) and name.isprintable() and not any(c in name for c in "\\:") and all(part not in ("", ".", "..") for part in parts)
+
+
+def _verify_file(root: Path, name: str, expected: FileDigest) -> Iterable[Problem]:
+    file = root / PurePosixPath(name)
+    if not _safe(name) or not file.resolve().is_relative_to(root.resolve()):
+        yield Problem(where=name, message="lies outside the artifact's folder and is not opened")
+    elif not file.is_file():
+        yield Problem(where=name, message="is missing")
+    else:
+        found = _digest_of(file)
+        if found != expected:
+            wanted = f"expected sha256 {expected.sha256} ({expected.size_bytes} bytes)"
+            yield Problem(where=name, message=f"{wanted}, found {found.sha256} ({found.size_bytes} bytes)")
+
+
+def _files_in(root: Path) -> Iterable[str]:
+    for file in root.rglob("*"):
+        name = file.relative_to(root).as_posix()
+        if file.is_file() and name != FILE_NAME and not any(part.startswith(".") for part in name.split("/")):
+            yield name
+
+
+def _digest_of(file: Path) -> FileDigest:
+    sha256, size_bytes = hashlib.sha256(), 0
+    try:
+        with file.open("rb") as opened:
+            while chunk := opened.read(_CHUNK_BYTES):
+                sha256.update(chunk)
+                size_bytes += len(chunk)
+    except OSError as error:
+        raise FailedPrecondition(f"{file} cannot be read: {error.strerror}", reason="ARTIFACT_MISSING") from error
+    return FileDigest(sha256=sha256.hexdigest(), size_bytes=size_bytes)
+
+
+def _manifest_bytes(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise FailedPrecondition(f"there is no artifact at {file.parent}: {file} cannot be read", reason="ARTIFACT_MISSING") from error
+
+
+def _corrupt(where: str, message: str) -> FailedPrecondition:
+    return FailedPrecondition(f"{where} is not what was published: {message}", reason="ARTIFACT_CORRUPT", metadata={"file": FILE_NAME})
+
+
+def _sha256_text(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
