@@ -1,0 +1,142 @@
+"""A real server: health, reflection, channelz, bad messages, overload, faults, TLS, drain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from plait.api.router.v1 import router_service_pb2 as pb
+from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
+from plait.errors import InvalidArgument, ResourceExhausted, Violation, from_rpc_error
+from plait.rpc.call import current
+from plait.rpc.credentials import Authenticator
+from plait.rpc.server import RpcServer
+from plait.settings import RpcSettings
+
+SERVICE = "plait.api.router.v1.RouterService"
+
+
+class Router(pb_grpc.RouterServiceServicer):
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.release = asyncio.Event()
+
+    async def Rank(self, request: Any, context: Any) -> Any:
+        match request.route:
+            case "bad":
+                raise InvalidArgument("1 problem", violations=[Violation("top_k", "is negative")])
+            case "bug":
+                raise RuntimeError("password=hunter2")
+            case "hold":
+                self.entered.set()
+                await self.release.wait()
+        call = current()
+        return pb.RankResponse(model=call.tenant, request_id=call.request_id)
+
+
+@asynccontextmanager
+async def running(**settings: Any) -> AsyncIterator[tuple[RpcServer, Any, grpc.aio.Channel, Router]]:
+    router = Router()
+    server = RpcServer(RpcSettings(grace_s=5, **settings), authenticator=Authenticator(lambda _: None, required=False))
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, router, SERVICE, scope="rank")
+    await server.start()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield server, pb_grpc.RouterServiceStub(channel), channel, router
+    await server.drain()
+
+
+async def test_health_reflection_and_channelz() -> None:
+    async with running() as (_, _stub, channel, _router):
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        for name in ("", SERVICE):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        reflect: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        call = reflect.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        names = {s.name async for answer in call for s in answer.list_services_response.service}
+        assert {SERVICE, "grpc.health.v1.Health", "grpc.channelz.v1.Channelz"} <= names
+        channelz: Any = channelz_pb2_grpc.ChannelzStub(channel)
+        assert (await channelz.GetServers(channelz_pb2.GetServersRequest())).server
+
+
+async def test_an_error_of_the_domain_keeps_its_details() -> None:
+    async with running() as (_, stub, _channel, _router):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Rank(pb.RankRequest(route="bad"))
+        error = from_rpc_error(caught.value)
+        assert isinstance(error, InvalidArgument)
+        assert error.violations == (Violation("top_k", "is negative"),)
+
+
+async def test_a_fault_is_told_without_its_details_and_the_process_lives_on() -> None:
+    async with running() as (_, stub, _channel, _router):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Rank(pb.RankRequest(route="bug"))
+        assert caught.value.code() == grpc.StatusCode.INTERNAL
+        assert "hunter2" not in str(caught.value)
+        assert "Traceback" not in str(caught.value)
+        assert (await stub.Rank(pb.RankRequest(), metadata=(("x-request-id", "r1"),))).request_id == "r1"
+
+
+async def test_a_message_that_cannot_be_parsed_is_the_callers_mistake() -> None:
+    async with running() as (_, _stub, channel, _router):
+        raw = channel.unary_unary(f"/{SERVICE}/Rank")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await raw(b"\xff\xff\xff\xff")
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_message_over_the_limit_is_refused() -> None:
+    async with running(max_message_bytes=2048) as (_, stub, _channel, _router):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Rank(pb.RankRequest(route="x" * 4096))
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        await stub.Rank(pb.RankRequest())
+
+
+async def test_overload_is_answered_early_and_not_to_be_retried_at_once() -> None:
+    async with running(max_in_flight=1) as (server, stub, _channel, router):
+        held = asyncio.ensure_future(stub.Rank(pb.RankRequest(route="hold")))
+        await asyncio.wait_for(router.entered.wait(), 10)
+        assert "in_flight=1/1" in repr(server)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Rank(pb.RankRequest())
+        error = from_rpc_error(caught.value)
+        assert isinstance(error, ResourceExhausted)
+        assert error.retry_after_s == pytest.approx(0.1)
+        assert ("grpc-retry-pushback-ms", "-1") in [(k, v) for k, v in caught.value.trailing_metadata() or ()]
+        router.release.set()
+        await held
+
+
+async def test_drain_finishes_what_is_held_and_takes_nothing_new() -> None:
+    async with running() as (server, stub, _channel, router):
+        held = asyncio.ensure_future(stub.Rank(pb.RankRequest(route="hold")))
+        await asyncio.wait_for(router.entered.wait(), 10)
+        draining = asyncio.ensure_future(server.drain())
+        router.release.set()
+        await held
+        await asyncio.wait_for(draining, 10)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Rank(pb.RankRequest())
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_calls_are_counted_by_method_and_code() -> None:
+    async with running() as (server, stub, _channel, _router):
+        await stub.Rank(pb.RankRequest())
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.Rank(pb.RankRequest(route="bad"))
+        sample = server.metrics.registry.get_sample_value
+        method = f"/{SERVICE}/Rank"
+        assert sample("plait_rpc_server_handled_total", {"method": method, "code": "OK"}) == 1
+        assert sample("plait_rpc_server_handled_total", {"method": method, "code": "INVALID_ARGUMENT"}) == 1
+        assert sample("plait_rpc_server_seconds_count", {"method": method}) == 2

@@ -1,0 +1,58 @@
+"""Logs are one JSON object a line, whoever writes them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from plait.settings import TelemetrySettings
+from plait.telemetry import logging as plait_logging
+from plait.telemetry.tracing import Tracing
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+    structlog.reset_defaults()
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+
+def test_ours_and_foreign_loggers_speak_json(capsys: pytest.CaptureFixture[str]) -> None:
+    plait_logging.configure(TelemetrySettings(), "shop")
+    plait_logging.get_logger("shop.page").info("opened", rows=3)
+    logging.getLogger("library").warning("old %s", "style")
+    plait_logging.get_logger("shop.page").debug("not at this level")
+    ours, theirs = lines(capsys)
+    assert (ours["event"], ours["rows"], ours["service"], ours["logger"], ours["level"]) == ("opened", 3, "shop", "shop.page", "info")
+    assert (theirs["event"], theirs["service"]) == ("old style", "shop")
+
+
+def test_an_exception_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    plait_logging.configure(TelemetrySettings(), "shop")
+    try:
+        raise ValueError("boom")
+    except ValueError:
+        plait_logging.get_logger("x").exception("failed")
+    [line] = lines(capsys)
+    assert "boom" in json.dumps(line["exception"])
+
+
+def test_a_line_inside_a_span_names_its_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    plait_logging.configure(TelemetrySettings(), "shop")
+    tracing = Tracing(TelemetrySettings(trace_sample_ratio=1), "shop", InMemorySpanExporter())
+    with tracing.span("work") as span:
+        plait_logging.get_logger("x").info("inside")
+    tracing.close()
+    [line] = lines(capsys)
+    assert line["trace_id"] == f"{span.get_span_context().trace_id:032x}"
