@@ -58,6 +58,8 @@ def _name(steps: Steps, name: str) -> Iterator[Finding]:
 def _text(steps: Steps, text: str) -> Iterator[Finding]:
     if len(text) > MAX_TEXT:
         yield steps, f"is {len(text)} characters long; at most {MAX_TEXT} are allowed"
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        yield steps, "holds a character that cannot be stored (NUL or half of a surrogate pair)"
 
 
 def _count(steps: Steps, items: Sequence[object], most: int, what: str) -> Iterator[Finding]:
@@ -150,11 +152,13 @@ def _model(model: Model) -> Iterator[Finding]:
 def _version(at: Steps, version: ModelVersion) -> Iterator[Finding]:
     if not _VERSION.match(version.version):
         yield (*at, "version"), f"{version.version[:80]!r} is not a version: use up to 63 letters, digits, '.', '_' and '-'"
-    if not version.artifact or len(version.artifact) > MAX_TEXT:
+    yield from _text((*at, "artifact"), version.artifact)
+    if not version.artifact:
         yield (*at, "artifact"), "expected the folder of the artifact"
     if version.digest and not _DIGEST.match(version.digest):
         yield (*at, "digest"), "expected sha256: and 64 hexadecimal digits; leave it out and it is read from the artifact"
     for name, value in version.metrics.items():
+        yield from _text((*at, "metrics", name), name)
         if not math.isfinite(value):
             yield (*at, "metrics", name), f"expected a finite number, found {value}"
     if version.signature is not None:

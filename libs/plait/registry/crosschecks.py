@@ -1,0 +1,192 @@
+"""Does it all fit together? Views, feature sets, model signatures and routes are written by different people at different times.
+
+Pure: a snapshot in, problems out. `plan` runs it on the registry as it would be, so that what does not fit is never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from plait.registry import rules
+from plait.registry.explain import suggestion
+from plait.registry.problems import Problem, path
+from plait.registry.records import FeatureSet, FeatureView, Model, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
+from plait.registry.resources import Key, records_of
+from plait.registry.rules import Finding, Steps
+from plait.registry.specs import kind_of
+
+_FLOATS: Final = ("float16", "float32", "float64")
+
+
+def check(snapshot: Snapshot) -> tuple[Problem, ...]:
+    """Return every problem of the snapshot: of each record alone, and of what it refers to."""
+    problems: list[Problem] = []
+    for record in records_of(snapshot):
+        found = [*rules.check(record)]
+        match record:
+            case FeatureSet():
+                found += _set(record, snapshot)
+            case Model():
+                found += _model(record, snapshot)
+            case Route():
+                found += _route(record, snapshot)
+            case _:
+                pass
+        where = f"{kind_of(record)} {record.name}"
+        problems += [Problem(where=where, field=path(("spec", *steps)), message=message) for steps, message in found]
+    return tuple(problems)
+
+
+def users_of(snapshot: Snapshot, key: Key) -> tuple[str, ...]:
+    """Return who refers to a resource ("FeatureSet home", …), and so keeps it from being deleted."""
+    kind, name = key
+    found: list[str] = []
+    if kind == "FeatureView":
+        sets = snapshot.feature_sets.values()
+        found += [f"FeatureSet {s.name}" for s in sets if any(_view_name(r) == name for i in s.inputs for r in i.features)]
+    elif kind == "FeatureSet":
+        models = snapshot.models.values()
+        found += [f"Model {m.name}" for m in models if any(v.signature and v.signature.feature_set == name for v in m.versions)]
+    elif kind == "Model":
+        found += [f"Route {r.name}" for r in snapshot.routes.values() if any(v.model == name for v in r.variants)]
+    elif kind == "Tenant":
+        found += [f"Route {r.name}" for r in snapshot.routes.values() if name in r.tenants]
+        found += [f"API key {k.id}" for k in snapshot.keys.values() if k.tenant == name]
+    return tuple(found)
+
+
+def _view_name(reference: str) -> str:
+    return reference.partition(":")[0]
+
+
+def _set(feature_set: FeatureSet, snapshot: Snapshot) -> Iterator[Finding]:
+    keys: dict[str, tuple[str, str]] = {}  # entity type → (key type, the view that said so)
+    for index, item in enumerate(feature_set.inputs):
+        for place, reference in enumerate(item.features):
+            steps: Steps = ("inputs", index, "features", place)
+            view = snapshot.feature_views.get(_view_name(reference))
+            for message in _feature(item, reference, view, snapshot):
+                yield steps, message
+            if view is None or view.entity.type != item.entity:
+                continue
+            key, first = keys.setdefault(item.entity, (view.entity.key, view.name))
+            if key != view.entity.key:
+                both = f"view {view.name!r} has {view.entity.key} keys, but {first!r} has {key} keys"
+                yield steps, f"{both} for the same entity {item.entity!r}"
+
+
+def _feature(item: ModelInput, reference: str, view: FeatureView | None, snapshot: Snapshot) -> Iterator[str]:
+    view_name, _, feature_name = reference.partition(":")
+    if view is None:
+        yield f"there is no feature view {view_name!r}{suggestion(view_name, list(snapshot.feature_views))}"
+        return
+    if view.entity.type != item.entity:
+        yield f"view {view_name!r} is about {view.entity.type!r}, but this input is about {item.entity!r}; one input takes one entity type"
+    feature = next((f for f in view.features if f.name == feature_name), None)
+    if feature is None:
+        yield f"view {view_name!r} has no feature {feature_name!r}{suggestion(feature_name, [f.name for f in view.features])}"
+    elif feature.dtype in _FLOATS and item.dtype not in _FLOATS:
+        yield f"{reference} is {feature.dtype} and cannot be cast to {item.dtype}: a missing value is NaN"
+
+
+def _model(model: Model, snapshot: Snapshot) -> Iterator[Finding]:
+    for index, version in enumerate(model.versions):
+        at: Steps = ("versions", index)
+        if not version.digest:
+            yield (*at, "digest"), "is missing; pin the artifact first (plait apply does)"
+        if version.signature is None:
+            yield (*at, "signature"), "is missing; pin the artifact first (plait apply does)"
+        elif version.signature.feature_set:
+            for steps, message in _fits(version.signature, snapshot):
+                yield (*at, "signature", *steps), f"version {version.version}: {message}"
+
+
+def _fits(signature: Signature, snapshot: Snapshot) -> Iterator[Finding]:
+    """Compare a signature with its feature set: same inputs, same dtypes, as many columns."""
+    name = signature.feature_set
+    feature_set = snapshot.feature_sets.get(name)
+    if feature_set is None:
+        yield ("feature_set",), f"there is no feature set {name!r}{suggestion(name, list(snapshot.feature_sets))}"
+        return
+    offered = {item.name: item for item in feature_set.inputs}
+    wanted = {tensor.name: tensor for tensor in signature.inputs}
+    for missing in offered.keys() - wanted.keys():
+        yield ("inputs",), f"feature set {name!r} yields {missing!r}, which the model does not take"
+    for index, tensor in enumerate(signature.inputs):
+        item = offered.get(tensor.name)
+        if item is None:
+            yield ("inputs", index), f"feature set {name!r} yields no input {tensor.name!r}; it has {', '.join(offered)}"
+        else:
+            for message in _tensor_fits(tensor, item, name):
+                yield ("inputs", index), message
+
+
+def _tensor_fits(tensor: TensorSpec, item: ModelInput, set_name: str) -> Iterator[str]:
+    if tensor.dtype != item.dtype:
+        yield f"{tensor.name!r} is {tensor.dtype}, but feature set {set_name!r} yields {item.dtype}"
+    columns = len(item.features)
+    if len(tensor.shape) != 2 or tensor.shape[1] != columns:
+        yield f"{tensor.name!r} has shape {_shape(tensor)}, but feature set {set_name!r} yields {columns} columns: [rows, {columns}]"
+        return
+    rows = tensor.shape[0]
+    if rows != -1 and not (tensor.per == "request" and rows == 1):
+        allowed = "1 or -1" if tensor.per == "request" else "-1"
+        yield f"{tensor.name!r} has shape {_shape(tensor)}; a tensor per {tensor.per} needs {allowed} as its first dimension"
+
+
+def _shape(tensor: TensorSpec) -> str:
+    return f"[{', '.join(map(str, tensor.shape))}]"
+
+
+def _route(route: Route, snapshot: Snapshot) -> Iterator[Finding]:
+    for index, variant in enumerate(route.variants):
+        at: Steps = ("variants", index)
+        model = snapshot.models.get(variant.model)
+        if model is None:
+            yield (*at, "model"), f"there is no model {variant.model!r}{suggestion(variant.model, list(snapshot.models))}"
+            continue
+        version = model.resolve(variant.use)
+        if version is None:
+            yield (*at, "use"), _no_version(model, variant)
+        elif version.signature is not None:
+            for message in _serves(route, model, version, version.signature, snapshot):
+                yield at, message
+    for index, tenant in enumerate(route.tenants):
+        if tenant not in snapshot.tenants:
+            yield ("tenants", index), f"there is no tenant {tenant!r}{suggestion(tenant, list(snapshot.tenants))}"
+
+
+def _no_version(model: Model, variant: Variant) -> str:
+    known = [*model.aliases, *(v.version for v in model.versions)]
+    listed = ", ".join(known[:10])
+    return f"model {model.name!r} has neither a version nor an alias {variant.use!r}; it has {listed}"
+
+
+def _serves(route: Route, model: Model, version: ModelVersion, signature: Signature, snapshot: Snapshot) -> Iterator[str]:
+    label = f"model {model.name!r} version {version.version}"
+    output = next((t for t in signature.outputs if t.name == route.score), None)
+    if output is None:
+        yield f"{label} has no output {route.score!r} to order by; it has {', '.join(t.name for t in signature.outputs)}"
+    elif output.dtype not in _FLOATS or output.per != "row" or output.shape not in ((-1,), (-1, 1)):
+        yield f"output {route.score!r} of {label} is {output.dtype} {_shape(output)}; expected one float per row: [-1]"
+    if not signature.feature_set:
+        yield f"{label} names no feature set, so a route cannot fill its inputs"
+    feature_set = snapshot.feature_sets.get(signature.feature_set)
+    if feature_set is not None:
+        yield from _entities(route, feature_set, signature.inputs, label)
+
+
+def _entities(route: Route, feature_set: FeatureSet, tensors: Sequence[TensorSpec], label: str) -> Iterator[str]:
+    """The subject's tensors come once per request, the candidates' once per row; no other entity has ids in a Rank call."""
+    per = {tensor.name: tensor.per for tensor in tensors}
+    for item in feature_set.inputs:
+        if item.entity not in (route.subject, route.candidate):
+            known = f"the route's subject is {route.subject!r}, its candidate {route.candidate!r}"
+            yield f"input {item.name!r} of feature set {feature_set.name!r} is about {item.entity!r}, but {known}"
+            continue
+        wanted = "request" if item.entity == route.subject else "row"
+        if per.get(item.name, wanted) != wanted:
+            yield f"input {item.name!r} of {label} is per {per[item.name]}, but features of {item.entity!r} come per {wanted}"
+    if all(item.entity != route.candidate for item in feature_set.inputs):
+        yield f"feature set {feature_set.name!r} has no input about the candidate {route.candidate!r}, so every score would be the same"

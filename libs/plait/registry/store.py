@@ -1,0 +1,370 @@
+"""The registry in Postgres: the only module that talks to the driver. What is decided is decided in `plan`; the SQL is in `queries`.
+
+Every write is one transaction that holds the lock of the revision row, so writers queue and readers never wait. It stores the
+resources, appends to the audit log, bumps the revision and notifies, or does none of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from types import TracebackType
+from typing import Any, Final, Self
+
+import asyncpg
+
+from plait.errors import Aborted, FailedPrecondition, Internal, InvalidArgument, NotFound, PlaitError, Unavailable
+from plait.registry import migrator, plan, queries
+from plait.registry.manifests import Manifest
+from plait.registry.migrator import Migration
+from plait.registry.queries import CHANNEL, Connection
+from plait.registry.records import ApiKey, Kind, Snapshot
+from plait.registry.resources import Change, Resource
+from plait.registry.specs import to_stored
+from plait.rpc.credentials import new_key
+
+SCOPES: Final = ("rank", "features", "infer", "admin")
+MAX_REASON_BYTES: Final = 1024
+MAX_PAGE: Final = 1000
+_CONNECT_TIMEOUT_S: Final = 5.0
+_COMMAND_TIMEOUT_S: Final = 30.0
+_RETRY_AFTER_S: Final = 1.0
+_DSN_HELP: Final = "expected postgresql://user:password@host:port/database"
+
+Changes = list[Change]  # spelt here because the store has a method called list
+Keys = list[ApiKey]
+
+
+@contextmanager
+def mapped() -> Iterator[None]:
+    """Turn the driver's errors into ours, where they enter. Messages hold no DSN, no password and no values."""
+    try:
+        yield
+    except PlaitError:
+        raise
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError) as error:
+        raise _ours(error) from error
+
+
+@contextmanager
+def _connecting(dsn: str) -> Iterator[None]:
+    """Like `mapped`, while the DSN is being read."""
+    if not dsn:
+        raise InvalidArgument(f"no DSN is set for the registry: {_DSN_HELP}", reason="REGISTRY_DSN")
+    try:
+        with mapped():
+            yield
+    except ValueError as error:
+        raise InvalidArgument(f"the registry's DSN cannot be read: {_DSN_HELP}", reason="REGISTRY_DSN") from error
+
+
+def _ours(error: Exception) -> PlaitError:
+    match error:
+        case asyncpg.exceptions.ClientConfigurationError():
+            return InvalidArgument(f"the registry's DSN cannot be read: {_DSN_HELP}", reason="REGISTRY_DSN")
+        case asyncpg.InvalidAuthorizationSpecificationError() | asyncpg.InvalidCatalogNameError() | asyncpg.InsufficientPrivilegeError():
+            message = f"Postgres refuses the registry's user or database ({type(error).__name__}); check the DSN and the grants"
+            return FailedPrecondition(message, reason="REGISTRY_REFUSED")
+        case asyncpg.UndefinedTableError() | asyncpg.InvalidSchemaNameError():
+            return FailedPrecondition("the registry's tables are not there yet; run: plait migrate", reason="REGISTRY_NOT_MIGRATED")
+        case asyncpg.LockNotAvailableError() | asyncpg.exceptions.TransactionRollbackError():
+            return Aborted("another change of the registry was in the way; try again", reason="REGISTRY_BUSY", retry_after_s=_RETRY_AFTER_S)
+        case asyncpg.PostgresError() if not _away(error):
+            return Internal(f"Postgres answered with SQLSTATE {error.sqlstate} ({type(error).__name__})", reason="REGISTRY_FAULT")
+        case _:
+            message = f"Postgres cannot be reached ({type(error).__name__}); the registry cannot be read or changed until it is back"
+            return Unavailable(message, reason="REGISTRY_UNAVAILABLE", retry_after_s=_RETRY_AFTER_S)
+
+
+def _away(error: Exception) -> bool:
+    """Say whether the server, and not the statement, is the reason: broken connection, shutting down or starting, out of connections."""
+    classes = asyncpg.PostgresConnectionError, asyncpg.exceptions.OperatorInterventionError, asyncpg.exceptions.InsufficientResourcesError
+    return isinstance(error, classes)
+
+
+class Store:
+    """A pool of connections to the registry and everything one can ask of it. Make it with `open`, then close it or use `async with`.
+
+    Every method raises Unavailable (REGISTRY_UNAVAILABLE) while Postgres is away, and FailedPrecondition (REGISTRY_NOT_MIGRATED)
+    before `migrate` has run.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    @classmethod
+    async def open(cls, dsn: str, *, max_connections: int = 4) -> Self:
+        """Connect. Raises InvalidArgument (REGISTRY_DSN), FailedPrecondition (REGISTRY_REFUSED), Unavailable."""
+        with _connecting(dsn):
+            pool = await asyncpg.create_pool(
+                dsn,
+                min_size=1,
+                max_size=max_connections,
+                timeout=_CONNECT_TIMEOUT_S,
+                command_timeout=_COMMAND_TIMEOUT_S,
+                server_settings={"application_name": "plait-registry"},
+            )
+        return cls(pool)
+
+    async def close(self) -> None:
+        """Give every connection back; one that does not answer any more is cut."""
+        try:
+            await asyncio.wait_for(self._pool.close(), _CONNECT_TIMEOUT_S)
+        except TimeoutError:
+            self._pool.terminate()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<Store connections={self._pool.get_size()} idle={self._pool.get_idle_size()}>"
+
+    async def migrate(self, known: Sequence[Migration] | None = None) -> tuple[Migration, ...]:
+        """Bring the tables up to date; return what was applied. Raises FailedPrecondition (MIGRATION_EDITED)."""
+        async with self._connection() as connection:
+            return await migrator.migrate(connection, migrator.shipped() if known is None else known)
+
+    async def snapshot(self) -> Snapshot:
+        """Return the whole registry at one revision."""
+        async with self._reading() as connection:
+            return await queries.snapshot(connection)
+
+    async def apply(self, manifests: Sequence[Manifest], *, actor: str, reason: str = "", dry_run: bool = False) -> list[Change]:
+        """Create or replace resources, all or none; return what became of each, in order. What is unchanged is left alone.
+
+        Raises InvalidArgument (MANIFEST_INVALID), Aborted (ETAG_MISMATCH, REGISTRY_BUSY) and FailedPrecondition (CROSS_CHECK_FAILED),
+        each with every problem as a violation.
+        """
+        _check_author(actor, reason)
+        if dry_run:
+            async with self._reading() as connection:
+                return await _apply(connection, manifests, await queries.revision(connection), actor, reason, dry_run=True)
+        async with self._writing() as (connection, revision):
+            return await _apply(connection, manifests, revision, actor, reason, dry_run=False)
+
+    async def rollback(self, kind: Kind, name: str, *, generation: int = 0, actor: str, reason: str = "") -> Change:
+        """Apply an earlier generation again, as a new one (0: the one before; it also brings back what was deleted).
+
+        Raises NotFound (GENERATION_NOT_FOUND), and what `apply` does: the earlier state must fit today's world.
+        """
+        _check_author(actor, reason)
+        async with self._writing() as (connection, revision):
+            record = await queries.generation(connection, (kind, name), generation)
+            if record is None:
+                wanted = f"generation {generation}" if generation else "earlier generation"
+                raise NotFound(f"{kind} {name} has no {wanted} to go back to", reason="GENERATION_NOT_FOUND")
+            (change,) = await _apply(connection, [Manifest(record=record)], revision, actor, reason, dry_run=False)
+            return change
+
+    async def delete(self, kind: Kind, name: str, *, actor: str, reason: str = "", etag: str = "") -> Change:
+        """Delete one resource; its history stays.
+
+        Raises NotFound, Aborted (ETAG_MISMATCH), FailedPrecondition (STILL_USED) listing the users.
+        """
+        _check_author(actor, reason)
+        async with self._writing() as (connection, revision):
+            current = await queries.resources(connection)
+            step = plan.delete((kind, name), etag, current, await queries.snapshot(connection))
+            (change,) = await _write(connection, [step], revision, actor, reason)
+            return change
+
+    async def get(self, kind: Kind, name: str) -> Resource:
+        """Return one resource. Raises NotFound (RESOURCE_NOT_FOUND)."""
+        async with self._reading() as connection:
+            found = await queries.resources(connection, kind, name)
+        if (kind, name) not in found:
+            raise NotFound(f"there is no {kind} {name}", reason="RESOURCE_NOT_FOUND")
+        return found[kind, name]
+
+    async def list(self, kind: Kind | None = None) -> list[Resource]:
+        """Return the resources of a kind, or all, by kind and name."""
+        async with self._reading() as connection:
+            return [*(await queries.resources(connection, kind)).values()]
+
+    async def history(
+        self, kind: Kind | str | None = None, name: str | None = None, *, limit: int = 100, below_revision: int | None = None
+    ) -> Changes:
+        """Return the audit log, newest first: of one resource, of a kind ("ApiKey" too), or of everything.
+
+        A page holds `limit` (1 to 1 000) entries and whatever else belongs to the last one's revision; `below_revision` goes on there.
+        """
+        async with self._reading() as connection:
+            return await queries.changes(connection, kind, name, max(1, min(limit, MAX_PAGE)), below_revision)
+
+    async def create_key(
+        self, tenant: str, scopes: Sequence[str] = ("rank", "features", "infer"), *, actor: str, expires_at: float = 0.0, reason: str = ""
+    ) -> tuple[ApiKey, str]:
+        """Make an API key; return it and its secret, which is shown this once and stored nowhere.
+
+        `expires_at`: seconds since the epoch, 0 = never. Raises InvalidArgument (SCOPE_UNKNOWN), NotFound (the tenant).
+        """
+        _check_author(actor, reason)
+        unknown = sorted(set(scopes) - set(SCOPES))
+        if unknown or not scopes:
+            raise InvalidArgument(
+                f"expected scopes out of {', '.join(SCOPES)}; found {', '.join(unknown) or 'none'}", reason="SCOPE_UNKNOWN"
+            )
+        secret, sha256 = new_key()
+        key = ApiKey(
+            id=f"key-{secrets.token_hex(6)}", tenant=tenant, sha256=sha256, scopes=tuple(dict.fromkeys(scopes)), expires_at=expires_at
+        )
+        async with self._writing() as (connection, revision):
+            if ("Tenant", tenant) not in await queries.resources(connection, "Tenant", tenant):
+                raise NotFound(f"there is no tenant {tenant!r}; apply a Tenant manifest first", reason="RESOURCE_NOT_FOUND")
+            await queries.insert_key(connection, key)
+            await _record(connection, [_key_change(key, revision + 1, actor, reason, revoked=False)])
+        return key, secret
+
+    async def revoke_key(self, key_id: str, *, actor: str, reason: str = "") -> None:
+        """Refuse a key from now on (everywhere, as soon as the snapshots are swapped). Raises NotFound (KEY_NOT_FOUND)."""
+        _check_author(actor, reason)
+        async with self._writing() as (connection, revision):
+            found = await queries.api_keys(connection, key_id=key_id)
+            if not found:
+                raise NotFound("there is no such API key, or it was revoked before", reason="KEY_NOT_FOUND")
+            await queries.revoke_key(connection, key_id)
+            await _record(connection, [_key_change(found[0], revision + 1, actor, reason, revoked=True)])
+
+    async def list_keys(self, tenant: str | None = None) -> Keys:
+        """Return the keys that were not revoked, oldest first."""
+        async with self._reading() as connection:
+            return await queries.api_keys(connection, tenant)
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        with mapped():
+            async with self._pool.acquire(timeout=_CONNECT_TIMEOUT_S) as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[Connection]:
+        """One unchanging view of everything."""
+        async with self._connection() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
+            yield connection
+
+    @asynccontextmanager
+    async def _writing(self) -> AsyncIterator[tuple[Connection, int]]:
+        """The only writer, and the revision it starts from. Read committed: what is read under the lock is the newest there is."""
+        async with self._connection() as connection, connection.transaction():
+            yield connection, await queries.lock_revision(connection)
+
+
+class Listener:
+    """One connection that hears of every change and reads snapshots. It is used by one task; when it breaks, open another."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._heard = asyncio.Event()
+        self._known: queries.Known = {}
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, dsn: str) -> AsyncIterator[Self]:
+        """Connect and listen. Raises as `Store.open` does."""
+        with _connecting(dsn):
+            connection = await asyncpg.connect(
+                dsn, timeout=_CONNECT_TIMEOUT_S, command_timeout=_COMMAND_TIMEOUT_S, server_settings={"application_name": "plait-watcher"}
+            )
+        listener = cls(connection)
+        connection.add_termination_listener(lambda _: listener._heard.set())
+        try:
+            with mapped():
+                await connection.add_listener(CHANNEL, lambda *_: listener._heard.set())
+            yield listener
+        finally:
+            connection.terminate()  # nothing is under way that a polite good-bye would save
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Return whether a change was announced, or the connection broke, within the time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._heard.wait()
+        except TimeoutError:
+            return False
+        self._heard.clear()
+        return True
+
+    async def revision(self) -> int:
+        """Return the revision now. Raises as `Store` does."""
+        with mapped():
+            return await queries.revision(self._connection)
+
+    async def snapshot(self) -> Snapshot:
+        """Return the whole registry at one revision; what did not change since the last time is not read again."""
+        with mapped():
+            async with self._connection.transaction(isolation="repeatable_read", readonly=True):
+                return await queries.snapshot(self._connection, self._known)
+
+
+def _check_author(actor: str, reason: str) -> None:
+    if not actor or len(actor.encode()) > 256 or "\0" in actor + reason:
+        raise InvalidArgument("say who makes this change (actor), in 1 to 256 bytes without NUL", reason="ACTOR_INVALID")
+    if len(reason.encode()) > MAX_REASON_BYTES:
+        raise InvalidArgument(f"the reason has {len(reason.encode())} bytes; at most {MAX_REASON_BYTES} are kept", reason="REASON_TOO_LONG")
+
+
+async def _apply(
+    connection: Connection, manifests: Sequence[Manifest], revision: int, actor: str, reason: str, *, dry_run: bool
+) -> list[Change]:
+    current = await queries.resources(connection)
+    past = await queries.past(connection, *plan.names_with_past(manifests))
+    steps = plan.apply(manifests, current, await queries.snapshot(connection), past)
+    if dry_run:
+        return [_change(step, step.before.generation + 1 if step.before else 1, revision, actor, reason) for step in steps]
+    return await _write(connection, steps, revision, actor, reason)
+
+
+async def _write(connection: Connection, steps: Sequence[plan.Step], revision: int, actor: str, reason: str) -> list[Change]:
+    """Do what was decided; nothing at all where nothing changes."""
+    changing = [step for step in steps if step.action != "unchanged"]
+    last = await queries.generations(connection, [step.key for step in steps])
+    await queries.write(connection, changing, last, revision + 1)
+    changes = [_change(step, last[step.key] + 1, revision + 1, actor, reason) for step in steps]
+    await _record(connection, [c for c in changes if c.action != "unchanged"])
+    return changes
+
+
+async def _record(connection: Connection, changes: Sequence[Change]) -> None:
+    if changes:
+        await queries.log(connection, changes)
+        await queries.bump(connection, changes[0].revision)
+
+
+def _change(step: plan.Step, generation: int, revision: int, actor: str, reason: str) -> Change:
+    """Describe a step; an unchanged resource keeps the generation and revision it has."""
+    kind, name = step.key
+    before = to_stored(step.before.record) if step.before else None
+    if step.action == "unchanged" and step.before:
+        generation, revision = step.before.generation, step.before.revision
+    return Change(
+        action=step.action,
+        kind=kind,
+        name=name,
+        generation=generation,
+        revision=revision,
+        before=before,
+        after=to_stored(step.after) if step.after is not None else None,
+        actor=actor,
+        reason=reason,
+    )
+
+
+def _key_change(key: ApiKey, revision: int, actor: str, reason: str, *, revoked: bool) -> Change:
+    """Describe a key's coming or going; its hash is nobody's business."""
+    described = {"tenant": key.tenant, "scopes": [*key.scopes], "expires_at": key.expires_at}
+    return Change(
+        action="deleted" if revoked else "created",
+        kind="ApiKey",
+        name=key.id,
+        generation=2 if revoked else 1,
+        revision=revision,
+        before=described if revoked else None,
+        after=None if revoked else described,
+        actor=actor,
+        reason=reason,
+    )
