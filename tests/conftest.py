@@ -1,0 +1,44 @@
+"""The real servers that tests run against: one PostgreSQL and one Redis per session, emptied for each test that asks."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import pytest_asyncio
+import redis
+
+from plait.local.postgres import EmbeddedPostgres
+from plait.local.redis import EmbeddedRedis
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def postgres_server() -> AsyncIterator[EmbeddedPostgres]:
+    """A PostgreSQL server; what is in it is everybody's."""
+    async with EmbeddedPostgres() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_dsn(postgres_server: EmbeddedPostgres) -> Iterator[str]:
+    """The DSN of an empty database that only this test knows."""
+    name = f"test_{secrets.token_hex(6)}"
+    yield postgres_server.create_database(name)
+    postgres_server.drop_database(name)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def redis_server() -> AsyncIterator[EmbeddedRedis]:
+    """A Redis server; what is in it is everybody's."""
+    async with EmbeddedRedis() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: EmbeddedRedis) -> str:
+    """The URL of the Redis server, emptied for this test."""
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+        client.script_flush()
+    return redis_server.url
