@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable
-from urllib.parse import urlsplit, urlunsplit
-
-import asyncpg
 
 from plait.registry.manifests import Manifest
 from plait.registry.records import (
@@ -58,17 +54,6 @@ WORLD: tuple[Record, ...] = (USERS, ITEMS, FEATURES, RANKER, HOME, SHOP)
 def manifests(*records: Record) -> list[Manifest]:
     """Return manifests of the records, as if made in code; of the whole world when none is given."""
     return [Manifest(record=record) for record in records or WORLD]
-
-
-async def fresh_database(dsn: str) -> str:
-    """Create an empty database on the server of `dsn` and return its DSN."""
-    name = f"test_{secrets.token_hex(6)}"
-    connection = await asyncpg.connect(dsn)
-    try:
-        await connection.execute(f'create database "{name}"')
-    finally:
-        await connection.close()
-    return urlunsplit(urlsplit(dsn)._replace(path=f"/{name}"))
 
 
 async def eventually(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:

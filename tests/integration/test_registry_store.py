@@ -20,7 +20,6 @@ from tests.fakes.registry_world import (
     USERS,
     VERSION,
     WORLD,
-    fresh_database,
     manifests,
 )
 
@@ -35,8 +34,8 @@ DEFAULT = Tenant(name="default")
 
 
 @pytest.fixture
-async def dsn(postgres_dsn: str) -> str:
-    return await fresh_database(postgres_dsn)
+def dsn(postgres_dsn: str) -> str:
+    return postgres_dsn
 
 
 @pytest.fixture

@@ -15,15 +15,13 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Final, Literal
 
-import yaml
-
 from plait.errors import FailedPrecondition, InvalidArgument
 from plait.registry import rules
 from plait.registry.decode import API_VERSION, Report, header, validated
 from plait.registry.problems import Problem, refusal
 from plait.registry.records import Batching, Signature, TensorSpec
 from plait.registry.specs import Validator, to_plain
-from plait.registry.yaml_tree import Node, YamlProblem, documents
+from plait.registry.yaml_tree import Node, YamlProblem, documents, dump
 
 FILE_NAME: Final = "model.yaml"
 KIND: Final = "ModelArtifact"
@@ -106,7 +104,7 @@ def write(folder: Path | str, manifest: ArtifactManifest) -> str:
     found = {name: _digest_of(root / name) for name in sorted(_files_in(root))}
     filled = dataclasses.replace(manifest, files=MappingProxyType(found))
     data = {"apiVersion": API_VERSION, "kind": KIND, **to_plain(filled, defaults=False)}
-    content = yaml.safe_dump(data, sort_keys=False, width=120).encode()
+    content = dump(data).encode()
     parse(content, source=str(root / FILE_NAME))
     (root / FILE_NAME).write_bytes(content)
     return _sha256_text(content)

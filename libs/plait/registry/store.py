@@ -30,6 +30,7 @@ MAX_REASON_BYTES: Final = 1024
 MAX_PAGE: Final = 1000
 _CONNECT_TIMEOUT_S: Final = 5.0
 _COMMAND_TIMEOUT_S: Final = 30.0
+_LISTENER_TIMEOUT_S: Final = 10.0  # an answer this late means that the connection is dead
 _RETRY_AFTER_S: Final = 1.0
 _DSN_HELP: Final = "expected postgresql://user:password@host:port/database"
 
@@ -268,7 +269,10 @@ class Listener:
         """Connect and listen. Raises as `Store.open` does."""
         with _connecting(dsn):
             connection = await asyncpg.connect(
-                dsn, timeout=_CONNECT_TIMEOUT_S, command_timeout=_COMMAND_TIMEOUT_S, server_settings={"application_name": "plait-watcher"}
+                dsn,
+                timeout=_CONNECT_TIMEOUT_S,
+                command_timeout=_LISTENER_TIMEOUT_S,
+                server_settings={"application_name": "plait-watcher"},
             )
         listener = cls(connection)
         connection.add_termination_listener(lambda _: listener._heard.set())

@@ -55,6 +55,7 @@ class Watcher:
         self._poll_s = poll_s
         self._subscribers: list[Subscriber] = []
         self._ready = asyncio.Event()
+        self._file_tried = False
         self._failures = 0
         self._changed_at = time.monotonic()
         self._unsaved = asyncio.Event()
@@ -177,8 +178,9 @@ class Watcher:
 
     async def _fall_back(self) -> None:
         """Start from the file, if there is nothing yet."""
-        if self.source != "none" or self._file is None:
+        if self.source != "none" or self._file is None or self._file_tried:
             return
+        self._file_tried = True
         try:
             found = await asyncio.to_thread(last_known_good.read, self._file)
         except last_known_good.Unusable as error:

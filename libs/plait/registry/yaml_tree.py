@@ -85,6 +85,24 @@ def documents(text: str) -> Iterator[Document]:
             yield Document(root, root.line, size_bytes)
 
 
+def dump(data: Any) -> str:
+    """Return plain data as YAML that `documents` reads back as the same, whatever its strings look like."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML quotes what YAML 1.1 would misread; this one also what the core schema would ("1e5")."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    looks_otherwise = any(pattern.match(text) for pattern in (_NULL, _BOOL, _INT, _BASED, _FLOAT, _SPECIAL))
+    breaks = any(c in text for c in "\x85\u2028\u2029\ufeff")  # which PyYAML takes for line ends, or for nothing
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if looks_otherwise or breaks else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def _index(mark: Any) -> int:
     index: int = mark.index
     return index

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plait.errors import FailedPrecondition, InvalidArgument
+from plait.registry import artifact
+from plait.registry.artifact import ArtifactManifest, FileDigest, SelfTest
+from plait.registry.records import Batching, TensorSpec
+
+MANIFEST = ArtifactManifest(
+    name="ranker",
+    format="torchscript",
+    entry="model.pt",
+    feature_set="home",
+    inputs=(
+        TensorSpec(name="user", dtype="float32", shape=(1, 41), per="request"),
+        TensorSpec(name="item", dtype="float32", shape=(-1, 64)),
+    ),
+    outputs=(TensorSpec(name="score", dtype="float32", shape=(-1,)),),
+    batching=Batching(row_splits="row_splits"),
+    self_test=SelfTest(file="self_test.npz"),
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model.pt").write_bytes(b"weights" * 1000)
+    (tmp_path / "self_test.npz").write_bytes(b"arrays")
+    (tmp_path / ".hidden").write_bytes(b"scratch")
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "vocab.txt").write_text("a\nb\n")
+    return tmp_path
+
+
+def test_what_is_written_reads_back_with_every_digest(folder: Path) -> None:
+    digest = artifact.write(folder, MANIFEST)
+    found = artifact.read(folder)
+    assert sorted(found.files) == ["extra/vocab.txt", "model.pt", "self_test.npz"]
+    assert found.files["model.pt"] == FileDigest(sha256=hashlib.sha256(b"weights" * 1000).hexdigest(), size_bytes=7000)
+    assert dataclasses.replace(found, files={}) == MANIFEST
+    assert found.signature.feature_set == "home"
+    assert digest == artifact.digest(folder) == artifact.digest(folder / "model.yaml")
+    assert digest == "sha256:" + hashlib.sha256((folder / "model.yaml").read_bytes()).hexdigest()
+    artifact.verify_files(folder, found)
+    assert artifact.read_pinned(folder, digest) == found
+
+
+def test_writing_twice_gives_the_same_digest(folder: Path) -> None:
+    assert artifact.write(folder, MANIFEST) == artifact.write(folder, MANIFEST)
+
+
+def test_the_documented_example_reads(folder: Path) -> None:
+    text = """
+apiVersion: plait.dev/v1
+kind: ModelArtifact
+name: marketplace-ranker
+format: torchscript            # torchscript | torch_export
+entry: model.pt
+feature_set: marketplace-ranker
+inputs:
+  - {name: user, dtype: float32, shape: [1, 41], per: request}
+  - {name: item, dtype: float32, shape: [-1, 64], per: row}
+outputs:
+  - {name: score, dtype: float32, shape: [-1]}
+batching: {max_rows: 4096, max_queue_rows: 32768, max_queue_delay_ms: 2.0, row_splits: row_splits}
+self_test: {file: self_test.npz, tolerance: 1.0e-4}
+files: {model.pt: {sha256: HASH, size_bytes: 7000}, self_test.npz: {sha256: HASH, size_bytes: 6}}
+"""
+    found = artifact.parse(text.replace("HASH", "f" * 64).encode(), source="model.yaml")
+    assert (found.name, found.self_test) == ("marketplace-ranker", SelfTest(file="self_test.npz", tolerance=1e-4))
+
+
+def test_a_changed_truncated_or_missing_file_is_named_with_both_digests(folder: Path) -> None:
+    artifact.write(folder, MANIFEST)
+    manifest = artifact.read(folder)
+    (folder / "model.pt").write_bytes(b"tampered")
+    (folder / "self_test.npz").unlink()
+    with pytest.raises(FailedPrecondition) as caught:
+        artifact.verify_files(folder, manifest)
+    assert caught.value.reason == "ARTIFACT_CORRUPT"
+    found = {v.field: v.description for v in caught.value.violations}
+    assert sorted(found) == ["model.pt", "self_test.npz"]
+    assert manifest.files["model.pt"].sha256 in found["model.pt"]
+    assert hashlib.sha256(b"tampered").hexdigest() in found["model.pt"]
+    assert found["self_test.npz"] == "is missing"
+
+
+def test_a_changed_model_yaml_does_not_pass_its_pin(folder: Path) -> None:
+    digest = artifact.write(folder, MANIFEST)
+    (folder / "model.yaml").write_bytes((folder / "model.yaml").read_bytes() + b"\n")
+    with pytest.raises(FailedPrecondition) as caught:
+        artifact.read_pinned(folder, digest)
+    assert caught.value.reason == "ARTIFACT_CORRUPT"
+    assert digest in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "a//b", "./a", "", "a\\b", "C:a", "a\nb", "a\0b", ".."])
+def test_names_that_leave_the_folder_are_refused(name: str, folder: Path) -> None:
+    file = FileDigest(sha256="0" * 64, size_bytes=0)
+    with pytest.raises(FailedPrecondition, match="is not opened"):
+        artifact.verify_files(folder, dataclasses.replace(MANIFEST, files={name: file}))
+
+
+def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "secret"
+    outside.write_bytes(b"secret")
+    (folder / "link").symlink_to(outside)
+    file = FileDigest(sha256=hashlib.sha256(b"secret").hexdigest(), size_bytes=6)
+    with pytest.raises(FailedPrecondition, match="is not opened"):
+        artifact.verify_files(folder, dataclasses.replace(MANIFEST, files={"link": file}))
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "part"),
+    [
+        ({"format": "pickle"}, "format", "expected one of torchscript or torch_export, found 'pickle'"),
+        ({"kind": "Model"}, "kind", "expected ModelArtifact, found 'Model'"),
+        ({"entry": "other.pt"}, "entry", "not listed under files"),
+        ({"self_test": {"file": "x.npz"}}, "self_test.file", "not listed under files"),
+        ({"self_test": {"file": "self_test.npz", "tolerance": 2}}, "self_test.tolerance", "between 0 and 1"),
+        ({"inputs": []}, "inputs", "at least one tensor"),
+        ({"outputs": [{"name": "a", "dtype": "float8", "shape": [1]}]}, "outputs[0].dtype", "expected one of bool"),
+        ({"outputs": [{"name": "a", "dtype": "float32", "shape": ["n"]}]}, "outputs[0].shape[0]", "expected a whole number"),
+        ({"batching": {"max_rows": 0}}, "batching.max_rows", "expected 1 to max_queue_rows"),
+        ({"batching": {"max_queue_delay_ms": -1}}, "batching.max_queue_delay_ms", "expected 0 to 1000"),
+        ({"batching": {}}, "batching.row_splits", "must name the row-splits input"),
+        ({"files": {"../x": {"sha256": "0" * 64, "size_bytes": 1}}}, "files.../x", "plain path inside"),
+        ({"files": {"x": {"sha256": "zz", "size_bytes": 1}}}, "files.x.sha256", "64 hexadecimal digits"),
+        ({"files": {"x": {"sha256": "0" * 64, "size_bytes": -1}}}, "files.x.size_bytes", "0 or more"),
+        ({"files": {"x": "abc"}}, "files.x", "expected a mapping of fields"),
+        ({"code": "import os"}, "code", "is not a field of this"),
+    ],
+)
+def test_a_bad_model_yaml_is_refused_field_by_field(change: dict[str, object], field: str, part: str, folder: Path) -> None:
+    artifact.write(folder, MANIFEST)
+    data = yaml.safe_load((folder / "model.yaml").read_text()) | change
+    (folder / "model.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(FailedPrecondition) as caught:
+        artifact.read(folder)
+    assert caught.value.reason == "ARTIFACT_INVALID"
+    found = {v.field.partition(" ")[2]: v.description for v in caught.value.violations}
+    assert part in found[field]
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "expected one YAML document, found 0"),
+        (b"a: 1\n---\nb: 2\n", "found 2"),
+        (b"\xff", "not UTF-8"),
+        (b"a: [", "not YAML"),
+        (b"- 1", "expected a mapping"),
+        (b"x" * (artifact.MAX_BYTES + 1), "at most 1048576"),
+        (b"[" * 100_000, "nested"),
+    ],
+)
+def test_what_is_no_model_yaml_is_refused(content: bytes, part: str, tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_bytes(content)
+    with pytest.raises(FailedPrecondition, match=part):
+        artifact.read(tmp_path)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused_without_a_crash(content: bytes) -> None:
+    with pytest.raises(FailedPrecondition):
+        artifact.parse(content, source="model.yaml")
+
+
+def test_a_missing_artifact_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition, match="there is no artifact at") as caught:
+        artifact.read(tmp_path / "nothing")
+    assert caught.value.reason == "ARTIFACT_MISSING"
+
+
+def test_writing_refuses_an_entry_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(FailedPrecondition, match=r"'other\.pt' is not listed"):
+        artifact.write(folder, dataclasses.replace(MANIFEST, entry="other.pt"))
+    assert not (folder / "model.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("a", "/base/a"), ("./a/../b", "/base/b"), ("/abs", "/abs"), ("file:///abs/a", "/abs/a")],
+)
+def test_locations_are_made_absolute(text: str, path: str) -> None:
+    assert artifact.location(text, Path("/base")) == Path(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"), [("s3://b/k", "come later"), ("gs://b/k", "come later"), ("http://h/x", "not known"), ("file://rel", "absolute path")]
+)
+def test_locations_elsewhere_are_refused(text: str, part: str) -> None:
+    with pytest.raises(InvalidArgument, match=part):
+        artifact.location(text, Path("/base"))

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import pytest
+
+from plait.errors import FailedPrecondition, InvalidArgument
+from plait.registry import artifact, rules
+from plait.registry.manifests import MAX_MANIFEST_BYTES, Manifest, load, parse, pin_artifacts
+from plait.registry.records import Batching, Model, ModelVersion, Tenant, TensorSpec
+
+HEAD = "apiVersion: plait.dev/v1\n"
+TENANT = HEAD + "kind: Tenant\nmetadata: {name: shop}\n"
+
+DTYPES = "bool, int8, int16, int32, int64, float16, float32 or float64"
+
+EVERYTHING_WRONG = """\
+apiVersion: plait.dev/v1
+kind: FeatureView
+metadata: {name: item-stats}
+spec:
+  entity: {type: item, key: strin}
+  version: "1"
+  featurs: 3
+  features:
+    - {name: rating_mean, dtype: flot32, default: abc}
+    - {dtype: int8, default: 300}
+---
+apiVersion: plait.dev/v2
+kind: Modle
+metadata: {name: 3}
+---
+apiVersion: plait.dev/v1
+kind: Model
+metadata: {name: m, labels: {}}
+spec:
+  versions: [{version: 1, artifact: ./x}]
+  aliases:
+    champion: 1
+---
+apiVersion: plait.dev/v1
+kind: Route
+metadata: {name: Demo}
+spec:
+  name: x
+  timeout_s: .inf
+  variants:
+    - {name: a, model: b, use: c, weight: 0}
+---
+- 1
+"""
+
+
+def violations(text: str) -> list[str]:
+    with pytest.raises(InvalidArgument) as caught:
+        parse(text, source="m.yaml")
+    assert caught.value.reason == "MANIFEST_INVALID"
+    return [f"{v.field}: {v.description}" for v in caught.value.violations]
+
+
+def test_every_problem_is_said_at_once_with_file_and_line() -> None:
+    assert violations(EVERYTHING_WRONG) == [
+        "m.yaml:5 spec.entity.key: expected one of string or int64, found 'strin'; did you mean 'string'?",
+        "m.yaml:6 spec.version: expected a whole number, found '1'; take the quotes away",
+        "m.yaml:7 spec.featurs: is not a field of this; did you mean 'features'?",
+        f"m.yaml:9 spec.features[0].dtype: expected one of {DTYPES}, found 'flot32'; did you mean 'float32'?",
+        "m.yaml:9 spec.features[0].default: expected a number or a whole number or true or false, found 'abc'",
+        "m.yaml:10 spec.features[1].name: is required",
+        "m.yaml:12 apiVersion: expected plait.dev/v1, found 'plait.dev/v2'",
+        "m.yaml:13 kind: expected one of Model, FeatureView, FeatureSet, Route, Tenant, found 'Modle'; did you mean 'Model'?",
+        "m.yaml:14 metadata.name: expected text, found the number 3; put it in quotes",
+        "m.yaml:18 metadata.labels: is not a field of this; the fields here are name, etag",
+        'm.yaml:20 spec.versions[0].version: expected text, found the number 1; put it in quotes: "1"',
+        'm.yaml:22 spec.aliases.champion: expected text, found the number 1; put it in quotes: "1"',
+        f"m.yaml:26 metadata.name: 'Demo' is not a name: use {rules.NAME_HELP}",
+        "m.yaml:28 spec.name: belongs under metadata",
+        "m.yaml:31 spec.variants[0].weight: expected a number of more than 0 and at most 1e+09, found 0",
+        "m.yaml:29 spec.timeout_s: expected a number of more than 0 and at most 60, found inf",
+        "m.yaml:33: expected a mapping with apiVersion, kind, metadata, spec; found a list",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (HEAD + "metadata: {name: a}", "m.yaml:1 kind: is required; write one of Model, FeatureView, FeatureSet, Route, Tenant"),
+        ("kind: Tenant\nmetadata: {name: a}", "m.yaml:1 apiVersion: is required; write apiVersion: plait.dev/v1"),
+        (HEAD + "kind: Tenant", "m.yaml:1 metadata: is required; write metadata: {name: …}"),
+        (HEAD + "kind: Tenant\nmetadata: {}", "m.yaml:3 metadata.name: is required"),
+        (HEAD + "kind: Tenant\nmetadata: shop", "m.yaml:3 metadata: is required; write metadata: {name: …}"),
+        (TENANT + "spec: 3", "m.yaml:4 spec: expected a mapping of fields, found the number 3"),
+        (TENANT + "status: {}", "m.yaml:4 status: is not a field of this; the fields here are apiVersion, kind, metadata, spec"),
+        (TENANT + "spec: {a: 1, a: 2}", "m.yaml:4: 'a' is given twice; the first is on line 4"),
+        (TENANT + "---\n" + TENANT, "m.yaml:5 metadata.name: Tenant shop is described twice, first at m.yaml:1"),
+        (
+            HEAD + "kind: [Tenant]\nmetadata: {name: a}",
+            "m.yaml:2 kind: expected one of Model, FeatureView, FeatureSet, Route, Tenant, found a list",
+        ),
+        (
+            HEAD + "kind: FeatureView\nmetadata: {name: v}\nspec: {entity: {type: u}, features: [{name: a}], schemas: []}",
+            "m.yaml:4 spec.schemas: is filled in by the registry; leave it out",
+        ),
+    ],
+)
+def test_each_fault_has_its_sentence(text: str, problem: str) -> None:
+    assert problem in violations(text)
+
+
+def test_a_manifest_has_a_largest_size() -> None:
+    (found,) = violations(TENANT + f"spec: {{description: {'x' * MAX_MANIFEST_BYTES}}}")
+    assert found.startswith("m.yaml:1: this manifest is ")
+    assert found.endswith(f" bytes long; at most {MAX_MANIFEST_BYTES} are allowed")
+
+
+def test_a_tenant_needs_no_spec() -> None:
+    (manifest,) = parse(TENANT + "---\n# nothing more\n", source="m.yaml")
+    assert manifest.record == Tenant(name="shop")
+    assert (manifest.kind, manifest.name, manifest.where) == ("Tenant", "shop", "m.yaml:1")
+
+
+def test_an_etag_is_taken_along() -> None:
+    assert parse(HEAD + "kind: Tenant\nmetadata: {name: shop, etag: g3}")[0].etag == "g3"
+
+
+def test_what_is_made_in_code_is_named_by_kind_and_name() -> None:
+    assert Manifest(record=Tenant(name="shop")).where == "Tenant shop"
+
+
+def test_files_folders_and_stdin_are_read_in_order(tmp_path: Path) -> None:
+    folder = tmp_path / "manifests"
+    (folder / "deeper.yaml").mkdir(parents=True)
+    for name in ("b.yml", "a.yaml", "c.txt"):
+        (folder / name).write_text(TENANT.replace("shop", name[0]))
+    (tmp_path / "one.txt").write_text("\ufeff" + TENANT.replace("shop", "one"), encoding="utf-8")
+    found = load([tmp_path / "one.txt", folder, "-"], stdin=io.StringIO(TENANT))
+    assert [m.name for m in found] == ["one", "a", "b", "shop"]
+    assert [m.source for m in found] == [f"{tmp_path}/one.txt:1", f"{folder}/a.yaml:1", f"{folder}/b.yml:1", "stdin:1"]
+    assert [m.folder for m in found[:3]] == [tmp_path, folder, folder]
+
+
+def test_problems_of_all_files_come_together(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: [")
+    (tmp_path / "b.yaml").write_text(TENANT)
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidArgument) as caught:
+        load([tmp_path, tmp_path / "missing.yaml", tmp_path / "empty", tmp_path / "b.yaml"])
+    found = [str(v.field).removeprefix(str(tmp_path)) + ": " + v.description for v in caught.value.violations]
+    assert found[0].startswith("/a.yaml:")
+    assert found[1:] == [
+        "/c.yaml: is not UTF-8 text",
+        "/missing.yaml: cannot be read: No such file or directory",
+        "/empty: there is no *.yaml or *.yml file in this folder",
+        f"/b.yaml:1 metadata.name: Tenant shop is described twice, first at {tmp_path}/b.yaml:1",
+    ]
+
+
+def test_nothing_to_apply_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("# only a comment\n")
+    with pytest.raises(InvalidArgument, match="there is no manifest in it"):
+        load([tmp_path])
+
+
+def published(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "model.pt").write_bytes(b"weights")
+    manifest = artifact.ArtifactManifest(
+        name="m",
+        format="torchscript",
+        entry="model.pt",
+        inputs=(TensorSpec(name="x", dtype="float32", shape=(-1, 2)),),
+        outputs=(TensorSpec(name="score", dtype="float32", shape=(-1,)),),
+        batching=Batching(max_rows=8),
+    )
+    artifact.write(folder, manifest)
+    return folder
+
+
+def model(location: str, folder: Path, **fields: str) -> Manifest:
+    version = ModelVersion(version="1", artifact=location, **fields)
+    return Manifest(record=Model(name="m", versions=(version,)), source="m.yaml:1", folder=folder)
+
+
+@pytest.mark.parametrize("location", ["./art", "art", "file://{base}/art", "{base}/art"])
+def test_pinning_fills_in_path_digest_and_signature(location: str, tmp_path: Path) -> None:
+    folder = published(tmp_path / "art")
+    (pinned,) = pin_artifacts([model(location.format(base=tmp_path), tmp_path)])
+    assert isinstance(pinned.record, Model)
+    (version,) = pinned.record.versions
+    assert version.artifact == str(folder.resolve())
+    assert version.digest == artifact.digest(folder)
+    assert version.signature == artifact.read(folder).signature
+    assert pin_artifacts([pinned]) == [pinned]
+
+
+def test_pinning_may_start_elsewhere_and_leaves_other_kinds_alone(tmp_path: Path) -> None:
+    published(tmp_path / "art")
+    tenant = Manifest(record=Tenant(name="shop"))
+    pinned = pin_artifacts([tenant, model("art", Path("/nowhere"))], tmp_path)
+    assert pinned[0] is tenant
+    assert isinstance(pinned[1].record, Model)
+    assert pinned[1].record.versions[0].digest
+
+
+def test_pinning_names_every_artifact_that_cannot_be_used(tmp_path: Path) -> None:
+    folder = published(tmp_path / "art")
+    wrong = model("art", tmp_path, digest="sha256:" + "0" * 64)
+    missing = dataclasses.replace(model("nothing", tmp_path), source="n.yaml:1")
+    later = dataclasses.replace(model("s3://bucket/m", tmp_path), source="o.yaml:1")
+    with pytest.raises(FailedPrecondition) as caught:
+        pin_artifacts([wrong, missing, later])
+    fields = [v.field for v in caught.value.violations]
+    texts = [v.description for v in caught.value.violations]
+    assert fields == [f"{name}.yaml:1 spec.versions[0].artifact" for name in "mno"]
+    assert texts[0].startswith("version 1 is pinned to sha256:0000")
+    assert "there is no artifact at" in texts[1]
+    assert "object stores come later" in texts[2]
+    (folder / "model.pt").write_bytes(b"tampered")
+    with pytest.raises(FailedPrecondition, match=r"model\.pt: expected sha256"):
+        pin_artifacts([model("art", tmp_path)])
