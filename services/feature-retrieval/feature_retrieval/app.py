@@ -1,0 +1,104 @@
+"""The composition root: the only file that knows all parts and sees the settings."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+
+from feature_retrieval.ingestion import Ingestion
+from feature_retrieval.near_cache import NearCache
+from feature_retrieval.retrieval import Retrieval
+from feature_retrieval.row_codec import entity_prefix
+from feature_retrieval.servicer import FeatureRetrievalServicer
+from feature_retrieval.settings import FeatureRetrievalSettings
+from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.views import Plans
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
+from plait.errors import Unavailable
+from plait.registry.records import Snapshot
+from plait.registry.watcher import Watcher
+from plait.rpc.credentials import Authenticator
+from plait.rpc.process import Tasks
+from plait.rpc.server import RpcServer
+from plait.telemetry.logging import get_logger
+from plait.telemetry.metrics import Metrics
+from plait.telemetry.tracing import Tracing
+
+log = get_logger(__name__)
+
+_RETRY_S = 0.5  # between attempts to track changes in Redis
+
+
+async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack, tasks: Tasks) -> RpcServer:
+    """Build the service in dependency order; it is ready once a snapshot of the registry is here. Redis may be away."""
+    tracing = Tracing(settings.telemetry, "feature-retrieval")
+    metrics = Metrics()
+    watcher = Watcher(settings.registry.dsn.get_secret_value(), settings.registry.last_known_good, settings.registry.poll_s)
+    tasks.start(watcher.run(), "registry")
+
+    redis = settings.redis
+    store = RedisStore(
+        redis.url.get_secret_value(),
+        connections=redis.connections,
+        connect_timeout_s=redis.connect_timeout_s,
+        write_timeout_s=redis.write_timeout_s,
+    )
+    stack.push_async_callback(store.close)
+    cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
+    metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
+
+    current = CurrentPlans(await watcher.first(settings.registry.first_snapshot_timeout_s))
+    watcher.subscribe(current.swap)
+    if settings.near_cache.max_bytes:
+        tasks.start(_track_changes(store, cache, current), "near-cache")
+
+    authenticator = Authenticator(
+        lambda sha256: watcher.snapshot.keys.get(sha256),  # noqa: PLW0108  (the snapshot is swapped)
+        service_token=settings.rpc.service_token.get_secret_value(),
+        required=settings.rpc.require_auth,
+    )
+    server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
+    servicer = FeatureRetrievalServicer(
+        Retrieval(store, cache, current.plans),
+        Ingestion(store, lambda: watcher.snapshot),
+        current.plans,
+        max_in_flight=settings.rpc.max_in_flight,
+        tracing=tracing,
+    )
+    name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
+    server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
+    return server
+
+
+class CurrentPlans:
+    """Holds the compiled feature sets of the newest snapshot and swaps them whole."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._plans = Plans(snapshot)
+
+    def plans(self) -> Plans:
+        """Return the newest plans."""
+        return self._plans
+
+    def swap(self, snapshot: Snapshot) -> None:
+        """Start anew with a snapshot."""
+        self._plans = Plans(snapshot)
+
+    def key_prefixes(self) -> Sequence[bytes]:
+        """Return what the keys of every tenant's entity types begin with."""
+        snapshot = self._plans.snapshot
+        tenants = {*snapshot.tenants, *(key.tenant for key in snapshot.keys.values()), "default"}
+        types = {view.entity.type for view in snapshot.feature_views.values()}
+        return sorted(entity_prefix(tenant, entity_type) for tenant in tenants for entity_type in types)
+
+
+async def _track_changes(store: RedisStore, cache: NearCache, current: CurrentPlans) -> None:
+    """Keep the near cache told of changes, over every break of the connection."""
+    while True:
+        try:
+            await store.watch(current.key_prefixes, cache)
+        except Unavailable as error:
+            log.info("changes in redis are not tracked, so nothing is cached", reason=error.reason)
+            await asyncio.sleep(_RETRY_S)

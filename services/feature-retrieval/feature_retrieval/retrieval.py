@@ -1,0 +1,343 @@
+"""THE PAGE of feature-retrieval: ids in, tensors and the truth about them out.
+
+plan (compiled) → ids (each once) → near cache → one round trip to Redis for what is left → runs of columns into tensors → statuses → policy
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from feature_retrieval.near_cache import UNKNOWN, NearCache, Reading
+from feature_retrieval.row_codec import FLAG_TOMBSTONE, Bytes2D, Id, KeySpace, header, join
+from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.views import Picture, Plan, Plans, ViewPlan
+from plait.api.types.v1 import types_pb2
+from plait.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable, Violation
+from plait.rpc.call import Call
+
+MAX_ROWS: Final = 10_000
+# Part of what is left of the deadline that a read may take: an answer that says TIMED_OUT must still reach the caller in time.
+_READ_SHARE: Final = 0.9
+
+_PRESENT: Final = types_pb2.ROW_STATUS_PRESENT
+_NULL: Final = types_pb2.ROW_STATUS_NULL
+_DEFAULTED: Final = types_pb2.ROW_STATUS_DEFAULTED
+_NOT_FOUND: Final = types_pb2.ROW_STATUS_NOT_FOUND
+_STALE: Final = types_pb2.ROW_STATUS_STALE
+_TIMED_OUT: Final = types_pb2.ROW_STATUS_TIMED_OUT
+_UNAVAILABLE: Final = types_pb2.ROW_STATUS_UNAVAILABLE
+_STATUSES: Final = len(types_pb2.RowStatus.keys())
+
+Tensor = npt.NDArray[np.generic]
+Index = npt.NDArray[np.intp]
+
+
+@dataclass(slots=True)
+class _Read:
+    """One view of one request while it is read: which ids are still wanted from Redis, and what is known of the others."""
+
+    view: ViewPlan
+    ids: Sequence[Id]
+    space: KeySpace
+    cached: tuple[Bytes2D, Index] | None
+    wanted: Index | None  # positions asked from Redis; None = all
+    keys: list[bytes]
+    reading: Reading | None
+    rows: Sequence[bytes | None] = ()
+    arrived: int = 0  # of keys
+    unread: int = _TIMED_OUT  # the status of what did not arrive
+
+    def wanted_ids(self) -> Sequence[Id]:
+        return self.ids if self.wanted is None else [self.ids[at] for at in self.wanted.tolist()]
+
+
+class Retrieval:
+    """Answers GetFeatures. `plans` gives the compiled feature sets of the newest snapshot."""
+
+    def __init__(self, store: RedisStore, cache: NearCache, plans: Callable[[], Plans], clock: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self._cache = cache
+        self._plans = plans
+        self._clock = clock
+
+    async def get_features(self, request: Any, response: Any, call: Call) -> None:
+        """Fill a GetFeaturesResponse for a GetFeaturesRequest; errors as the contract says."""
+        plans = self._plans()
+        plan = plans.get(request.feature_set, request.inputs)
+        ids = _ids_by_type(plan, request.entities)
+        if call.deadline.expired:
+            raise DeadlineExceeded("the deadline had passed before the read began: allow the call more time")
+        tensors: list[Tensor | None] = [None] * len(plan.tensors)
+        reads: list[_Read] = []
+        inverses: dict[str, Index | None] = {}
+        for entity in plan.entities:
+            unique, inverses[entity.entity_type] = _unique(ids[entity.entity_type])
+            reads += [self._look_up(view, unique, call.tenant) for view in entity.views]
+            for at in entity.tensors:
+                tensors[at] = np.empty((len(unique), plan.tensors[at].width), plan.tensors[at].dtype)
+        response.store_us = await self._fetch(reads, call.deadline.remaining_s() * _READ_SHARE)
+
+        now_us = int(self._clock() * 1e6)
+        counts = np.zeros(_STATUSES, np.int64)
+        for read in reads:
+            statuses, event_times = _place(read, tensors, now_us)
+            inverse = inverses[read.view.view.entity.type]
+            counts += _report(response, read.view, statuses, event_times if request.include_event_times else None, inverse)
+        _enforce(request, counts)
+        for at, tensor_plan in enumerate(plan.tensors):
+            tensor, inverse = tensors[at], inverses[tensor_plan.entity_type]
+            assert tensor is not None  # noqa: S101  (every tensor belongs to an entity of the plan)
+            _answer(response, tensor_plan.name, tensor_plan.number, tensor if inverse is None else tensor[inverse])
+        response.registry_revision = plans.snapshot.revision
+
+    def _look_up(self, view: ViewPlan, ids: Sequence[Id], tenant: str) -> _Read:
+        """Find what the near cache knows of a view's rows, and which keys to ask Redis for."""
+        space = view.key_space(tenant)
+        row_bytes = view.current.codec.row_bytes
+        cached = self._cache.find(space, row_bytes, ids)
+        wanted = None if cached is None else np.flatnonzero(cached[1] == UNKNOWN)
+        read = _Read(view, ids, space, cached, wanted, [], None)
+        if wanted is None or wanted.size:
+            read.keys = space.keys(read.wanted_ids())
+            read.reading = self._cache.begin(space, row_bytes)
+        return read
+
+    async def _fetch(self, reads: list[_Read], timeout_s: float) -> int:
+        """Read every wanted key of every view in one round trip; return the microseconds waited. Failures become statuses."""
+        keys = [key for read in reads for key in read.keys]
+        if not keys:
+            return 0
+        began = time.perf_counter()
+        rows: Sequence[bytes | None] = ()
+        arrived, unread = 0, _TIMED_OUT
+        try:
+            rows, arrived = await self._store.read(keys, timeout_s)
+        except Unavailable:
+            unread = _UNAVAILABLE
+        finally:
+            at = 0
+            for read in reads:
+                if not read.keys:
+                    continue
+                count = len(read.keys)
+                read.arrived = min(max(arrived - at, 0), count)
+                read.rows = rows[at : at + read.arrived]
+                read.unread = unread
+                if read.reading is not None:
+                    self._cache.end(read.reading, read.wanted_ids()[: read.arrived], read.rows)
+                at += count
+        return int((time.perf_counter() - began) * 1e6)
+
+
+def _ids_by_type(plan: Plan, entities: Any) -> dict[str, Sequence[Id]]:
+    """Check the request's entities against the plan; return the ids by entity type. Raises InvalidArgument with every violation."""
+    problems: list[Violation] = []
+    needed = {entity.entity_type: entity for entity in plan.entities}
+    found: dict[str, Sequence[Id]] = {}
+    total = 0
+    for at, rows in enumerate(entities):
+        entity = needed.get(rows.entity_type)
+        if entity is None or rows.entity_type in found:
+            wrong = (
+                "is given twice"
+                if entity is not None
+                else f"is not used by feature set {plan.feature_set.name!r}: it needs {sorted(needed)}"
+            )
+            problems.append(Violation(f"entities[{at}].entity_type", wrong))
+            continue
+        ids, problem = ids_of(rows.ids, entity.key)
+        if problem:
+            problems.append(Violation(f"entities[{at}].ids", problem))
+        found[rows.entity_type] = ids
+        total += len(ids)
+    problems += [Violation("entities", f"ids of entity type {missing!r} are missing") for missing in needed.keys() - found.keys()]
+    if total > MAX_ROWS:
+        problems.append(Violation("entities", f"{total} rows are asked for, at most {MAX_ROWS} are allowed"))
+    if problems:
+        raise InvalidArgument("the entities do not fit the feature set", violations=problems)
+    return found
+
+
+def ids_of(ids: Any, key: str) -> tuple[Sequence[Id], str]:
+    """Return the ids of an EntityIds message as a sequence, and what is wrong with them (empty = nothing)."""
+    strings, ints, composites = ids.string_ids, ids.int64_ids, ids.composite_ids
+    given = [name for name, values in (("string_ids", strings), ("int64_ids", ints), ("composite_ids", composites)) if values]
+    if len(given) > 1:
+        return (), f"only one of {given} may be set"
+    if not given:
+        return (), "at least one id is needed"
+    if given[0] != f"{key}_ids":
+        return (), f"{given[0]} are given, but the entity type's key is {key}: set {key}_ids"
+    values: list[Id] = list(strings or ints)
+    if key == "string" and "" in values:
+        return values, "an id is empty"
+    return values, ""
+
+
+def _unique(ids: Sequence[Id]) -> tuple[Sequence[Id], Index | None]:
+    """Return each id once, and where each caller's row is among them (None = nothing was repeated)."""
+    order = {entity_id: at for at, entity_id in enumerate(dict.fromkeys(ids))}
+    if len(order) == len(ids):
+        return ids, None
+    return list(order), np.fromiter(map(order.__getitem__, ids), np.intp, len(ids))
+
+
+def _place(read: _Read, tensors: Sequence[Tensor | None], now_us: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Copy one view's rows into the tensors, defaults where there are none; return [rows] statuses and [rows] event times."""
+    count = len(read.ids)
+    statuses = np.zeros(count, np.uint8)
+    event_times = np.zeros(count, np.int64)
+    for picture, block, index in _blocks(read):
+        _place_block(read.view, picture, block, index, tensors, statuses, event_times, now_us)
+    if read.arrived < len(read.keys):
+        late = np.arange(read.arrived, len(read.keys)) if read.wanted is None else read.wanted[read.arrived :]
+        statuses[late] = read.unread
+    absent = np.flatnonzero(statuses == 0)
+    if absent.size:
+        statuses[absent] = _DEFAULTED if read.view.has_all_defaults else _NOT_FOUND
+    empty = np.flatnonzero((statuses >= _DEFAULTED) & (statuses != _STALE))
+    if empty.size:
+        for at, cells in read.view.cells.items():
+            tensor = tensors[at]
+            assert tensor is not None  # noqa: S101
+            tensor[np.ix_(empty, cells)] = read.view.defaults[at]
+    return statuses, event_times
+
+
+def _blocks(read: _Read) -> list[tuple[Picture, Bytes2D, Index | None]]:
+    """Return the rows that exist as blocks of one schema each, with their positions (None = all, in order)."""
+    blocks: list[tuple[Picture, Bytes2D, Index | None]] = []
+    if read.cached is not None:
+        rows, slots = read.cached
+        hits = np.flatnonzero(slots >= 0)
+        if hits.size == slots.size:
+            return [(read.view.current, rows[slots], None)]
+        if hits.size:
+            blocks.append((read.view.current, rows[slots[hits]], hits))
+    fetched = read.rows
+    if not fetched:
+        return blocks
+    whole = None if None in fetched else join(fetched, read.view.current.codec.row_bytes)  # type: ignore[arg-type]
+    if whole is not None and (header(whole)["schema"] == read.view.current.codec.schema_id).all():
+        blocks.append(
+            (read.view.current, whole, None if read.wanted is None and len(fetched) == len(read.ids) else _positions(read, len(fetched)))
+        )
+        return blocks
+    return blocks + _by_schema(read)
+
+
+def _positions(read: _Read, count: int) -> Index:
+    return np.arange(count) if read.wanted is None else read.wanted[:count]
+
+
+def _by_schema(read: _Read) -> list[tuple[Picture, Bytes2D, Index | None]]:
+    """The uncommon case: some rows are missing, or were written under an older schema. Rows nobody can read count as missing."""
+    positions = _positions(read, len(read.rows))
+    groups: dict[int, list[int]] = {}
+    for at, row in enumerate(read.rows):
+        if row is not None and len(row) >= 4:
+            groups.setdefault(int.from_bytes(row[2:4], "little"), []).append(at)
+    blocks: list[tuple[Picture, Bytes2D, Index | None]] = []
+    for schema_id, members in groups.items():
+        picture = read.view.pictures.get(schema_id)
+        if picture is None:
+            continue
+        fitting = [at for at in members if len(read.rows[at] or b"") == picture.codec.row_bytes]
+        block = join([row for at in fitting if (row := read.rows[at]) is not None], picture.codec.row_bytes)
+        if block is not None and fitting:
+            blocks.append((picture, block, positions[fitting]))
+    return blocks
+
+
+def _place_block(
+    view: ViewPlan,
+    picture: Picture,
+    block: Bytes2D,
+    index: Index | None,
+    tensors: Sequence[Tensor | None],
+    statuses: npt.NDArray[np.uint8],
+    event_times: npt.NDArray[np.int64],
+    now_us: int,
+) -> None:
+    """Copy one block of rows of one schema: runs of columns, then defaults over nulls, then what is true of each row."""
+    rows: Index | slice = slice(None) if index is None else index
+    for run in picture.runs:
+        tensor = tensors[run.tensor]
+        assert tensor is not None  # noqa: S101
+        tensor[rows, run.column_from : run.column_to] = block[:, run.row_from : run.row_to].view(run.dtype)
+    head = header(block)
+    status = np.full(len(block), _PRESENT, np.uint8)
+    nulls = picture.codec.has_null(block, picture.null_mask)
+    if picture.absent or nulls.any():
+        where = np.arange(len(block)) if picture.absent else np.flatnonzero(nulls)
+        status[where] = _NULL
+        _default_nulls(view, picture, block[where], where if index is None else index[where], tensors)
+    times = head["event_time_us"]
+    if view.view.max_age_s > 0:
+        status[times < now_us - int(view.view.max_age_s * 1e6)] = _STALE
+    expires = head["expires_us"]
+    status[(expires > 0) & (expires < now_us)] = _STALE
+    status[(head["flags"] & FLAG_TOMBSTONE) != 0] = 0
+    statuses[rows] = status
+    event_times[rows] = np.where(status == 0, 0, times)
+
+
+def _default_nulls(view: ViewPlan, picture: Picture, block: Bytes2D, index: Index, tensors: Sequence[Tensor | None]) -> None:
+    """Put each feature's default where its cell is null or its column is younger than the row. `block`, `index`: rows with a null only."""
+    nulls = picture.codec.nulls(block)
+    for at, cells in view.cells.items():
+        tensor = tensors[at]
+        assert tensor is not None  # noqa: S101
+        unknown = np.ones((len(block), len(cells)), np.bool_)
+        for position, name in enumerate(view.names[at]):
+            column = picture.codec.columns.get(name)
+            if column is not None:
+                unknown[:, position] = nulls[:, column.index]
+        here = np.ix_(index, cells)
+        tensor[here] = np.where(unknown, view.defaults[at], tensor[here])
+
+
+def _report(
+    response: Any, view: ViewPlan, statuses: npt.NDArray[np.uint8], event_times: npt.NDArray[np.int64] | None, inverse: Index | None
+) -> npt.NDArray[np.int64]:
+    """Add the view's report to the answer; return its counts by status."""
+    if inverse is not None:
+        statuses = statuses[inverse]
+        event_times = event_times[inverse] if event_times is not None else None
+    counts: npt.NDArray[np.int64] = np.bincount(statuses, minlength=_STATUSES)
+    report = response.views.add(feature_view=view.view.name, entity_type=view.view.entity.type, statuses=statuses.tobytes())
+    report.status_counts.extend(counts.tolist())
+    if event_times is not None:
+        report.event_times_us = event_times.astype("<i8").tobytes()
+    return counts
+
+
+def _enforce(request: Any, counts: npt.NDArray[np.int64]) -> None:
+    """Apply the request's policy and its largest share of defaulted (row, view) pairs to what was found."""
+    good = counts[_PRESENT] + counts[_NULL]
+    if request.policy == types_pb2.MISSING_POLICY_STALE_OK:
+        good += counts[_STALE]
+    total = int(counts.sum())
+    bad = int(total - good)
+    share = request.max_defaulted_share
+    if bad == 0 or (request.policy != types_pb2.MISSING_POLICY_FAIL and (share <= 0 or bad <= share * total)):
+        return
+    found = {types_pb2.RowStatus.keys()[at].removeprefix("ROW_STATUS_").lower(): int(n) for at, n in enumerate(counts) if n}
+    message = f"{bad} of {total} (row, view) pairs are not present, which the call's policy refuses: {found}"
+    if counts[_UNAVAILABLE]:
+        raise Unavailable(message, reason="STORE_UNAVAILABLE", retry_after_s=0.25)
+    if counts[_TIMED_OUT]:
+        raise DeadlineExceeded(message)
+    raise FailedPrecondition(message, reason="FEATURES_MISSING")
+
+
+def _answer(response: Any, name: str, number: int, tensor: Tensor) -> None:
+    added = response.tensors.add(name=name, dtype=number)
+    added.shape.extend(tensor.shape)
+    added.data = tensor.tobytes()

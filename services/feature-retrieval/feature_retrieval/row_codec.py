@@ -1,0 +1,214 @@
+"""The bytes in the store: keys that never collide, and one packed binary row per (tenant, view, entity).
+
+Row (layout 1, little-endian): a 32-byte header {layout u16, schema id u16, flags u32, event time µs i64, expires µs i64, sequence u64}, a null
+bitmap (one bit per column, least significant first, padded to 8 bytes), then the columns in view order. Many rows of one schema are encoded
+and decoded as one numpy block: there is never a Python object per cell.
+
+Key: `p1{` tenant, entity type, typed id `}` view, view version, epoch. Every part is length-prefixed, so no two different tuples give the same
+bytes, whatever characters they hold; the braces are a hash tag, so Redis Cluster keeps all views of one entity in one slot.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from plait.dtypes import BY_NAME
+from plait.errors import InvalidArgument
+from plait.registry.records import FeatureSchema
+
+LAYOUT: Final = 1
+HEADER_BYTES: Final = 32
+FLAG_TOMBSTONE: Final = 1
+MAX_ID_BYTES: Final = 256
+HEADER: Final = np.dtype(
+    [("layout", "<u2"), ("schema", "<u2"), ("flags", "<u4"), ("event_time_us", "<i8"), ("expires_us", "<i8"), ("sequence", "<u8")]
+)
+
+Bytes2D = npt.NDArray[np.uint8]
+IdPart = str | int
+Id = str | int | tuple[IdPart, ...]
+
+_LENGTHS: Final = tuple(struct.pack(">H", n) for n in range(MAX_ID_BYTES + 1))
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def encode_id(entity_id: Id) -> bytes:
+    """Return the typed, length-prefixed form of an id: the string "1", the int 1 and the composite ("1",) all differ.
+
+    Raises InvalidArgument (ID_INVALID) for a string part over 256 bytes of UTF-8, an int outside int64, or more than 8 parts.
+    """
+    if isinstance(entity_id, str):
+        data = _utf8(entity_id)
+        return b"s" + _LENGTHS[len(data)] + data
+    if isinstance(entity_id, int):
+        if not -(1 << 63) <= entity_id < 1 << 63:
+            raise InvalidArgument("an id does not fit int64", reason="ID_INVALID")
+        return b"i" + entity_id.to_bytes(8, "big", signed=True)
+    if not 1 <= len(entity_id) <= 8:
+        raise InvalidArgument("a composite id has 1 to 8 parts", reason="ID_INVALID")
+    return b"c" + bytes([len(entity_id)]) + b"".join(map(encode_id, entity_id))
+
+
+def decode_id(data: bytes) -> tuple[Id, int]:
+    """Return the id at the start of `data` and how many bytes it took."""
+    match data[:1]:
+        case b"s":
+            end = 3 + int.from_bytes(data[1:3], "big")
+            return data[3:end].decode(), end
+        case b"i":
+            return int.from_bytes(data[1:9], "big", signed=True), 9
+        case b"c":
+            parts: list[IdPart] = []
+            at = 2
+            for _ in range(data[1]):
+                part, size = decode_id(data[at:])
+                assert not isinstance(part, tuple)  # noqa: S101  (composites do not nest: encode_id's parts are plain)
+                parts.append(part)
+                at += size
+            return tuple(parts), at
+        case other:
+            raise ValueError(f"not a typed id: {other!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class KeySpace:
+    """Makes the keys of one view for one tenant. `prefix` and `suffix` are what its keys share."""
+
+    prefix: bytes
+    suffix: bytes
+
+    @classmethod
+    def of(cls, tenant: str, entity_type: str, view: str, version: int, epoch: int = 0) -> KeySpace:
+        """Return the key space of a view's version and epoch."""
+        return cls(entity_prefix(tenant, entity_type), b"}" + _short(view) + struct.pack(">HI", version, epoch))
+
+    def keys(self, ids: Sequence[Id]) -> list[bytes]:
+        """Return one key per id. Raises InvalidArgument (ID_INVALID) for an empty or over-long id."""
+        suffix = self.suffix
+        if ids and isinstance(ids[0], str):
+            prefix = self.prefix + b"s"
+            try:
+                return [prefix + _LENGTHS[len(e)] + e + suffix for e in map(str.encode, ids)]  # type: ignore[arg-type]
+            except IndexError:
+                raise InvalidArgument(f"an id is longer than {MAX_ID_BYTES} bytes of UTF-8", reason="ID_INVALID") from None
+            except UnicodeEncodeError:
+                raise InvalidArgument("an id is not valid UTF-8", reason="ID_INVALID") from None
+        return [self.prefix + encode_id(i) + suffix for i in ids]
+
+    def id_of(self, key: bytes) -> Id | None:
+        """Return the id a key of this space stands for, or None for a key of another space."""
+        if not (key.startswith(self.prefix) and key.endswith(self.suffix)):
+            return None
+        entity_id, size = decode_id(key[len(self.prefix) :])
+        return entity_id if len(self.prefix) + size + len(self.suffix) == len(key) else None
+
+
+def entity_prefix(tenant: str, entity_type: str) -> bytes:
+    """Return what all keys of one tenant's entity type begin with."""
+    return b"p1{" + _short(tenant) + _short(entity_type)
+
+
+def _short(name: str) -> bytes:
+    data = name.encode()
+    return bytes([len(data)]) + data
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise InvalidArgument("an id is not valid UTF-8", reason="ID_INVALID") from None
+    if len(data) > MAX_ID_BYTES:
+        raise InvalidArgument(f"an id is longer than {MAX_ID_BYTES} bytes of UTF-8", reason="ID_INVALID")
+    return data
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Where one feature lies in a row. `index` is its bit in the null bitmap, `offset` counts from the row's start."""
+
+    index: int
+    offset: int
+    dtype: np.dtype[np.generic]
+
+
+class RowCodec:
+    """Encodes and decodes rows of one schema, many at a time."""
+
+    def __init__(self, schema: FeatureSchema) -> None:
+        self.schema_id = schema.id
+        self.columns: dict[str, Column] = {}
+        self._bitmap_bytes = -(-len(schema.features) // 64) * 8
+        offset = HEADER_BYTES + self._bitmap_bytes
+        for index, feature in enumerate(schema.features):
+            dtype = np.dtype(BY_NAME[feature.dtype].numpy)
+            self.columns[feature.name] = Column(index, offset, dtype)
+            offset += dtype.itemsize
+        self.row_bytes = offset
+
+    def __repr__(self) -> str:
+        return f"<RowCodec schema={self.schema_id} columns={len(self.columns)} row_bytes={self.row_bytes}>"
+
+    def blank(self, rows: int) -> Bytes2D:
+        """Return [rows, row_bytes] rows with a header of this schema, every column null."""
+        block = np.zeros((rows, self.row_bytes), np.uint8)
+        head = header(block)
+        head["layout"] = LAYOUT
+        head["schema"] = self.schema_id
+        bits = np.zeros(self._bitmap_bytes * 8, np.uint8)
+        bits[: len(self.columns)] = 1
+        block[:, HEADER_BYTES : HEADER_BYTES + self._bitmap_bytes] = np.packbits(bits, bitorder="little")
+        return block
+
+    def nulls(self, block: Bytes2D) -> npt.NDArray[np.bool_]:
+        """Return [rows, columns]: True where a column is null."""
+        bitmap = block[:, HEADER_BYTES : HEADER_BYTES + self._bitmap_bytes]
+        return np.unpackbits(bitmap, axis=1, bitorder="little", count=len(self.columns)).view(np.bool_)
+
+    def set_nulls(self, block: Bytes2D, nulls: npt.NDArray[np.bool_]) -> None:
+        """Write [rows, columns] null bits."""
+        padded = np.zeros((len(block), self._bitmap_bytes * 8), np.bool_)
+        padded[:, : nulls.shape[1]] = nulls
+        block[:, HEADER_BYTES : HEADER_BYTES + self._bitmap_bytes] = np.packbits(padded, axis=1, bitorder="little")
+
+    def null_mask(self, names: Sequence[str]) -> Bytes2D:
+        """Return the bitmap with exactly these columns' bits set, to be and-ed with rows' bitmaps."""
+        bits = np.zeros(self._bitmap_bytes * 8, np.uint8)
+        bits[[self.columns[name].index for name in names]] = 1
+        return np.packbits(bits, bitorder="little")
+
+    def has_null(self, block: Bytes2D, mask: Bytes2D) -> npt.NDArray[np.bool_]:
+        """Return [rows]: True where any column of `mask` is null."""
+        words = block[:, HEADER_BYTES : HEADER_BYTES + self._bitmap_bytes].view("<u8")
+        found: npt.NDArray[np.bool_] = (words & mask.view("<u8")).any(axis=1)
+        return found
+
+
+def header(block: Bytes2D) -> npt.NDArray[np.void]:
+    """Return the headers of [rows, row_bytes] as a structured view, one record per row (writable where the block is)."""
+    return block[:, :HEADER_BYTES].view(HEADER)[:, 0]
+
+
+def split(block: Bytes2D) -> list[bytes]:
+    """Return each row of the block as bytes, ready for the store."""
+    data, size = block.tobytes(), block.shape[1]
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+def join(rows: Sequence[bytes], row_bytes: int) -> Bytes2D | None:
+    """Return rows as one [rows, row_bytes] block, or None when they are not all of that length (another schema is among them)."""
+    data = b"".join(rows)
+    if len(data) != len(rows) * row_bytes or any(len(row) != row_bytes for row in rows):
+        return None
+    return np.frombuffer(data, np.uint8).reshape(len(rows), row_bytes)
