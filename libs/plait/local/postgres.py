@@ -18,17 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from plait.errors import Internal, PlaitError
+from plait.errors import Internal
 from plait.local import postgres_software, predecessor
 from plait.local.accounts import Account, own, reaches, unprivileged
 from plait.local.child import Child
+from plait.local.ports import Port
 from plait.local.postgres_software import Software
-from plait.local.readiness import free_port, start_failed, until_ready
+from plait.local.readiness import start_failed, until_ready
 
 USER: Final = "plait"
 _MAINTENANCE_DATABASE: Final = "postgres"
-_TAKEN: Final = "Address already in use"
-_ATTEMPTS: Final = 4  # another process may take the free port before us
 _STOP_GRACE_S: Final = 20.0
 _PROTOCOL: Final = 196608  # 3.0
 _SHARED: Final = Path("/var/tmp")  # noqa: S108 - outlives a restart, unlike /tmp; the folder made in it is private
@@ -64,10 +63,15 @@ class EmbeddedPostgres:
         self._home: Path
         self._password = ""
         self._child: Child | None = None
-        self.port = 0
+        self._port: Port
 
     def __repr__(self) -> str:
-        return f"<EmbeddedPostgres port={self.port} {self._child!r}>"
+        return f"<EmbeddedPostgres {self._child!r}>"
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return self._port.address
 
     @property
     def dsn(self) -> str:
@@ -76,28 +80,25 @@ class EmbeddedPostgres:
 
     def dsn_of(self, database: str) -> str:
         """Return the DSN of one database."""
-        return f"postgresql://{USER}:{self._password}@127.0.0.1:{self.port}/{database}"
-
-    @property
-    def pid(self) -> int:
-        """The postmaster's process id."""
-        return self._running.pid
+        return f"postgresql://{USER}:{self._password}@{self.address}/{database}"
 
     @property
     def child(self) -> Child:
-        """The process, for whoever watches it."""
-        return self._running
+        """The postmaster."""
+        if self._child is None:
+            raise RuntimeError("the embedded PostgreSQL is not started; use `async with`")
+        return self._child
 
     async def __aenter__(self) -> Self:
+        self._port = Port()
         self._account = unprivileged()
         self._home = _home(self._given, self._account)
         try:
             self._software = postgres_software.for_account(postgres_software.locate(), self._account, self._home)
-            await predecessor.gone(self._data / "postmaster.pid", marker=str(self._data), timeout_s=_STOP_GRACE_S)
             self._password = self._read_password()
             if not (self._data / "PG_VERSION").exists():
                 await self._initialize()
-            await self._start()
+            await self.start()
         except BaseException:
             await self._close()
             raise
@@ -105,6 +106,13 @@ class EmbeddedPostgres:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._close()
+
+    async def start(self) -> Child:
+        """Start the server again after it has ended, at the same address; `async with` does so the first time."""
+        await predecessor.gone(self._data / "postmaster.pid", marker=str(self._data), timeout_s=_STOP_GRACE_S)
+        self._child = self._spawn()
+        await until_ready(self._child, self._accepts, timeout_s=self._start_timeout_s)
+        return self._child
 
     def create_database(self, name: str) -> str:
         """Create a database where it is not there yet; return its DSN."""
@@ -119,19 +127,25 @@ class EmbeddedPostgres:
 
     def psql(self, sql: str, database: str = _MAINTENANCE_DATABASE) -> str:
         """Run one statement and return what it printed, bare. Raises Internal with the server's answer."""
-        command = [str(self._software.psql), "-X", "-A", "-t", "-q", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-p", str(self.port)]
+        command = [
+            str(self._software.psql),
+            "-X",
+            "-A",
+            "-t",
+            "-q",
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(self._port.number),
+        ]
         command += ["-U", USER, "-d", database, "-c", sql]
         environment = {**os.environ, "PGPASSWORD": self._password}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)  # noqa: S603
         if done.returncode != 0:
             raise Internal(f"PostgreSQL refused a statement: {done.stderr.strip()}", reason="LOCAL_STATEMENT_FAILED")
         return done.stdout.strip()
-
-    @property
-    def _running(self) -> Child:
-        if self._child is None:
-            raise RuntimeError("the embedded PostgreSQL is not started; use `async with`")
-        return self._child
 
     @property
     def _data(self) -> Path:
@@ -166,30 +180,18 @@ class EmbeddedPostgres:
         if status != 0:
             raise start_failed(initdb, f"ended with status {status}")
 
-    async def _start(self) -> None:
-        for attempt in range(_ATTEMPTS):
-            self.port = free_port()
-            self._child = self._spawn()
-            try:
-                await until_ready(self._child, self._accepts, timeout_s=self._start_timeout_s)
-            except PlaitError:
-                if attempt == _ATTEMPTS - 1 or _TAKEN not in self._child.log_tail():
-                    raise
-            else:
-                return
-
     def _spawn(self) -> Child:
         """Start the postmaster; should we be killed, it shuts down at once but in order."""
         settings = _SETTINGS | ({} if self._durable else _FORGETFUL)
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        argv: list[str | Path] = [self._software.postgres, "-D", self._data, "-p", str(self.port), *options]
+        argv: list[str | Path] = [self._software.postgres, "-D", self._data, "-p", str(self._port.number), *options]
         return Child.start(argv, name="postgres", log=self._log_file, cwd=self._home, account=self._account, death_signal=signal.SIGINT)
 
     async def _accepts(self) -> bool:
         """Say whether the server takes log-ins: it answers a start-up packet with a request to authenticate, not with an error."""
         parameters = b"user\0" + USER.encode() + b"\0database\0" + _MAINTENANCE_DATABASE.encode() + b"\0\0"
         try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._port.number)
         except OSError:
             return False
         try:
@@ -206,6 +208,7 @@ class EmbeddedPostgres:
             if self._child is not None:
                 await self._child.stop(signal.SIGINT, grace_s=_STOP_GRACE_S)
         finally:
+            self._port.close()
             if self._given is None:
                 shutil.rmtree(self._home, ignore_errors=True)
 

