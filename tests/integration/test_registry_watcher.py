@@ -48,17 +48,22 @@ async def store(dsn: str) -> AsyncIterator[Store]:
 
 @pytest.fixture
 async def proxy(dsn: str) -> AsyncIterator[TcpProxy]:
-    address = urlsplit(dsn)
-    assert address.hostname
-    assert address.port
-    async with TcpProxy((address.hostname, address.port)) as opened:
+    async with TcpProxy(address(dsn)) as opened:
         yield opened
 
 
+def address(dsn: str) -> tuple[str, int]:
+    parts = urlsplit(dsn)
+    assert parts.hostname
+    assert parts.port
+    return parts.hostname, parts.port
+
+
 def through(proxy: TcpProxy, dsn: str) -> str:
-    address = urlsplit(dsn)
-    user = address.netloc.rpartition("@")[0]
-    return urlunsplit(address._replace(netloc=f"{user}@127.0.0.1:{proxy.port}" if user else f"127.0.0.1:{proxy.port}"))
+    """Return the DSN with the proxy's address in it."""
+    parts = urlsplit(dsn)
+    user = parts.netloc.rpartition("@")[0]
+    return urlunsplit(parts._replace(netloc=f"{user}@127.0.0.1:{proxy.port}"))
 
 
 async def test_a_commit_is_visible_within_100_ms_without_polling(store: Store, dsn: str) -> None:
@@ -169,19 +174,19 @@ def home() -> Iterator[Path]:
 async def test_postgres_killed_and_started_again_elsewhere_is_found_again(home: Path) -> None:
     async with TcpProxy(None) as proxy, AsyncExitStack() as stack:
         async with EmbeddedPostgres(home) as server:
-            proxy.target = ("127.0.0.1", server.port)
+            proxy.target = address(server.dsn)
             dsn = through(proxy, server.dsn)
             async with await Store.open(dsn) as store:
                 await store.migrate()
                 await store.apply(manifests(), actor="anna")
             watcher = await stack.enter_async_context(Watcher(dsn, poll_s=3600))
             await watcher.first(10)
-            os.kill(server.pid, signal.SIGKILL)
+            os.kill(server.child.pid, signal.SIGKILL)
             await eventually(lambda: not watcher.connected)
         proxy.target = None
         assert watcher.snapshot.routes == {"home": HOME}
         async with EmbeddedPostgres(home) as again:
-            proxy.target = ("127.0.0.1", again.port)
+            proxy.target = address(again.dsn)
             await eventually(lambda: watcher.connected)
             async with await Store.open(dsn) as store:
                 await store.apply(manifests(Tenant(name="later")), actor="anna")

@@ -56,6 +56,17 @@ def users_of(snapshot: Snapshot, key: Key) -> tuple[str, ...]:
     return tuple(found)
 
 
+def misfits(route: Route, model: Model, version: ModelVersion, snapshot: Snapshot) -> tuple[str, ...]:
+    """Return why a version cannot serve a route, empty when it can; the router asks so that one that does not fit hurts no other."""
+    signature = version.signature
+    if signature is None:
+        return (f"model {model.name!r} version {version.version} has no signature; pin the artifact first (plait apply does)",)
+    feature_set = snapshot.feature_sets.get(signature.feature_set)
+    found = [*rules.check_signature(signature), *_fits(signature, snapshot)] if signature.feature_set else []
+    found += [*rules.check(feature_set), *_set(feature_set, snapshot)] if feature_set is not None else []
+    return (*(message for _, message in found), *_serves(route, model, version, signature, snapshot))
+
+
 def _view_name(reference: str) -> str:
     return reference.partition(":")[0]
 

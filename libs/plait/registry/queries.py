@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
 from plait.registry.plan import Step
@@ -67,30 +68,47 @@ def _resource(row: Row) -> Resource:
     )
 
 
-Known = dict[Key, tuple[int, Record]]
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A record, the text it was read from, and the revision of its last change."""
+
+    revision: int
+    text: str
+    record: Record
 
 
-async def snapshot(connection: Connection, known: Known | None = None) -> Snapshot:
+Known = dict[Key, Read]
+
+
+async def snapshot(connection: Connection, known: Known | None = None, since: int = 0) -> Snapshot:
     """Return the whole registry.
 
-    `known` (revision and record by key, of this same database) spares reading again what did not change, and is brought up to date.
+    `known` is what was read before and is brought up to date; what has the same text is not parsed again, and what did not change
+    after revision `since` (0 unless this very database answered then) is not even fetched.
     """
     known = {} if known is None else known
     now = await revision(connection)
-    since = max((seen for seen, _ in known.values()), default=0)
     rows = await connection.fetch(
-        """select kind, name, revision, case when revision > $2 then spec end as spec from plait.resource where kind = any($1::text[])""",
+        "select kind, name, revision, case when revision > $2 then spec end as spec from plait.resource where kind = any($1::text[])",
         list(KINDS),
         since,
     )
-    current: Known = {}
-    for row in rows:
-        key = (row["kind"], row["name"])
-        spec = row["spec"]
-        current[key] = known[key] if spec is None else (row["revision"], from_stored(*key, json.loads(spec)))
+    current = {(row["kind"], row["name"]): _read(row, known.get((row["kind"], row["name"]))) for row in rows}
     known.clear()
     known.update(current)
-    return snapshot_of(now, (record for _, record in current.values()), await api_keys(connection))
+    return snapshot_of(now, (read.record for read in current.values()), await api_keys(connection))
+
+
+def _read(row: Row, before: Read | None) -> Read:
+    text = row["spec"]
+    if before is not None and text in (None, before.text):
+        return before
+    return Read(row["revision"], text, from_stored(row["kind"], row["name"], json.loads(text)))
+
+
+async def world(connection: Connection, resources: Iterable[Resource]) -> Snapshot:
+    """Return resources already read, and the keys, as a snapshot."""
+    return snapshot_of(await revision(connection), (r.record for r in resources), await api_keys(connection))
 
 
 async def past(connection: Connection, views: Sequence[str], models: Sequence[str]) -> Past:

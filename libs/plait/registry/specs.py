@@ -7,8 +7,9 @@ write may hold no unknown field; what was stored may, because a newer version of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, TypeVar, cast, get_args
 
@@ -24,6 +25,7 @@ KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 _STRICT: Final = ConfigDict(extra="forbid", strict=True)
 _LENIENT: Final = ConfigDict(extra="ignore", strict=True)
+_SCALARS: Final = (str, int, float)
 _FILLED_IN: Final = ("schemas",)  # by the store; never part of a manifest
 
 T = TypeVar("T")
@@ -86,29 +88,34 @@ def freeze(value: T) -> T:
     if isinstance(value, tuple):
         for item in value:
             freeze(item)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            inner = getattr(value, field.name)
-            if isinstance(inner, dict):
-                for item in inner.values():
-                    freeze(item)
-                object.__setattr__(value, field.name, MappingProxyType(inner))
-            else:
-                freeze(inner)
+        return value
+    for name, _ in _fields(cast("Hashable", type(value))):
+        inner = getattr(value, name)
+        if isinstance(inner, dict):
+            for item in inner.values():
+                freeze(item)
+            object.__setattr__(value, name, MappingProxyType(inner))
+        else:
+            freeze(inner)
     return value
+
+
+@functools.cache
+def _fields(cls: Hashable) -> tuple[tuple[str, dataclasses.Field[Any]], ...]:
+    """Return the fields of a dataclass by name, none of anything else; a view has thousands of values, so this is looked up once."""
+    return tuple((f.name, f) for f in dataclasses.fields(cls)) if isinstance(cls, type) and dataclasses.is_dataclass(cls) else ()
 
 
 def to_plain(value: Any, *, defaults: bool = True) -> Any:
     """Return records and what they hold as JSON types; without `defaults`, fields at their default are left out."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        kept = [f for f in fields if defaults or not _is_default(f, getattr(value, f.name))]
-        return {f.name: to_plain(getattr(value, f.name), defaults=defaults) for f in kept}
+    if value is None or isinstance(value, _SCALARS):
+        return value
     if isinstance(value, tuple | list):
         return [to_plain(item, defaults=defaults) for item in value]
     if isinstance(value, Mapping):
         return {name: to_plain(item, defaults=defaults) for name, item in value.items()}
-    return value
+    found = ((name, field, getattr(value, name)) for name, field in _fields(cast("Hashable", type(value))))
+    return {name: to_plain(inner, defaults=defaults) for name, field, inner in found if defaults or not _is_default(field, inner)}
 
 
 def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:

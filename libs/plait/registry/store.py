@@ -170,7 +170,7 @@ class Store:
         _check_author(actor, reason)
         async with self._writing() as (connection, revision):
             current = await queries.resources(connection)
-            step = plan.delete((kind, name), etag, current, await queries.snapshot(connection))
+            step = plan.delete((kind, name), etag, current, await queries.world(connection, current.values()))
             (change,) = await _write(connection, [step], revision, actor, reason)
             return change
 
@@ -256,16 +256,20 @@ class Store:
 
 
 class Listener:
-    """One connection that hears of every change and reads snapshots. It is used by one task; when it breaks, open another."""
+    """One connection that hears of every change and reads snapshots. It is used by one task; when it breaks, open another.
 
-    def __init__(self, connection: Any) -> None:
+    `known` may be handed from one listener to the next, so that after an outage only what changed is parsed again.
+    """
+
+    def __init__(self, connection: Any, known: queries.Known) -> None:
         self._connection = connection
         self._heard = asyncio.Event()
-        self._known: queries.Known = {}
+        self._known = known
+        self._since = 0  # this server may be another than the last listener's, so it is asked for everything once
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, dsn: str) -> AsyncIterator[Self]:
+    async def open(cls, dsn: str, known: queries.Known | None = None) -> AsyncIterator[Self]:
         """Connect and listen. Raises as `Store.open` does."""
         with _connecting(dsn):
             connection = await asyncpg.connect(
@@ -274,7 +278,7 @@ class Listener:
                 command_timeout=_LISTENER_TIMEOUT_S,
                 server_settings={"application_name": "plait-watcher"},
             )
-        listener = cls(connection)
+        listener = cls(connection, {} if known is None else known)
         connection.add_termination_listener(lambda _: listener._heard.set())
         try:
             with mapped():
@@ -302,7 +306,9 @@ class Listener:
         """Return the whole registry at one revision; what did not change since the last time is not read again."""
         with mapped():
             async with self._connection.transaction(isolation="repeatable_read", readonly=True):
-                return await queries.snapshot(self._connection, self._known)
+                found = await queries.snapshot(self._connection, self._known, self._since)
+        self._since = found.revision
+        return found
 
 
 def _check_author(actor: str, reason: str) -> None:
@@ -317,7 +323,7 @@ async def _apply(
 ) -> list[Change]:
     current = await queries.resources(connection)
     past = await queries.past(connection, *plan.names_with_past(manifests))
-    steps = plan.apply(manifests, current, await queries.snapshot(connection), past)
+    steps = plan.apply(manifests, current, await queries.world(connection, current.values()), past)
     if dry_run:
         return [_change(step, step.before.generation + 1 if step.before else 1, revision, actor, reason) for step in steps]
     return await _write(connection, steps, revision, actor, reason)

@@ -17,6 +17,7 @@ from typing import Final, Literal, Self
 
 from plait.errors import PlaitError, Unavailable
 from plait.registry import last_known_good
+from plait.registry.queries import Known
 from plait.registry.records import EMPTY, Snapshot
 from plait.registry.store import Listener
 from plait.telemetry.logging import get_logger
@@ -56,6 +57,7 @@ class Watcher:
         self._subscribers: list[Subscriber] = []
         self._ready = asyncio.Event()
         self._file_tried = False
+        self._known: Known = {}
         self._failures = 0
         self._changed_at = time.monotonic()
         self._unsaved = asyncio.Event()
@@ -121,7 +123,7 @@ class Watcher:
 
     async def _watch_until_it_breaks(self) -> None:
         try:
-            async with Listener.open(self._dsn) as listener:
+            async with Listener.open(self._dsn, self._known) as listener:
                 await self._watch(listener)
         except PlaitError as error:
             self._failed(error.reason, error.message)

@@ -69,7 +69,8 @@ def test_fields_are_found_through_lists_optionals_and_mappings() -> None:
 
 def test_values_are_shown_short() -> None:
     assert shown("x" * 500) == repr("x" * 59 + "…")
-    assert [shown(v) for v in ({}, [], None, False, 3)] == ["a mapping", "a list", "nothing", "the truth value false", "the number 3"]
+    values: list[object] = [{}, [], None, False, 3]
+    assert [shown(v) for v in values] == ["a mapping", "a list", "nothing", "the truth value false", "the number 3"]
 
 
 def test_a_suggestion_is_made_only_where_something_is_close() -> None:

@@ -178,8 +178,8 @@ def published(folder: Path) -> Path:
     return folder
 
 
-def model(location: str, folder: Path, **fields: str) -> Manifest:
-    version = ModelVersion(version="1", artifact=location, **fields)
+def model(location: str, folder: Path, digest: str = "") -> Manifest:
+    version = ModelVersion(version="1", artifact=location, digest=digest)
     return Manifest(record=Model(name="m", versions=(version,)), source="m.yaml:1", folder=folder)
 
 
