@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tests.fakes.registry_world import FEATURES, HOME, RANKER, SIGNATURE, VERSION, WORLD
 
-from plait.registry.crosschecks import check, users_of
+from plait.registry.crosschecks import check, misfits, users_of
 from plait.registry.records import (
     ApiKey,
     Entity,
@@ -207,3 +207,12 @@ def test_every_problem_is_found_at_once() -> None:
 def test_users_are_listed(key: Key, users: tuple[str, ...]) -> None:
     with_key = snapshot_of(1, WORLD, [ApiKey(id="key-1", tenant="shop", sha256="0" * 64)])
     assert users_of(with_key, key) == users
+
+
+def test_a_version_that_fits_has_no_misfits_and_one_that_does_not_says_why() -> None:
+    assert misfits(HOME, RANKER, VERSION, world()) == ()
+    unpinned = dataclasses.replace(VERSION, signature=None)
+    assert "has no signature" in misfits(HOME, RANKER, unpinned, world())[0]
+    wide = dataclasses.replace(VERSION, signature=signature(item=dataclasses.replace(ITEM, shape=(-1, 64))))
+    assert misfits(HOME, RANKER, wide, world()) == ("'item' has shape [-1, 64], but feature set 'home' yields 2 columns: [rows, 2]",)
+    assert "there is no feature view 'item-stats'" in misfits(HOME, RANKER, VERSION, world(without=("FeatureView item-stats",)))[0]
