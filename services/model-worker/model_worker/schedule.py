@@ -1,0 +1,270 @@
+"""Who runs next, decided without I/O and without a clock of its own: every method takes `now_s`, so tests need no time to pass.
+
+- Work-conserving: an idle runner never waits for company; while it is busy, arrivals gather.
+- Earliest deadline first, in rows rather than requests (Triton and MLServer count requests, so one caller's thousand rows weigh like one).
+- Admission by prediction: what could not meet its deadline, or would make those already let in miss theirs, is refused at once
+  (Clockwork, OSDI '20). What expired while waiting is dropped before it runs, and a batch stops growing where its most urgent
+  member would be late (Nexus, SOSP '19).
+- A request larger than a batch runs in pieces, between which more urgent ones run (the idea of Orca, OSDI '22).
+- A batch that fails is halved until the request at fault is alone.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Final
+
+from model_worker.latency import LatencyModel
+from plait.errors import DeadlineExceeded, InvalidArgument, PlaitError, ResourceExhausted
+
+_PATIENCE_S: Final = 60.0  # a request without a deadline is ordered as if it had this one, so that it cannot starve
+_MIN_RETRY_S: Final = 0.01
+_MAX_RETRY_S: Final = 5.0
+_ORDER: Final = attrgetter("order")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """`margin_s` is added to every predicted duration at admission. `joins`: requests may share a batch; `splits`: one may run in pieces."""
+
+    max_rows: int
+    max_queue_rows: int
+    margin_s: float = 0.0005
+    joins: bool = True
+    splits: bool = True
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Ticket:
+    """One request from arrival to answer. Only requests of one `kind` (their fixed dimensions) can share a batch.
+
+    `taken` rows were handed to batches so far; `over`: it was answered, or its caller has gone.
+    """
+
+    rows: int
+    deadline_s: float
+    kind: Hashable = None
+    order: tuple[float, int] = field(default=(0.0, 0), init=False)
+    arrived_s: float = field(default=0.0, init=False)
+    taken: int = field(default=0, init=False)
+    over: bool = field(default=False, init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Rows [start, stop) of a ticket."""
+
+    ticket: Ticket
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Batch:
+    """What one forward pass computes."""
+
+    shares: tuple[Share, ...]
+    rows: int
+    started_s: float
+
+
+class Schedule:
+    """The queue of one model in front of one runner."""
+
+    def __init__(self, limits: Limits, latency: LatencyModel | None = None) -> None:
+        self.limits = limits
+        self.latency = latency or LatencyModel()
+        self.running: Batch | None = None
+        self.queued_rows = 0
+        self._queue: list[Ticket] = []  # sorted: most urgent first
+        self._halves: deque[tuple[Share, ...]] = deque()  # of failed batches; they go first
+        self._arrivals = itertools.count()
+
+    def __repr__(self) -> str:
+        running = self.running.rows if self.running else 0
+        return (
+            f"<Schedule queued={len(self._queue)} rows={self.queued_rows}/{self.limits.max_queue_rows} running={running} {self.latency!r}>"
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        return self.running is None and not self._queue and not self._halves
+
+    def offer(self, ticket: Ticket, now_s: float) -> None:
+        """Let a request in, or raise InvalidArgument (too large), ResourceExhausted (queue full) or DeadlineExceeded."""
+        self._check_size(ticket)
+        if ticket.deadline_s <= now_s:
+            raise _expired()
+        if self.queued_rows + ticket.rows > self.limits.max_queue_rows:
+            raise self._full()
+        ticket.arrived_s = now_s
+        ticket.order = (min(ticket.deadline_s, now_s + _PATIENCE_S), next(self._arrivals))
+        at = bisect.bisect(self._queue, ticket.order, key=_ORDER)
+        if self.latency.trusted(now_s):
+            self._check_deadlines(ticket, at, now_s)
+        self._queue.insert(at, ticket)
+        self.queued_rows += ticket.rows
+
+    def next(self, now_s: float) -> tuple[Batch | None, list[Ticket]]:
+        """Return the batch to run now, if the runner is free and anything waits, and the requests dropped because they are too late."""
+        if self.running is not None:
+            return None, []
+        late: list[Ticket] = []
+        shares = self._half(now_s, late) or self._fill(now_s, late)
+        if shares:
+            self.running = Batch(shares=shares, rows=sum(s.rows for s in shares), started_s=now_s)
+        return self.running, late
+
+    def finished(self, now_s: float) -> None:
+        """The running batch was computed: learn from it."""
+        batch, self.running = self.running, None
+        if batch is not None:
+            self.latency.observe(batch.rows, now_s - batch.started_s, now_s)
+
+    def failed(self) -> Ticket | None:
+        """The running batch failed: return the request at fault, or None where there were several, which then run again by halves."""
+        batch, self.running = self.running, None
+        if batch is None:
+            return None
+        if len(batch.shares) == 1:
+            ticket = batch.shares[0].ticket
+            self.withdraw(ticket)
+            return ticket
+        middle = len(batch.shares) // 2
+        self._halves.extendleft((batch.shares[middle:], batch.shares[:middle]))
+        return None
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Forget a request: its caller has gone, or it was answered otherwise. What already runs is not stopped, only not delivered."""
+        if ticket.over:
+            return
+        ticket.over = True
+        if ticket.taken < ticket.rows:
+            del self._queue[bisect.bisect_left(self._queue, ticket.order, key=_ORDER)]
+            self.queued_rows -= ticket.rows - ticket.taken
+
+    # --- composing a batch
+
+    def _half(self, now_s: float, late: list[Ticket]) -> tuple[Share, ...]:
+        while self._halves:
+            half = self._halves.popleft()
+            for share in half:
+                if not share.ticket.over and share.ticket.deadline_s <= now_s:
+                    self.withdraw(share.ticket)
+                    late.append(share.ticket)
+            living = tuple(share for share in half if not share.ticket.over)
+            if living:
+                return living
+        return ()
+
+    def _fill(self, now_s: float, late: list[Ticket]) -> tuple[Share, ...]:
+        """Take requests by urgency, of the first one's kind, until the batch is full or would make the first one late."""
+        self._drop_late(now_s, late)
+        if not self._queue:
+            return ()
+        first = self._queue[0]
+        rows = min(first.rows - first.taken, self.limits.max_rows if self.limits.splits else first.rows)
+        shares = [self._take(first, rows)]
+        most = self._most_rows(first, now_s) if self.limits.joins else 0
+        passed: list[Ticket] = []
+        seen = 1
+        for ticket in itertools.islice(self._queue, 1, None):
+            if rows >= most:
+                break
+            seen += 1
+            if ticket.kind != first.kind:
+                passed.append(ticket)
+                continue
+            if rows + ticket.rows - ticket.taken > most:
+                passed.append(ticket)
+                break
+            shares.append(self._take(ticket, ticket.rows - ticket.taken))
+            rows += shares[-1].rows
+        rest = [first] if first.taken < first.rows else []
+        self._queue[:seen] = rest + passed
+        return tuple(shares)
+
+    def _take(self, ticket: Ticket, rows: int) -> Share:
+        share = Share(ticket, ticket.taken, ticket.taken + rows)
+        ticket.taken += rows
+        self.queued_rows -= rows
+        return share
+
+    def _drop_late(self, now_s: float, late: list[Ticket]) -> None:
+        """Drop from the head what has expired or, by a fresh estimate, cannot finish in time even if it ran now."""
+        trusted = self.latency.trusted(now_s)
+        while self._queue:
+            head = self._queue[0]
+            if head.deadline_s > now_s and not (trusted and now_s + self._duration_s(head.rows - head.taken) > head.deadline_s):
+                return
+            self.withdraw(head)
+            late.append(head)
+
+    def _most_rows(self, first: Ticket, now_s: float) -> int:
+        per_row_s = self.latency.per_row_s
+        if not per_row_s:
+            return self.limits.max_rows
+        slack_s = first.deadline_s - now_s - self.limits.margin_s - self.latency.per_batch_s
+        return int(min(self.limits.max_rows, slack_s / per_row_s))
+
+    # --- admission
+
+    def _check_size(self, ticket: Ticket) -> None:
+        most = self.limits.max_queue_rows if self.limits.splits else min(self.limits.max_rows, self.limits.max_queue_rows)
+        if ticket.rows > most:
+            raise InvalidArgument(
+                f"the request has {ticket.rows} rows and this model takes at most {most} at once: split it", reason="TOO_MANY_ROWS"
+            )
+
+    def _check_deadlines(self, ticket: Ticket, at: int, now_s: float) -> None:
+        """Refuse where, by prediction, the request or one already let in would be late. Mostly one comparison: everybody in time?"""
+        free_s = self._free_s(now_s) + self.limits.margin_s
+        all_done_s = free_s + self._duration_s(self.queued_rows + ticket.rows)
+        most_urgent = self._queue[0] if at else ticket
+        if all_done_s <= most_urgent.deadline_s:
+            return
+        before = sum(t.rows - t.taken for t in itertools.islice(self._queue, at))
+        done_s = free_s + self._duration_s(before + ticket.rows)
+        if done_s > ticket.deadline_s:
+            raise self._too_late(done_s - now_s, ticket.deadline_s - now_s)
+        rows = before
+        for other in itertools.islice(self._queue, at, None):
+            rows += other.rows - other.taken
+            in_time_without = free_s + self._duration_s(rows) <= other.deadline_s
+            if in_time_without and free_s + self._duration_s(rows + ticket.rows) > other.deadline_s:
+                raise self._full("requests already let in would miss their deadlines")
+
+    def _free_s(self, now_s: float) -> float:
+        if self.running is None:
+            return now_s
+        return max(now_s, self.running.started_s + self.latency.predict_s(self.running.rows))
+
+    def _duration_s(self, rows: int) -> float:
+        return self.latency.predict_s(rows, -(-rows // self.limits.max_rows))
+
+    def _full(self, why: str = "") -> PlaitError:
+        wait_s = min(max(self._duration_s(self.queued_rows), _MIN_RETRY_S), _MAX_RETRY_S)
+        why = why or f"{self.queued_rows} of {self.limits.max_queue_rows} rows wait"
+        return ResourceExhausted(f"the model's queue is full ({why}): retry later or elsewhere", reason="QUEUE_FULL", retry_after_s=wait_s)
+
+    @staticmethod
+    def _too_late(needs_s: float, left_s: float) -> PlaitError:
+        return DeadlineExceeded(
+            f"an answer would take about {needs_s * 1e3:.1f} ms and {left_s * 1e3:.1f} ms are left: allow the call more time",
+            reason="DEADLINE_CANNOT_BE_MET",
+        )
+
+
+def _expired() -> PlaitError:
+    return DeadlineExceeded("the deadline had passed when the request arrived: allow the call more time")
