@@ -1,0 +1,58 @@
+"""The composition root: the only file that knows all parts and sees the settings."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+from plait.api.router.v1 import router_service_pb2 as pb
+from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
+from plait.registry.watcher import Watcher
+from plait.rpc.process import Tasks
+from plait.rpc.server import RpcServer
+from plait.settings import ChannelSettings
+from plait.telemetry.metrics import Metrics
+from plait.telemetry.tracing import Tracing
+from router import auth
+from router.admission import Admission
+from router.feature_client import FeatureClient
+from router.ranking import Ranking
+from router.servicer import RouterServicer
+from router.settings import RouterSettings
+from router.stopwatch import RankingMetrics
+from router.worker_pool import WorkerPool
+
+
+async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: Tasks) -> RpcServer:
+    """Build the service in dependency order; it is ready once a snapshot of the registry is here. What is behind it may be away."""
+    tracing = Tracing(settings.telemetry, "router")
+    metrics = Metrics()
+    registry = settings.registry
+    watcher = Watcher(registry.dsn.get_secret_value(), registry.last_known_good, registry.poll_s)
+    tasks.start(watcher.run(), "registry")
+
+    features = FeatureClient(settings.features, _channel(settings.features.channel, settings), tracing)
+    stack.push_async_callback(features.close)
+    workers = WorkerPool(settings.workers, _channel(settings.workers.channel, settings), tracing)
+    stack.push_async_callback(workers.close)
+    ranking = Ranking(
+        admission=Admission(settings.admission),
+        features=features,
+        workers=workers,
+        metrics=RankingMetrics(metrics),
+        max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
+        features_share=settings.features.budget_share,
+    )
+    await watcher.first(registry.first_snapshot_timeout_s)
+    watcher.subscribe(ranking.adopt)
+
+    server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
+    name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, RouterServicer(ranking), name, scope=auth.SCOPE)
+    return server
+
+
+def _channel(channel: ChannelSettings, settings: RouterSettings) -> ChannelSettings:
+    """Services of one mesh share one token, so it need not be set twice."""
+    if channel.service_token.get_secret_value():
+        return channel
+    return channel.model_copy(update={"service_token": settings.rpc.service_token})

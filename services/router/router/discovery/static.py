@@ -1,0 +1,23 @@
+"""Endpoints from the settings: a list that does not change while the process lives."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_ADDRESS: Final = re.compile(r"(?:dns:///|ipv4:|ipv6:)?(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})\Z")
+_MAX_PORT: Final = 65535
+
+
+def parse(addresses: str) -> tuple[str, ...]:
+    """Return the addresses ("host:port", comma separated) in order; ValueError for none, one that is no address, or one listed twice."""
+    found = tuple(part.strip() for part in addresses.split(",") if part.strip())
+    if not found:
+        raise ValueError("expected at least one host:port")
+    for address in found:
+        port = _ADDRESS.match(address)
+        if port is None or not 0 < int(port.group(1)) <= _MAX_PORT:
+            raise ValueError(f"{address!r} is not host:port with a port of 1 to {_MAX_PORT}")
+    if len(set(found)) < len(found):
+        raise ValueError("an address is listed twice: set connections for more than one connection to a replica")
+    return found

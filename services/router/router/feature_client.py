@@ -1,0 +1,101 @@
+"""How the router reads features: GetFeatures over the multiplexed stream, and what its failures mean to a caller of the router."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
+from plait.errors import Cancelled, InvalidArgument, NotFound, PlaitError, Unavailable
+from plait.rpc.deadline import Deadline
+from plait.settings import ChannelSettings
+from plait.telemetry.tracing import Tracing
+from router.connections import Connections, lost
+from router.discovery import static
+from router.route_table import Arm, ServingRoute
+from router.settings import FeaturesSettings
+
+if TYPE_CHECKING:
+    from plait.api.types.v1 import types_pb2
+
+_METHOD: Final = "plait.api.feature_retrieval.v1.FeatureRetrievalService/GetFeatures"
+_RETRY_S: Final = 0.25
+
+
+class FeatureClient:
+    """Calls feature-retrieval."""
+
+    def __init__(self, settings: FeaturesSettings, channel: ChannelSettings, tracing: Tracing | None = None) -> None:
+        self._connections = Connections(
+            _METHOD,
+            static.parse(settings.addresses),
+            _open_stream,
+            channel,
+            per_replica=settings.connections,
+            ejection_s=settings.ejection_s,
+            max_ejection_s=settings.max_ejection_s,
+            tracing=tracing,
+        )
+
+    def __repr__(self) -> str:
+        return f"<FeatureClient {self._connections!r}>"
+
+    async def get(
+        self,
+        route: ServingRoute,
+        arm: Arm,
+        entities: Iterable[tuple[str, types_pb2.EntityIds]],
+        inputs: Sequence[str],
+        *,
+        deadline: Deadline,
+        tenant: str,
+        request_id: str,
+    ) -> pb.GetFeaturesResponse:
+        """Return the tensors of `inputs` (empty = all of the arm's feature set) for these ids.
+
+        Raises Unavailable (FEATURES_UNAVAILABLE) when no replica can be reached: only feature-retrieval knows the defaults, so there is
+        nothing to fall back to. FailedPrecondition (FEATURES_MISSING), Unavailable (STORE_UNAVAILABLE), ResourceExhausted and
+        DeadlineExceeded are its own.
+        """
+        frame = pb.StreamFeaturesRequest()
+        request = frame.request
+        request.feature_set = arm.feature_set
+        request.policy = route.policy
+        request.max_defaulted_share = route.max_defaulted_share
+        request.inputs.extend(inputs)
+        for entity_type, ids in entities:
+            request.entities.add(entity_type=entity_type).ids.CopyFrom(ids)
+        try:
+            response: pb.GetFeaturesResponse = await self._connections.call(
+                frame, deadline=deadline, tenant=tenant, request_id=request_id, elsewhere=_lags
+            )
+        except PlaitError as error:
+            raise _to_caller(error) from error
+        return response
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._connections.close()
+
+
+def _open_stream(channel: Any, metadata: Sequence[tuple[str, str]]) -> Any:
+    stub: Any = pb_grpc.FeatureRetrievalServiceStub(channel)
+    return stub.StreamFeatures(metadata=metadata)
+
+
+def _lags(error: PlaitError) -> bool:
+    """A replica that has not seen the newest snapshot yet does not know the set; another one may."""
+    return isinstance(error, NotFound)
+
+
+def _to_caller(error: PlaitError) -> PlaitError:
+    """Say what happened in terms of the router's caller, who knows neither our token nor our message to feature-retrieval."""
+    if lost(error) or isinstance(error, Cancelled):
+        return Unavailable("feature-retrieval cannot be reached: retry", reason="FEATURES_UNAVAILABLE", retry_after_s=_RETRY_S)
+    if isinstance(error, NotFound):
+        message = "feature-retrieval does not know the route's feature set yet: retry"
+        return Unavailable(message, reason="FEATURES_UNAVAILABLE", retry_after_s=_RETRY_S)
+    if isinstance(error, InvalidArgument):  # ids are all that came from the caller
+        return InvalidArgument(f"feature-retrieval refused the ids: {error.message}", reason=error.reason)
+    return error

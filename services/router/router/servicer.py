@@ -1,0 +1,23 @@
+"""The wire work of RouterService, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
+from router.ranking import Ranking
+
+
+class RouterServicer(pb_grpc.RouterServiceServicer):
+    """Hands requests to the page."""
+
+    def __init__(self, ranking: Ranking) -> None:
+        self._ranking = ranking
+
+    async def Rank(self, request: Any, context: Any) -> Any:
+        """Which of these candidates first?"""
+        return await self._ranking.rank(request)
+
+    async def Predict(self, request: Any, context: Any) -> Any:
+        """Rows and tensors in, tensors out."""
+        return await self._ranking.predict(request)

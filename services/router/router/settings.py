@@ -1,0 +1,73 @@
+"""Settings of the router: PLAIT_ROUTER_…; `python -m router --settings` lists them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+from pydantic_settings import SettingsConfigDict
+
+from plait.settings import ChannelSettings, Group, ServiceSettings
+from router.discovery import static
+
+
+class AdmissionSettings(Group):
+    """How much work the router takes on at once."""
+
+    limit: int = Field(128, ge=1, le=100_000, description="requests worked on at once")
+    queue: int = Field(256, ge=0, le=100_000, description="requests that may wait for their turn; more are answered RESOURCE_EXHAUSTED")
+    max_wait_s: float = Field(0.2, gt=0, le=60, description="longest wait for a turn, seconds")
+    min_budget_s: float = Field(0.001, ge=0, le=60, description="requests with less left of their deadline are refused at once, seconds")
+    retry_after_s: float = Field(0.1, gt=0, le=60, description="when a refused caller is asked to come back, seconds")
+
+
+class EndpointsSettings(Group):
+    """Where a service behind the router listens."""
+
+    addresses: str = Field("", description="host:port of each replica, separated by commas")
+    connections: int = Field(1, ge=1, le=64, description="connections to each replica, each with a stream of its own")
+    ejection_s: float = Field(0.5, gt=0, le=60, description="how long a replica that failed is avoided, seconds; doubles while it fails")
+    max_ejection_s: float = Field(10.0, gt=0, le=600, description="longest time a replica is avoided, seconds")
+    channel: ChannelSettings = Field(
+        default_factory=ChannelSettings, description="how the replicas are called; an empty service_token means rpc.service_token"
+    )
+
+    @field_validator("addresses", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        """A file may hold a list."""
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("addresses")
+    @classmethod
+    def _usable(cls, value: str) -> str:
+        static.parse(value)
+        return value
+
+
+class FeaturesSettings(EndpointsSettings):
+    """Feature-retrieval."""
+
+    addresses: str = Field("127.0.0.1:50052", description="host:port of each feature-retrieval replica, separated by commas")
+    budget_share: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="share of what is left of a request's budget that reading features may take; the rest is kept for the model",
+    )
+
+
+class WorkersSettings(EndpointsSettings):
+    """Model-workers."""
+
+    addresses: str = Field("127.0.0.1:50053", description="host:port of each model-worker, separated by commas")
+
+
+class RouterSettings(ServiceSettings):
+    """All settings of the service."""
+
+    model_config = SettingsConfigDict(env_prefix="PLAIT_ROUTER_")
+
+    admission: AdmissionSettings = Field(default_factory=AdmissionSettings, description="how much work is taken on at once")
+    features: FeaturesSettings = Field(default_factory=FeaturesSettings, description="feature-retrieval, behind the router")
+    workers: WorkersSettings = Field(default_factory=WorkersSettings, description="model-workers, behind the router")

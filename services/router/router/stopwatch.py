@@ -1,0 +1,63 @@
+"""Where the time of one request went, and the metrics made of it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from plait.telemetry.metrics import Metrics
+from router.tensors import parameter
+
+if TYPE_CHECKING:
+    from plait.api.inference.v2 import inference_pb2
+
+
+class Stopwatch:
+    """Moments of one request, in seconds of `time.perf_counter`; a stage that was skipped took no time."""
+
+    __slots__ = ("admitted", "featured", "predicted", "resolved", "started")
+
+    def __init__(self) -> None:
+        self.started = self.admitted = self.resolved = self.featured = self.predicted = time.perf_counter()
+
+    def stamp(self) -> float:
+        """Return now."""
+        return time.perf_counter()
+
+    def write(self, timings: Any, answer: inference_pb2.ModelInferResponse, store_us: int) -> None:
+        """Fill a `Timings` message, in microseconds."""
+        now = self.stamp()
+        timings.total_us = _us(self.started, now)
+        timings.resolve_us = _us(self.admitted, self.resolved)
+        timings.features_us = _us(self.resolved, self.featured)
+        timings.store_us = store_us
+        timings.predict_us = _us(self.featured, self.predicted)
+        timings.queue_us = parameter(answer, "queue_us")
+        timings.compute_us = parameter(answer, "compute_us")
+        timings.order_us = _us(self.predicted, now)
+
+
+class RankingMetrics:
+    """What the router counts. Labels are names from the registry and stable words, never ids."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._answers = metrics.counter("plait_router_answers", "requests answered, by route and variant", ("route", "variant"))
+        self._degraded = metrics.counter("plait_router_degraded", "answers that were not the best possible, by reason", ("route", "reason"))
+        stages = metrics.histogram("plait_router_stage_seconds", "time a stage of an answered request took, seconds", ("stage",))
+        self._own = stages.labels("own")
+        self._features = stages.labels("features")
+        self._predict = stages.labels("predict")
+
+    def answered(self, route: str, variant: str, reasons: list[str], watch: Stopwatch) -> None:
+        """Count one answer."""
+        self._answers.labels(route, variant).inc()
+        for reason in reasons:
+            self._degraded.labels(route, reason).inc()
+        behind_s = watch.predicted - watch.resolved
+        self._own.observe(watch.stamp() - watch.started - behind_s)
+        self._features.observe(watch.featured - watch.resolved)
+        self._predict.observe(watch.predicted - watch.featured)
+
+
+def _us(begin: float, end: float) -> int:
+    return int((end - begin) * 1e6)

@@ -1,0 +1,220 @@
+"""What a request must satisfy, checked before any work: every violation is found and told at once.
+
+Lists of ids are looked at with calls that run in C; nothing here loops over them in Python unless something is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from plait.api.router.v1 import router_service_pb2 as pb
+from plait.api.types.v1 import types_pb2
+from plait.dtypes import BY_NUMBER
+from plait.errors import InvalidArgument, Violation
+from router.route_table import Arm, Input, KeyKind, ServingRoute
+
+MAX_ROWS: Final = 10_000
+MAX_ID_BYTES: Final = 256
+MAX_NAME_BYTES: Final = 63
+MAX_REQUEST_ID_BYTES: Final = 128
+MAX_DIMENSIONS: Final = 8
+_MAX_TOLD: Final = 20  # violations travel in a trailer of a few KiB
+_MAX_UTF8: Final = 4  # bytes per character
+
+Ids = Sequence[str] | Sequence[int]
+
+
+class Findings:
+    """Collects violations; tells at most 20 of them and how many more there are."""
+
+    def __init__(self) -> None:
+        self._found: list[Violation] = []
+        self._more = 0
+
+    def add(self, field: str, description: str) -> None:
+        """Note one."""
+        if len(self._found) < _MAX_TOLD:
+            self._found.append(Violation(field, description))
+        else:
+            self._more += 1
+
+    def raise_if_any(self) -> None:
+        """Raise InvalidArgument with all of them, if there are any."""
+        if not self._found:
+            return
+        more = [Violation("", f"and {self._more} more")] if self._more else []
+        first = self._found[0]
+        others = len(self._found) + self._more - 1
+        summary = f"{first.field}: {first.description}" + (f" (and {others} more, see the details)" if others else "")
+        raise InvalidArgument(summary, violations=[*self._found, *more])
+
+
+def check_rank(request: pb.RankRequest, found: Findings) -> tuple[str | int, Ids]:
+    """Note what is wrong with a Rank whatever its route; return subject and candidates as Python values.
+
+    Raises at once, with everything found, where no route is named: there is nothing more to find then.
+    """
+    candidates = _ids(request.candidates, "candidates", found)
+    if candidates and len(candidates) <= MAX_ROWS and len(set(candidates)) < len(candidates):
+        _tell_duplicates(candidates, "candidates", found)
+    subject = _ids(request.subject, "subject", found)
+    if len(subject) > 1:
+        found.add("subject", f"expected exactly one id, got {len(subject)}")
+    if request.top_k < 0:
+        found.add("top_k", f"expected 0 (all) or more, got {request.top_k}")
+    _check_common(request, found)
+    return (subject[0] if subject else ""), candidates
+
+
+def check_rank_fits(request: pb.RankRequest, route: ServingRoute, arm: Arm, candidates: Ids, found: Findings) -> None:
+    """Note what is wrong with a Rank on this route: kinds of ids, the route's own limit, inline features."""
+    _check_kind(request.subject, arm.key_kinds.get(route.subject), route.subject, "subject", found)
+    _check_kind(request.candidates, arm.key_kinds.get(route.candidate), route.candidate, "candidates", found)
+    if route.max_candidates < len(candidates) <= MAX_ROWS:
+        found.add("candidates", f"expected at most {route.max_candidates} on this route, got {len(candidates)}")
+    if request.inline_features:
+        _check_inline(request.inline_features, arm, len(candidates), found)
+
+
+def check_predict(request: pb.PredictRequest, found: Findings) -> Mapping[str, Ids]:
+    """Note what is wrong with a Predict whatever its route; return the ids by entity type. Raises as `check_rank`."""
+    rows: dict[str, Ids] = {}
+    for index, entity in enumerate(request.entities):
+        field = f"entities[{index}]"
+        if not entity.entity_type or len(entity.entity_type.encode()) > MAX_NAME_BYTES:
+            found.add(f"{field}.entity_type", f"expected a name of 1 to {MAX_NAME_BYTES} bytes")
+        elif entity.entity_type in rows:
+            found.add(f"{field}.entity_type", f"{entity.entity_type!r} is given twice; put all its ids into one message")
+        rows.setdefault(entity.entity_type, _ids(entity.ids, f"{field}.ids", found))
+    total = sum(map(len, rows.values()))
+    if len(rows) > 1 and total > MAX_ROWS:
+        found.add("entities", f"expected at most {MAX_ROWS} ids together, got {total}")
+    _check_common(request, found)
+    return rows
+
+
+def check_predict_fits(request: pb.PredictRequest, route: ServingRoute, arm: Arm, rows: Mapping[str, Ids], found: Findings) -> None:
+    """Note what is wrong with a Predict on this route: entity types, kinds of ids, row counts, inline features, outputs."""
+    inline = {tensor.name for tensor in request.inline_features}
+    for index, entity in enumerate(request.entities):
+        kind = arm.key_kinds.get(entity.entity_type)
+        if kind is None:
+            known = ", ".join(sorted(arm.key_kinds))
+            found.add(f"entities[{index}].entity_type", f"the route's feature set does not use {entity.entity_type!r}; it uses {known}")
+        else:
+            _check_kind(entity.ids, kind, entity.entity_type, f"entities[{index}].ids", found)
+    _check_present(arm, rows, inline, found)
+    if request.inline_features:
+        _check_inline(request.inline_features, arm, _row_count(request, route, arm, rows), found)
+    for index, name in enumerate(request.outputs):
+        if name not in arm.outputs:
+            found.add(f"outputs[{index}]", f"the model has no output {name[:MAX_NAME_BYTES]!r}; it has {', '.join(arm.outputs)}")
+    if len(set(request.outputs)) < len(request.outputs):
+        found.add("outputs", "an output is listed twice")
+
+
+def _check_present(arm: Arm, rows: Mapping[str, Ids], inline: set[str], found: Findings) -> None:
+    """Each input that is not given inline needs ids of its entity type, one where it is per request."""
+    for item in arm.inputs:
+        if item.name in inline:
+            continue
+        ids = rows.get(item.entity)
+        if ids is None:
+            found.add("entities", f"expected ids of {item.entity!r}, or input {item.name!r} inline")
+        elif not item.per_row and len(ids) > 1:
+            found.add("entities", f"expected exactly one id of {item.entity!r}, got {len(ids)}")
+
+
+def _row_count(request: pb.PredictRequest, route: ServingRoute, arm: Arm, rows: Mapping[str, Ids]) -> int:
+    """The rows of a Predict: its candidates, or else what the first inline tensor that is per row holds."""
+    if route.candidate in rows:
+        return len(rows[route.candidate])
+    per_row = {item.name for item in arm.inputs if item.per_row}
+    return next((tensor.shape[0] for tensor in request.inline_features if tensor.name in per_row and tensor.shape), 1)
+
+
+def _check_common(request: pb.RankRequest | pb.PredictRequest, found: Findings) -> None:
+    if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
+        found.add("request_id", f"expected at most {MAX_REQUEST_ID_BYTES} bytes, got {len(request.request_id.encode())}")
+    if not 0 < len(request.route.encode()) <= MAX_NAME_BYTES:
+        found.add("route", f"expected the name of a route, 1 to {MAX_NAME_BYTES} bytes, got {len(request.route.encode())} bytes")
+        found.raise_if_any()
+
+
+def _ids(ids: types_pb2.EntityIds, field: str, found: Findings) -> Ids:
+    """Return the ids as a list, with what is wrong with their number, presence or length noted."""
+    strings, integers, composites = len(ids.string_ids), len(ids.int64_ids), len(ids.composite_ids)
+    count = strings + integers + composites
+    if not count:
+        found.add(field, "expected at least one id, got none")
+    elif count > MAX_ROWS:
+        found.add(field, f"expected at most {MAX_ROWS} ids, got {count}")
+    elif (strings > 0) + (integers > 0) + (composites > 0) > 1:
+        found.add(field, "expected ids of one kind, got several: fill one list only")
+    elif composites:
+        found.add(f"{field}.composite_ids", "no entity type of this route has keys of several parts: send string_ids or int64_ids")
+    elif strings:
+        names = ids.string_ids[:]
+        if "" in set(names) or max(map(len, names)) * _MAX_UTF8 > MAX_ID_BYTES:
+            _tell_bad_ids(names, f"{field}.string_ids", found)
+        return names
+    else:
+        return ids.int64_ids[:]
+    return ()
+
+
+def _tell_bad_ids(names: Sequence[str], field: str, found: Findings) -> None:
+    for index, name in enumerate(names):
+        size = len(name.encode())
+        if not 0 < size <= MAX_ID_BYTES:
+            found.add(f"{field}[{index}]", f"expected 1 to {MAX_ID_BYTES} bytes, got {size}")
+
+
+def _tell_duplicates(ids: Ids, field: str, found: Findings) -> None:
+    """Names places, not ids: an id may be a person's."""
+    seen: dict[object, int] = {}
+    for index, value in enumerate(ids):
+        first = seen.setdefault(value, index)
+        if first != index:
+            found.add(f"{field}[{index}]", f"the same id as {field}[{first}]; send each candidate once")
+
+
+def _check_kind(ids: types_pb2.EntityIds, kind: KeyKind | None, entity: str, field: str, found: Findings) -> None:
+    wrong = {"string": "int64", "int64": "string"}.get(kind or "")
+    if wrong and (ids.string_ids if wrong == "string" else ids.int64_ids):
+        found.add(field, f"ids of {entity!r} are {kind}, so send {kind}_ids; got {wrong}_ids")
+
+
+def _check_inline(tensors: Iterable[types_pb2.Tensor], arm: Arm, rows: int, found: Findings) -> None:
+    inputs = {item.name: item for item in arm.inputs}
+    seen: set[str] = set()
+    for index, tensor in enumerate(tensors):
+        field = f"inline_features[{index}]"
+        item = inputs.get(tensor.name)
+        if item is None:
+            found.add(f"{field}.name", f"the model has no input {tensor.name[:MAX_NAME_BYTES]!r}; it has {', '.join(inputs)}")
+        elif tensor.name in seen:
+            found.add(f"{field}.name", f"input {tensor.name!r} is given twice")
+        else:
+            _check_tensor(tensor, item, rows, field, found)
+        seen.add(tensor.name)
+
+
+def _check_tensor(tensor: types_pb2.Tensor, item: Input, rows: int, field: str, found: Findings) -> None:
+    if tensor.dtype != item.number:
+        got = BY_NUMBER[tensor.dtype].name if tensor.dtype in BY_NUMBER else f"number {tensor.dtype}"
+        found.add(f"{field}.dtype", f"input {item.name!r} is {item.spec.dtype}, got {got}")
+    expected = (rows if item.per_row else 1, *item.spec.shape[1:])
+    shape = tensor.shape[:]
+    if len(shape) != len(expected) or any(want not in (-1, have) for want, have in zip(expected, shape, strict=False)) or min(shape) < 0:
+        found.add(f"{field}.shape", f"input {item.name!r} must be {_shown(expected)} here, got {_shown(shape)}")
+    elif tensor.dtype == item.number and item.item_bytes and len(tensor.data) != math.prod(shape) * item.item_bytes:
+        size = math.prod(shape) * item.item_bytes
+        found.add(f"{field}.data", f"{_shown(shape)} of {item.spec.dtype} takes {size} bytes, got {len(tensor.data)}")
+
+
+def _shown(shape: Sequence[Any]) -> str:
+    more = ", …" if len(shape) > MAX_DIMENSIONS else ""
+    return f"[{', '.join(map(str, shape[:MAX_DIMENSIONS]))}{more}]"
