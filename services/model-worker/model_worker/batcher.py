@@ -1,10 +1,10 @@
-"""THE PAGE: how requests of different callers become forward passes of one model, and their results answers.
+"""The page: what happens to one inference request between its tensors and its answer.
 
-    infer → cut into chunks → admit (or refuse, early) → wait → next batch → runner → split → answer
+    submit ─ offer ─► schedule ─ next ─► runner thread: join → model → divide ─► deliver to each caller ─ next ─► …
+              │ refused: too large, queue full, cannot be in time        └► failed: halves, until the one at fault is alone
 
-What runs next is decided by `schedule`, a plain state machine; this is the shell that asks it whenever something arrived or finished and
-acts on what it says. The loop's thread owns everything here. Nobody's fault is anybody else's: callers that go leave the batch, and when
-a batch of several fails its members run again, each alone. `max_queue_delay_ms` of a model holds trivially: nothing waits for company.
+Decisions are `schedule`'s, arrays are `ragged`'s, the thread is `runner`'s. Here they are tied to callers: whoever waits gets its own
+rows or its own error, whoever goes away takes its rows along, and nobody else notices.
 """
 
 from __future__ import annotations
@@ -12,167 +12,172 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
 
-from model_worker.ragged import Arrays, Ragged
-from model_worker.runner import Done, Outcome
-from model_worker.schedule import Entry, Schedule
-from plait.errors import DeadlineExceeded, Internal, Unavailable
-from plait.rpc.deadline import Deadline
+from model_worker.instruments import ModelInstruments
+from model_worker.packed import Array
+from model_worker.ragged import Layout, Piece
+from model_worker.runner import Runner
+from model_worker.schedule import Batch, Schedule, Share, Ticket
+from plait.errors import DeadlineExceeded, Internal, PlaitError, Unavailable
+from plait.telemetry.logging import get_logger
+
+log = get_logger(__name__)
+
+Model = Callable[[Sequence[Array]], Sequence[Array]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """One request's outputs, in the signature's order, and where its time went. A request that was cut tells the sum of its chunks'
-    forward passes, the longest of their waits, and the largest batch."""
+class Answer:
+    """One request's outputs in the signature's order, and what it cost: seconds waited, seconds computed, rows of the batch it was in."""
 
-    outputs: Arrays
+    outputs: tuple[Array, ...]
     queue_s: float
     compute_s: float
     batch_rows: int
 
 
-class Starts(Protocol):
-    """What the batcher needs of a runner: take one batch, and call back on the event loop."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request(Ticket):
+    """A ticket with somebody waiting for it. `parts`: outputs by first row, of the pieces computed so far."""
 
-    def start(self, requests: Sequence[Arrays], rows: Sequence[int], done: Done) -> None: ...
-
-
-Observe = Callable[[int, float, float], None]  # rows of a batch, the longest wait in it and its forward pass, seconds
+    inputs: tuple[Array, ...]
+    answer: asyncio.Future[Answer]
+    parts: dict[int, tuple[Array, ...]] = field(default_factory=dict)
+    done_rows: int = 0
+    queue_s: float = -1.0
+    compute_s: float = 0.0
 
 
 class Batcher:
-    """Serves one loaded model."""
+    """Batches the requests of different callers for one model. Lives on the event loop; only `model` runs in the runner's thread."""
 
     def __init__(
         self,
-        schedule: Schedule,
-        ragged: Ragged,
-        runner: Starts,
+        name: str,
+        model: Model,
+        layout: Layout,
+        schedule: Schedule[Request],
+        runner: Runner,
+        instruments: ModelInstruments,
         *,
-        max_rows: int,
         clock: Callable[[], float] = time.monotonic,
-        observe: Observe = lambda _rows, _queue_s, _compute_s: None,
     ) -> None:
+        self._name = name
+        self._model = model
+        self._layout = layout
         self._schedule = schedule
-        self._ragged = ragged
         self._runner = runner
-        self._max_rows = max_rows
+        self._instruments = instruments
         self._clock = clock
-        self._observe = observe
         self._loop = asyncio.get_running_loop()
         self._woken = False
         self._closing = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
 
     def __repr__(self) -> str:
-        return f"<Batcher{' closing' if self._closing else ''} {self._schedule!r}>"
+        return f"<Batcher {self._name} {self._schedule!r}{' closing' if self._closing else ''}>"
 
-    @property
-    def queued_rows(self) -> int:
-        """Rows that wait, of which the queue holds a bounded number."""
-        return self._schedule.queued_rows
+    async def submit(self, inputs: tuple[Array, ...], rows: int, deadline_s: float) -> Answer:
+        """Return the answer to one request: `inputs` in the signature's order, `deadline_s` on the batcher's clock.
 
-    async def infer(self, inputs: Arrays, rows: int, deadline: Deadline) -> Result:
-        """Return the model's outputs for one request. Cancelling it takes its rows out of the queue.
-
-        Raises what `Schedule.admit` raises, DeadlineExceeded when the time is up before it runs, Unavailable while the model is being
-        unloaded, Internal when the model fails on it.
+        Raises InvalidArgument (TOO_MANY_ROWS), ResourceExhausted (QUEUE_FULL), DeadlineExceeded, Unavailable (MODEL_UNLOADING), Internal
+        (MODEL_EXECUTION_FAILED, MODEL_OUTPUT_WRONG). Cancelling the caller takes its rows out of the queue.
         """
         if self._closing:
-            raise Unavailable(
-                "the model is being unloaded here: retry, another worker may have it", reason="MODEL_UNLOADING", retry_after_s=0.1
-            )
-        entries = self._entries(inputs, rows, deadline)
-        self._schedule.admit(entries, entries[0].arrived_s)
-        self._idle.clear()
+            raise Unavailable(f"{self._name} is being unloaded: retry", reason="MODEL_UNLOADING", retry_after_s=0.1)
+        request = Request(
+            rows=rows, deadline_s=deadline_s, kind=self._layout.kind(inputs), inputs=inputs, answer=self._loop.create_future()
+        )
+        self._schedule.offer(request, self._clock())
+        self._quiet.clear()
         self._wake()
         try:
-            results = [await entry.answer for entry in entries]
-        except BaseException:
-            self._withdraw(entries)
-            raise
-        return results[0] if len(results) == 1 else self._rejoin(results)
+            return await request.answer
+        finally:
+            self._schedule.withdraw(request)
 
     async def close(self) -> None:
-        """Refuse what comes, finish what is held."""
+        """Take nothing new, and return once everything held was answered."""
         self._closing = True
-        await self._idle.wait()
-
-    def _entries(self, inputs: Arrays, rows: int, deadline: Deadline) -> list[Entry]:
-        now_s, kind = self._clock(), self._ragged.kind(inputs)
-        return [
-            Entry(rows=n, deadline_s=deadline.at_s, arrived_s=now_s, kind=kind, work=work, answer=self._loop.create_future())
-            for work, n in self._ragged.chunks(inputs, rows, self._max_rows)
-        ]
-
-    def _withdraw(self, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            self._schedule.withdraw(entry)
-            if not entry.answer.cancel() and not entry.answer.cancelled():
-                entry.answer.exception()  # seen: another chunk told the caller
-        self._settle()
+        await self._quiet.wait()
 
     def _wake(self) -> None:
-        """Decide once per turn of the loop, after everything that arrived in it: that gathers company without waiting for any."""
-        if not self._woken and not self._schedule.busy:
+        """Look at the queue after what is ready on the loop has run: requests that arrived together then start together."""
+        if not self._woken and self._schedule.running is None:
             self._woken = True
-            self._loop.call_soon(self._dispatch)
+            self._loop.call_soon(self._start_next)
 
-    def _dispatch(self) -> None:
+    def _start_next(self) -> None:
         self._woken = False
-        while not self._schedule.busy:
-            now_s = self._clock()
-            decision = self._schedule.next(now_s)
-            for entry in decision.late:
-                _fail(entry, DeadlineExceeded("the time was up before the model could run: allow the call more time, or add workers"))
-            if decision.batch:
-                self._start(decision.batch, now_s)
-            elif not decision.late:
-                break
-        self._settle()
+        batch, late = self._schedule.next(self._clock())
+        for ticket in late:
+            self._fail(ticket, DeadlineExceeded("the deadline passed, or would have, before the model could run: allow the call more time"))
+        if late:
+            self._instruments.dropped.inc(len(late))
+        if batch is not None:
+            self._run(batch)
+        elif self._schedule.idle:
+            self._quiet.set()
 
-    def _start(self, batch: tuple[Entry, ...], now_s: float) -> None:
-        def done(outcome: Outcome) -> None:
-            self._done(batch, now_s, outcome)
+    def _run(self, batch: Batch[Request]) -> None:
+        pieces = [_piece(share) for share in batch.shares]
 
-        self._runner.start([entry.work for entry in batch], [entry.rows for entry in batch], done)
+        def work() -> tuple[list[tuple[Array, ...]], float]:
+            started_s = time.perf_counter()
+            parts = self._layout.divide(self._model(self._layout.join(pieces)), pieces)
+            return parts, time.perf_counter() - started_s
 
-    def _done(self, batch: tuple[Entry, ...], started_s: float, outcome: Outcome) -> None:
-        if outcome.error is not None:
-            self._failed(batch, outcome)
+        self._runner.start(work, lambda result, error: self._done(batch, result, error))
+
+    def _done(self, batch: Batch[Request], result: tuple[list[tuple[Array, ...]], float] | None, error: BaseException | None) -> None:
+        """The runner is back. First give it the next batch, then answer: the callers' work overlaps with the model's."""
+        if result is None:
+            self._blame(batch, error)
+            self._start_next()
             return
-        self._schedule.finished(self._clock(), outcome.seconds)
-        self._dispatch()  # the runner first: it works while this thread hands out answers
-        rows = sum(entry.rows for entry in batch)
-        for entry, outputs in zip(batch, outcome.answers, strict=True):
-            if not entry.answer.done():
-                queue_s = started_s - entry.arrived_s
-                entry.answer.set_result(Result(outputs=outputs, queue_s=queue_s, compute_s=outcome.seconds, batch_rows=rows))
-        self._observe(rows, started_s - min(entry.arrived_s for entry in batch), outcome.seconds)
+        parts, compute_s = result
+        self._schedule.finished(self._clock())
+        self._start_next()
+        self._instruments.rows.observe(batch.rows)
+        self._instruments.compute_s.observe(compute_s)
+        for share, part in zip(batch.shares, parts, strict=True):
+            self._deliver(batch, share, part, compute_s)
 
-    def _failed(self, batch: tuple[Entry, ...], outcome: Outcome) -> None:
-        several = len(batch) > 1
-        self._schedule.failed([entry for entry in batch if several and not entry.answer.done()])
-        if not several and outcome.error is not None:
-            _fail(batch[0], outcome.error)
-        self._dispatch()
+    def _deliver(self, batch: Batch[Request], share: Share[Request], part: tuple[Array, ...], compute_s: float) -> None:
+        request = share.ticket
+        if request.over:
+            return
+        request.parts[share.start] = part
+        request.done_rows += share.rows
+        request.compute_s += compute_s
+        if request.queue_s < 0:
+            request.queue_s = batch.started_s - request.arrived_s
+            self._instruments.queue_s.observe(request.queue_s)
+        if request.done_rows == request.rows and not request.answer.done():
+            outputs = self._layout.rejoin([part for _, part in sorted(request.parts.items(), key=_first_row)])
+            request.answer.set_result(Answer(outputs=outputs, queue_s=request.queue_s, compute_s=request.compute_s, batch_rows=batch.rows))
 
-    def _rejoin(self, results: Sequence[Result]) -> Result:
-        return Result(
-            outputs=self._ragged.rejoin([result.outputs for result in results]),
-            queue_s=max(result.queue_s for result in results),
-            compute_s=sum(result.compute_s for result in results),
-            batch_rows=max(result.batch_rows for result in results),
-        )
+    def _blame(self, batch: Batch[Request], error: BaseException | None) -> None:
+        culprit = self._schedule.failed()
+        if culprit is None:
+            log.warning("a batch failed and runs again by halves", model=self._name, requests=len(batch.shares), rows=batch.rows)
+            return
+        log.error("the model failed on a request", model=self._name, rows=culprit.rows, exc_info=error)
+        typed = error if isinstance(error, PlaitError) else None
+        self._fail(culprit, typed or Internal(f"{self._name} failed on this request", reason="MODEL_EXECUTION_FAILED"))
 
-    def _settle(self) -> None:
-        if self._schedule.empty:
-            self._idle.set()
+    @staticmethod
+    def _fail(request: Request, error: PlaitError) -> None:
+        if not request.answer.done():
+            request.answer.set_exception(error)
+            request.answer.exception()  # seen: should the caller go away this very moment, nobody misses it
 
 
-def _fail(entry: Entry, error: DeadlineExceeded | Internal | Exception) -> None:
-    if not entry.answer.done():
-        entry.answer.set_exception(error)
+def _piece(share: Share[Request]) -> Piece:
+    return Piece(share.ticket.inputs, share.start, share.stop)
+
+
+def _first_row(item: tuple[int, tuple[Array, ...]]) -> int:
+    return item[0]

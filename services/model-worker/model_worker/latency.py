@@ -1,6 +1,6 @@
 """How long a batch will take, learnt from the last ones: duration(rows) = a·rows + b.
 
-BentoML's dispatcher fits the same line (https://github.com/bentoml/BentoML, `src/_bentoml_impl`/`bentoml/_internal/marshal/dispatcher.py`);
+BentoML's dispatcher fits the same line (bentoml/BentoML: `src/bentoml/_internal/marshal/dispatcher.py`, class Optimizer);
 refusing by prediction is Clockwork's idea (Gujarati et al., OSDI '20).
 """
 

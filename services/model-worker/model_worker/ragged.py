@@ -1,95 +1,103 @@
-"""Requests of different callers as one batch, and its outputs as answers again.
+"""Many requests as one call of the model, and its answer cut back into theirs.
 
-A ragged batch (the idea of TensorFlow's RaggedTensor): inputs with one entry per row are concatenated, those with one per request are
-stacked, and `row_splits` says which rows belong to which request, so that nothing of the user's side is ever copied per row.
+Rows are concatenated; what is per request is stacked, once per request however many rows it has, and row splits say which rows are
+whose, as in TensorFlow's RaggedTensor (https://www.tensorflow.org/guide/ragged_tensor). A lone request is passed on untouched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from model_worker.packed import Array
-from plait.dtypes import BY_NAME
-from plait.errors import Internal, InvalidArgument
-from plait.registry.records import Signature
-
-Arrays = tuple[Array, ...]
+from plait.errors import Internal
+from plait.registry.records import Batching, Signature
 
 
-class Ragged:
-    """Joins and splits the tensors of one model; stateless.
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [start, stop) of one request's inputs."""
 
-    `row_splits`: whether the model takes the extra int64 [requests + 1] input after the others.
-    """
+    inputs: tuple[Array, ...]
+    start: int
+    stop: int
 
-    def __init__(self, signature: Signature, *, row_splits: bool) -> None:
-        self._per_row = tuple(spec.per == "row" for spec in signature.inputs)
-        self._outputs = tuple((spec, spec.per == "row") for spec in signature.outputs)
-        self._dtypes = tuple(np.dtype(BY_NAME[spec.dtype].numpy) for spec in signature.outputs)
-        self._row_splits = row_splits
-        self._variable = any(-1 in spec.shape[1:] for spec in signature.inputs)
 
-    def kind(self, inputs: Arrays) -> tuple[tuple[int, ...], ...] | None:
-        """Return what requests must have in common to be joined: nothing, unless dimensions besides the first vary."""
-        return tuple(array.shape[1:] for array in inputs) if self._variable else None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Which inputs and outputs grow with the rows, and whether row splits are the last argument."""
 
-    def chunks(self, inputs: Arrays, rows: int, max_rows: int) -> list[tuple[Arrays, int]]:
-        """Return a request as pieces of at most `max_rows`, which are views; per-request inputs go with each piece.
+    row_inputs: tuple[bool, ...]
+    row_outputs: tuple[bool, ...]
+    row_splits: bool
+    growing: bool
 
-        Raises InvalidArgument (TOO_MANY_ROWS) where the model answers something about the request as a whole: that cannot be cut.
-        """
-        if rows <= max_rows:
-            return [(inputs, rows)]
-        if not all(per_row for _, per_row in self._outputs):
-            message = f"the request has {rows} rows, the model takes at most {max_rows} at once: send fewer"
-            raise InvalidArgument(message, reason="TOO_MANY_ROWS")
-        starts = range(0, rows, max_rows)
-        return [(self._cut(inputs, start, start + max_rows), min(max_rows, rows - start)) for start in starts]
+    @classmethod
+    def of(cls, signature: Signature, batching: Batching) -> Layout:
+        """Read it from a signature. `growing` says whether the shapes allow several requests, or parts of one, in a call."""
+        rows = [t for t in (*signature.inputs, *signature.outputs) if t.per == "row"]
+        requests = [t for t in signature.inputs if t.per == "request"]
+        return cls(
+            row_inputs=tuple(t.per == "row" for t in signature.inputs),
+            row_outputs=tuple(t.per == "row" for t in signature.outputs),
+            row_splits=bool(batching.row_splits),
+            growing=all(t.shape[0] == -1 for t in rows) and all(t.shape[0] == 1 for t in requests),
+        )
 
-    def rejoin(self, pieces: Sequence[Arrays]) -> Arrays:
-        """Return the outputs of a request that was cut."""
-        return pieces[0] if len(pieces) == 1 else tuple(np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    def kind(self, inputs: Sequence[Array]) -> Hashable:
+        """Return what two requests must have in common to share a batch: every dimension but the first."""
+        return tuple(array.shape[1:] for array in inputs)
 
-    def join(self, requests: Sequence[Arrays], rows: Sequence[int]) -> list[Array]:
-        """Return the model's inputs; a lone request's own arrays, uncopied."""
-        joined: list[Any] = list(requests[0]) if len(requests) == 1 else [np.concatenate(parts) for parts in zip(*requests, strict=True)]
-        if self._row_splits:
-            splits = np.zeros(len(rows) + 1, np.int64)
-            np.cumsum(rows, out=splits[1:])
-            joined.append(splits)
-        return joined
+    def join(self, pieces: Sequence[Piece]) -> tuple[Array, ...]:
+        """Return the model's arguments, in the signature's order, row splits (int64 [requests + 1]) last where it takes them."""
+        if len(pieces) == 1:
+            piece = pieces[0]
+            joined = tuple(
+                array[piece.start : piece.stop] if by_row and len(array) != piece.stop - piece.start else array
+                for array, by_row in zip(piece.inputs, self.row_inputs, strict=True)
+            )
+        else:
+            joined = tuple(
+                np.concatenate([p.inputs[i][p.start : p.stop] if by_row else p.inputs[i] for p in pieces])
+                for i, by_row in enumerate(self.row_inputs)
+            )
+        return (*joined, self._splits(pieces)) if self.row_splits else joined
 
-    def split(self, outputs: Sequence[Array], rows: Sequence[int]) -> list[Arrays]:
-        """Return each request's outputs, as views. Raises Internal (MODEL_OUTPUT_WRONG) where the model's sizes are not the batch's."""
-        self._check(outputs, rows)
-        if len(rows) == 1:
+    def divide(self, outputs: Sequence[Array], pieces: Sequence[Piece]) -> list[tuple[Array, ...]]:
+        """Return each piece's part of the outputs, as views. Raises Internal (MODEL_OUTPUT_WRONG) where they do not add up."""
+        if len(outputs) != len(self.row_outputs):
+            raise _wrong(f"{len(outputs)} outputs instead of {len(self.row_outputs)}")
+        if not self.growing:
             return [tuple(outputs)]
-        bounds = np.cumsum([0, *rows]).tolist()
-        return [self._share(outputs, i, slice(bounds[i], bounds[i + 1])) for i in range(len(rows))]
+        rows = sum(p.stop - p.start for p in pieces)
+        for i, (output, by_row) in enumerate(zip(outputs, self.row_outputs, strict=True)):
+            expected = rows if by_row else len(pieces)
+            if output.ndim == 0 or len(output) != expected:
+                raise _wrong(f"output {i} of shape {list(output.shape)}, where {expected} entries were due")
+        if len(pieces) == 1:
+            return [tuple(outputs)]
+        parts: list[tuple[Array, ...]] = []
+        at = 0
+        for k, piece in enumerate(pieces):
+            end = at + piece.stop - piece.start
+            parts.append(tuple(o[at:end] if by_row else o[k : k + 1] for o, by_row in zip(outputs, self.row_outputs, strict=True)))
+            at = end
+        return parts
 
-    def _share(self, outputs: Sequence[Array], request: int, rows: slice) -> Arrays:
-        own = slice(request, request + 1)
-        return tuple(output[rows if per_row else own] for output, (_, per_row) in zip(outputs, self._outputs, strict=True))
+    def rejoin(self, parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
+        """Return the outputs of a request that ran in pieces: rows in order; what is per request is the same in each, so the first."""
+        if len(parts) == 1:
+            return parts[0]
+        return tuple(np.concatenate([p[i] for p in parts]) if by_row else parts[0][i] for i, by_row in enumerate(self.row_outputs))
 
-    def _cut(self, inputs: Arrays, start: int, stop: int) -> Arrays:
-        return tuple(array[start:stop] if per_row else array for array, per_row in zip(inputs, self._per_row, strict=True))
-
-    def _check(self, outputs: Sequence[Array], rows: Sequence[int]) -> None:
-        if len(outputs) != len(self._outputs):
-            raise _wrong(f"it gave {len(outputs)} outputs, its signature says {len(self._outputs)}")
-        for output, (spec, per_row), dtype in zip(outputs, self._outputs, self._dtypes, strict=True):
-            expected = (sum(rows) if per_row else len(rows), *spec.shape[1:])
-            if output.dtype != dtype or not _fits(output.shape, expected):
-                found = f"{output.dtype} {list(output.shape)}"
-                raise _wrong(f"its output {spec.name!r} is {found}, expected {spec.dtype} {list(expected)}")
+    @staticmethod
+    def _splits(pieces: Sequence[Piece]) -> Array:
+        splits = np.zeros(len(pieces) + 1, np.int64)
+        np.cumsum([p.stop - p.start for p in pieces], out=splits[1:])
+        return splits
 
 
-def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    return len(shape) == len(expected) and all(e in (-1, f) for f, e in zip(shape, expected, strict=True))
-
-
-def _wrong(what: str) -> Internal:
-    return Internal(f"the model does not keep its signature: {what}; publish a version that does", reason="MODEL_OUTPUT_WRONG")
+def _wrong(found: str) -> Internal:
+    return Internal(f"the model answered {found}: its model.yaml does not describe it", reason="MODEL_OUTPUT_WRONG")

@@ -1,85 +1,62 @@
-"""One thread per loaded model that runs its forward passes, so that the event loop never waits for arithmetic.
+"""The thread in which one model computes, and the cheapest way there and back.
 
-The way there is a SimpleQueue, the way back `call_soon_threadsafe`: two wake-ups per batch and nothing else. An executor's futures
-would cost twice as much.
+A `concurrent.futures` executor locks and notifies a condition per hand-over; a `SimpleQueue` is one C call on this side, and
+`call_soon_threadsafe` one write to the loop's wake-up pipe on that side.
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
+import contextlib
 import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final
-
-from model_worker.packed import Array
-from model_worker.ragged import Arrays, Ragged
-from plait.errors import Internal, PlaitError
-from plait.telemetry.logging import get_logger
-
-log = get_logger(__name__)
-
-Forward = Callable[[Sequence[Array]], list[Array]]
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Final
 
 _STOP: Final = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What became of a batch: each request's outputs, or the error they share. `seconds`: joining, forward pass and splitting."""
-
-    answers: Sequence[Arrays] = ()
-    error: PlaitError | None = None
-    seconds: float
-
-
-Done = Callable[[Outcome], None]
-_Job = tuple[Sequence[Arrays], Sequence[int], Done]
+_Job = tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]]
 
 
 class Runner:
-    """Runs batches of one model one after the other. `forward` is only ever called on the thread."""
+    """One thread that runs jobs in order. `prepare` runs first in it (thread-local settings of the backend)."""
 
-    def __init__(self, name: str, forward: Forward, ragged: Ragged, *, loop: asyncio.AbstractEventLoop) -> None:
-        self._name = name
-        self._forward = forward
-        self._ragged = ragged
-        self._loop = loop
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=f"run {name}", daemon=True)
+    def __init__(self, name: str, prepare: Callable[[], None]) -> None:
+        self._prepare = prepare
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._stopped: asyncio.Future[None] = self._loop.create_future()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:
-        return f"<Runner {self._name} {'alive' if self._thread.is_alive() else 'ended'}>"
+        return f"<Runner {self._thread.name} {'running' if self._thread.is_alive() else 'stopped'} jobs={self._jobs.qsize()}>"
 
-    def start(self, requests: Sequence[Arrays], rows: Sequence[int], done: Done) -> None:
-        """Run the requests as one batch and call `done` on the event loop."""
-        self._jobs.put((requests, rows, done))
+    def start(self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
+        """Run `work` in the thread, then `done(result, None)` or `done(None, error)` on the event loop."""
+        self._jobs.put((work, done))
 
-    async def close(self) -> None:
-        """End the thread after what it was given."""
+    async def stop(self) -> None:
+        """End the thread after the jobs it was given."""
         self._jobs.put(_STOP)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.shield(self._stopped)
+        self._thread.join()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
+        self._prepare()
         while (job := self._jobs.get()) is not _STOP:
-            requests, rows, done = job
-            outcome = self._run(requests, rows)
+            work, done = job
             try:
-                self._loop.call_soon_threadsafe(done, outcome)
-            except RuntimeError:
-                return  # the loop is closed: nobody is left to answer
+                result, error = work(), None
+            except Exception as raised:
+                result, error = None, raised
+            self._tell(done, result, error)
+            del job, work, done, result, error  # a thread that waits must not keep the last batch's tensors alive
+        self._tell(self._ended, None, None)
 
-    def _run(self, requests: Sequence[Arrays], rows: Sequence[int]) -> Outcome:
-        started = time.perf_counter()
-        try:
-            answers = self._ragged.split(self._forward(self._ragged.join(requests, rows)), rows)
-        except PlaitError as error:
-            return Outcome(error=error, seconds=time.perf_counter() - started)
-        except Exception:  # (a model may raise anything, and the thread must live)
-            log.exception("the model failed", model=self._name, requests=len(requests), rows=sum(rows))
-            failure = Internal(f"the model {self._name} failed on this input; the worker logged why", reason="MODEL_EXECUTION_FAILED")
-            return Outcome(error=failure, seconds=time.perf_counter() - started)
-        return Outcome(answers=answers, seconds=time.perf_counter() - started)
+    def _tell(self, done: Callable[[Any, BaseException | None], None], result: Any, error: BaseException | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed under us: nobody is left to tell
+            self._loop.call_soon_threadsafe(done, result, error)
+
+    def _ended(self, _result: Any, _error: BaseException | None) -> None:
+        if not self._stopped.done():
+            self._stopped.set_result(None)

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from model_worker.latency import LatencyModel
 from plait.errors import DeadlineExceeded, InvalidArgument, PlaitError, ResourceExhausted
@@ -55,11 +55,14 @@ class Ticket:
     over: bool = field(default=False, init=False)
 
 
+T = TypeVar("T", bound=Ticket)
+
+
 @dataclass(frozen=True, slots=True)
-class Share:
+class Share(Generic[T]):
     """Rows [start, stop) of a ticket."""
 
-    ticket: Ticket
+    ticket: T
     start: int
     stop: int
 
@@ -70,24 +73,24 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Batch:
+class Batch(Generic[T]):
     """What one forward pass computes."""
 
-    shares: tuple[Share, ...]
+    shares: tuple[Share[T], ...]
     rows: int
     started_s: float
 
 
-class Schedule:
+class Schedule(Generic[T]):
     """The queue of one model in front of one runner."""
 
     def __init__(self, limits: Limits, latency: LatencyModel | None = None) -> None:
         self.limits = limits
         self.latency = latency or LatencyModel()
-        self.running: Batch | None = None
+        self.running: Batch[T] | None = None
         self.queued_rows = 0
-        self._queue: list[Ticket] = []  # sorted: most urgent first
-        self._halves: deque[tuple[Share, ...]] = deque()  # of failed batches; they go first
+        self._queue: list[T] = []  # sorted: most urgent first
+        self._halves: deque[tuple[Share[T], ...]] = deque()  # of failed batches; they go first
         self._arrivals = itertools.count()
 
     def __repr__(self) -> str:
@@ -101,7 +104,7 @@ class Schedule:
         """Whether nothing runs and nothing waits."""
         return self.running is None and not self._queue and not self._halves
 
-    def offer(self, ticket: Ticket, now_s: float) -> None:
+    def offer(self, ticket: T, now_s: float) -> None:
         """Let a request in, or raise InvalidArgument (too large), ResourceExhausted (queue full) or DeadlineExceeded."""
         self._check_size(ticket)
         if ticket.deadline_s <= now_s:
@@ -116,11 +119,11 @@ class Schedule:
         self._queue.insert(at, ticket)
         self.queued_rows += ticket.rows
 
-    def next(self, now_s: float) -> tuple[Batch | None, list[Ticket]]:
+    def next(self, now_s: float) -> tuple[Batch[T] | None, list[T]]:
         """Return the batch to run now, if the runner is free and anything waits, and the requests dropped because they are too late."""
         if self.running is not None:
             return None, []
-        late: list[Ticket] = []
+        late: list[T] = []
         shares = self._half(now_s, late) or self._fill(now_s, late)
         if shares:
             self.running = Batch(shares=shares, rows=sum(s.rows for s in shares), started_s=now_s)
@@ -132,7 +135,7 @@ class Schedule:
         if batch is not None:
             self.latency.observe(batch.rows, now_s - batch.started_s, now_s)
 
-    def failed(self) -> Ticket | None:
+    def failed(self) -> T | None:
         """The running batch failed: return the request at fault, or None where there were several, which then run again by halves."""
         batch, self.running = self.running, None
         if batch is None:
@@ -145,7 +148,7 @@ class Schedule:
         self._halves.extendleft((batch.shares[middle:], batch.shares[:middle]))
         return None
 
-    def withdraw(self, ticket: Ticket) -> None:
+    def withdraw(self, ticket: T) -> None:
         """Forget a request: its caller has gone, or it was answered otherwise. What already runs is not stopped, only not delivered."""
         if ticket.over:
             return
@@ -156,7 +159,7 @@ class Schedule:
 
     # --- composing a batch
 
-    def _half(self, now_s: float, late: list[Ticket]) -> tuple[Share, ...]:
+    def _half(self, now_s: float, late: list[T]) -> tuple[Share[T], ...]:
         while self._halves:
             half = self._halves.popleft()
             for share in half:
@@ -168,7 +171,7 @@ class Schedule:
                 return living
         return ()
 
-    def _fill(self, now_s: float, late: list[Ticket]) -> tuple[Share, ...]:
+    def _fill(self, now_s: float, late: list[T]) -> tuple[Share[T], ...]:
         """Take requests by urgency, of the first one's kind, until the batch is full or would make the first one late."""
         self._drop_late(now_s, late)
         if not self._queue:
@@ -177,41 +180,48 @@ class Schedule:
         rows = min(first.rows - first.taken, self.limits.max_rows if self.limits.splits else first.rows)
         shares = [self._take(first, rows)]
         most = self._most_rows(first, now_s) if self.limits.joins else 0
-        passed: list[Ticket] = []
+        passed: list[T] = []
         seen = 1
         for ticket in itertools.islice(self._queue, 1, None):
             if rows >= most:
                 break
             seen += 1
-            if ticket.kind != first.kind:
+            if ticket.deadline_s <= now_s:
+                self._give_up(ticket, late)
+            elif ticket.kind != first.kind:
                 passed.append(ticket)
-                continue
-            if rows + ticket.rows - ticket.taken > most:
+            elif rows + ticket.rows - ticket.taken > most:
                 passed.append(ticket)
                 break
-            shares.append(self._take(ticket, ticket.rows - ticket.taken))
-            rows += shares[-1].rows
+            else:
+                shares.append(self._take(ticket, ticket.rows - ticket.taken))
+                rows += shares[-1].rows
         rest = [first] if first.taken < first.rows else []
         self._queue[:seen] = rest + passed
         return tuple(shares)
 
-    def _take(self, ticket: Ticket, rows: int) -> Share:
+    def _give_up(self, ticket: T, late: list[T]) -> None:
+        ticket.over = True
+        self.queued_rows -= ticket.rows - ticket.taken
+        late.append(ticket)
+
+    def _take(self, ticket: T, rows: int) -> Share[T]:
         share = Share(ticket, ticket.taken, ticket.taken + rows)
         ticket.taken += rows
         self.queued_rows -= rows
         return share
 
-    def _drop_late(self, now_s: float, late: list[Ticket]) -> None:
+    def _drop_late(self, now_s: float, late: list[T]) -> None:
         """Drop from the head what has expired or, by a fresh estimate, cannot finish in time even if it ran now."""
         trusted = self.latency.trusted(now_s)
         while self._queue:
             head = self._queue[0]
             if head.deadline_s > now_s and not (trusted and now_s + self._duration_s(head.rows - head.taken) > head.deadline_s):
                 return
-            self.withdraw(head)
-            late.append(head)
+            del self._queue[0]
+            self._give_up(head, late)
 
-    def _most_rows(self, first: Ticket, now_s: float) -> int:
+    def _most_rows(self, first: T, now_s: float) -> int:
         per_row_s = self.latency.per_row_s
         if not per_row_s:
             return self.limits.max_rows
@@ -220,14 +230,14 @@ class Schedule:
 
     # --- admission
 
-    def _check_size(self, ticket: Ticket) -> None:
+    def _check_size(self, ticket: T) -> None:
         most = self.limits.max_queue_rows if self.limits.splits else min(self.limits.max_rows, self.limits.max_queue_rows)
         if ticket.rows > most:
             raise InvalidArgument(
                 f"the request has {ticket.rows} rows and this model takes at most {most} at once: split it", reason="TOO_MANY_ROWS"
             )
 
-    def _check_deadlines(self, ticket: Ticket, at: int, now_s: float) -> None:
+    def _check_deadlines(self, ticket: T, at: int, now_s: float) -> None:
         """Refuse where, by prediction, the request or one already let in would be late. Mostly one comparison: everybody in time?"""
         free_s = self._free_s(now_s) + self.limits.margin_s
         all_done_s = free_s + self._duration_s(self.queued_rows + ticket.rows)

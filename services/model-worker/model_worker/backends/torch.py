@@ -1,100 +1,27 @@
-"""The only place that knows torch: TorchScript and torch.export programs as functions from arrays to arrays.
-
-Neither format may bring code: TorchScript has an interpreter and an unpickler of its own that know no Python, and a .pt2 is looked at by
-`pt2_check` first.
-"""
+"""torch, and nothing of it anywhere else: loads TorchScript and torch.export models from verified bytes and runs them on the CPU."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import torch
 
-from model_worker.backends import pt2_check
+from model_worker.backends import export_guard
 from model_worker.packed import Array
-from plait.errors import FailedPrecondition, Internal
-from plait.registry.artifact import Format
+from plait.errors import FailedPrecondition
+from plait.registry.records import Signature
 
-_SMALL_BYTES: Final = 4096  # copying less costs less than avoiding it
-
-
-class TorchModel:
-    """A loaded program. Calls must come from one thread at a time; the first one on a thread sets torch's thread count there.
-
-    `threads`: how many a single operator may use; with one process per core and requests side by side, 1 is fastest.
-    """
-
-    def __init__(self, program: Callable[..., Any], *, threads: int) -> None:
-        self._program = program
-        self._threads = threads
-
-    def __call__(self, inputs: Sequence[Array]) -> list[Array]:
-        """Run the forward pass on arrays, positionally, and return its outputs as arrays.
-
-        Raises Internal (MODEL_OUTPUT_WRONG) where it gives anything but tensors; whatever the program raises comes through.
-        """
-        if torch.get_num_threads() != self._threads:  # a setting of the calling thread
-            torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            found = self._program(*(_tensor(array) for array in inputs))
-        outputs = found if isinstance(found, tuple | list) else (found,)
-        if not all(isinstance(output, torch.Tensor) for output in outputs):
-            kinds = ", ".join(type(output).__name__ for output in outputs)
-            raise Internal(f"the model gave {kinds}: it must give one tensor, or a tuple of them", reason="MODEL_OUTPUT_WRONG")
-        return [output.numpy(force=True) for output in outputs]
+# TorchScript that reads or writes files or talks; a model that is handed over has no business doing so.
+_FORBIDDEN_OPS: Final = frozenset({"aten::from_file", "aten::save", "aten::warn", "prim::Print", "prim::PythonOp"})
+_COPY_BELOW_BYTES: Final = 16_384  # copying is as cheap as borrowing up to there, and CPython shares its one-byte `bytes` objects
 
 
-def load(format_: Format, file: Path, *, threads: int) -> TorchModel:
-    """Load a program onto the CPU. Raises FailedPrecondition: MODEL_UNSAFE, or MODEL_UNLOADABLE where torch cannot read it."""
-    try:
-        program = _load_torchscript(file) if format_ == "torchscript" else _load_export(file)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError) as error:
-        line = str(error).strip().partition("\n")[0][:300]
-        message = f"torch {torch.__version__} cannot load {file.name} as {format_}: {line}; was it saved by a torch this old or older?"
-        raise FailedPrecondition(message, reason="MODEL_UNLOADABLE") from error
-    return TorchModel(program, threads=threads)
-
-
-def _load_torchscript(file: Path) -> Callable[..., Any]:
-    with warnings.catch_warnings():
-        # torch deprecates TorchScript in favour of torch.export; teams still hand it over, so both are served.
-        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
-        program = torch.jit.load(str(file), map_location="cpu")  # type: ignore[no-untyped-call]
-        frozen: Callable[..., Any] = torch.jit.freeze(program.eval())
-        return frozen
-
-
-def _load_export(file: Path) -> Callable[..., Any]:
-    sample_inputs = pt2_check.check(file)
-    if sample_inputs:
-        try:
-            # torch.export.load would try this too, but go on with full pickle where it fails.
-            torch.load(io.BytesIO(sample_inputs), weights_only=True)
-        except Exception as error:
-            message = "the .pt2 file is refused: its sample inputs need pickle; export the model with plain tensors"
-            raise FailedPrecondition(message, reason="MODEL_UNSAFE") from error
-    return torch.export.load(file).module()
-
-
-def _tensor(array: Array) -> torch.Tensor:
-    """Return a tensor on the array's own memory.
-
-    Arrays over a message's bytes are read-only, which torch warns of because it cannot keep a program from writing. These bytes were
-    made for this request and nobody else sees them, so a program that works in place harms no one; what is small is copied, since
-    Python shares one-byte strings.
-    """
-    if not array.flags.writeable:
-        array = array.copy() if array.nbytes < _SMALL_BYTES else np.asarray(_Writable(array))
-    return torch.from_numpy(array)
-
-
-class _Writable:
-    """The same memory without the read-only mark. https://numpy.org/doc/stable/reference/arrays.interface.html"""
+class _Borrowed:
+    """Gives numpy's array interface to memory of a read-only array; numpy keeps this object, and so the memory, alive."""
 
     __slots__ = ("__array_interface__", "_owner")
 
@@ -103,3 +30,87 @@ class _Writable:
         interface["data"] = (interface["data"][0], False)
         self.__array_interface__ = interface
         self._owner = array
+
+
+class TorchModel:
+    """A loaded model, called with arrays in the signature's order (row splits last), answering arrays in the signature's order."""
+
+    def __init__(self, module: Callable[..., Any], output_names: Sequence[str]) -> None:
+        self._module = module
+        self._output_names = tuple(output_names)
+
+    def __call__(self, inputs: Sequence[Array]) -> list[Array]:
+        """Run one forward pass; raises whatever the model raises, TypeError where its answer is not tensors."""
+        with torch.inference_mode():
+            answer = self._module(*(tensor(array) for array in inputs))
+            return [_array(t) for t in self._in_order(answer)]
+
+    def _in_order(self, answer: Any) -> Sequence[Any]:
+        if isinstance(answer, Mapping):
+            return [answer[name] for name in self._output_names]
+        return answer if isinstance(answer, tuple | list) else (answer,)
+
+
+def prepare_thread(num_threads: int) -> Callable[[], None]:
+    """Return what a thread that computes runs first: `num_threads` for the parts of one operator."""
+    return lambda: torch.set_num_threads(num_threads)
+
+
+def load(content: bytes, format_: str, signature: Signature) -> TorchModel:
+    """Load a model from the verified bytes of its file.
+
+    Raises FailedPrecondition: ARTIFACT_INVALID (torch cannot load it), ARTIFACT_UNSAFE, MODEL_UNSUPPORTED.
+    """
+    if any(t.dtype == "bytes" for t in (*signature.inputs, *signature.outputs)):
+        raise FailedPrecondition("torch has no BYTES tensors: encode them before the model", reason="MODEL_UNSUPPORTED")
+    loader = {"torchscript": _load_torchscript, "torch_export": _load_export}.get(format_)
+    if loader is None:
+        raise FailedPrecondition(f"the format {format_!r} is not served: use torchscript or torch_export", reason="MODEL_UNSUPPORTED")
+    try:
+        module = loader(content)
+    except FailedPrecondition:
+        raise
+    except Exception as error:
+        raise FailedPrecondition(
+            f"torch {torch.__version__} cannot load it as {format_} ({type(error).__name__}): export it again with this torch",
+            reason="ARTIFACT_INVALID",
+        ) from error
+    return TorchModel(module, [t.name for t in signature.outputs])
+
+
+def tensor(array: Array) -> torch.Tensor:
+    """Return a tensor over the array's memory, without a copy where it is worth it.
+
+    An array over a message's bytes is read-only, which torch does not know and warns of. The bytes belong to this request alone
+    (protobuf makes them anew on each access), so a model that writes into its inputs harms nobody.
+    """
+    if not array.flags.writeable:
+        array = array.copy() if array.nbytes < _COPY_BELOW_BYTES else np.asarray(_Borrowed(array))
+    return torch.from_numpy(array)
+
+
+def _load_torchscript(content: bytes) -> Callable[..., Any]:
+    with warnings.catch_warnings():
+        # torch deprecates TorchScript in favour of torch.export; plait serves both because teams still hand over both.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit.*")
+        module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
+        module.eval()
+    used = sorted(kind for kind in _FORBIDDEN_OPS if module.inlined_graph.findAllNodes(kind, True))
+    if used:
+        raise FailedPrecondition(f"the model uses {', '.join(used)}, which a model may not", reason="ARTIFACT_UNSAFE")
+    return module  # type: ignore[no-any-return]
+
+
+def _load_export(content: bytes) -> Callable[..., Any]:
+    examples = export_guard.check(content)
+    if examples:
+        # torch.export.load tries `weights_only` first and falls back to a full unpickling; where the first works it never does.
+        torch.load(io.BytesIO(examples), weights_only=True)
+    program = torch.export.load(io.BytesIO(content))
+    return program.module()
+
+
+def _array(value: Any) -> Array:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"the model answered {type(value).__name__} where a tensor was due")
+    return value.detach().numpy() if value.is_contiguous() else value.detach().contiguous().numpy()

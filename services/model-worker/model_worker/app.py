@@ -1,0 +1,60 @@
+"""The composition root: the only file that knows all parts and sees the settings."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from importlib.metadata import version
+
+from model_worker.inference import Inference
+from model_worker.instruments import Instruments
+from model_worker.models import Models
+from model_worker.served import Loader
+from model_worker.servicer import InferenceServicer, StreamServicer
+from model_worker.settings import ModelWorkerSettings
+from plait.api.inference.v2 import inference_pb2 as pb
+from plait.api.inference.v2 import inference_pb2_grpc as pb_grpc
+from plait.api.model_worker.v1 import model_worker_service_pb2 as stream_pb
+from plait.api.model_worker.v1 import model_worker_service_pb2_grpc as stream_pb_grpc
+from plait.registry.watcher import Watcher
+from plait.rpc.credentials import Authenticator
+from plait.rpc.process import Tasks
+from plait.rpc.server import RpcServer
+from plait.telemetry.metrics import Metrics
+from plait.telemetry.tracing import Tracing
+
+
+async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tasks: Tasks) -> RpcServer:
+    """Build the service in dependency order; it is ready once a snapshot of the registry is here. Models load while it serves."""
+    tracing = Tracing(settings.telemetry, "model-worker")
+    metrics = Metrics()
+    registry = settings.registry
+    watcher = Watcher(registry.dsn.get_secret_value(), registry.last_known_good, registry.poll_s)
+    tasks.start(watcher.run(), "registry")
+
+    instruments = Instruments(metrics)
+    models = Models(settings.models, Loader(settings.models, settings.batching, instruments), instruments)
+    stack.push_async_callback(models.close)
+    await watcher.first(registry.first_snapshot_timeout_s)
+    watcher.subscribe(models.adopt)
+    tasks.start(models.run(), "models")
+
+    authenticator = Authenticator(
+        lambda sha256: watcher.snapshot.keys.get(sha256),  # noqa: PLW0108  (the snapshot is swapped)
+        service_token=settings.rpc.service_token.get_secret_value(),
+        required=settings.rpc.require_auth,
+    )
+    server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
+    inference = Inference(models)
+    server.add(
+        pb_grpc.add_GRPCInferenceServiceServicer_to_server,
+        InferenceServicer(models, inference, version=version("plait-model-worker")),
+        pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+        scope="infer",
+    )
+    server.add(
+        stream_pb_grpc.add_ModelWorkerServiceServicer_to_server,
+        StreamServicer(inference, max_in_flight=settings.rpc.max_in_flight, tracing=tracing),
+        stream_pb.DESCRIPTOR.services_by_name["ModelWorkerService"].full_name,
+        scope="infer",
+    )
+    return server

@@ -1,0 +1,96 @@
+"""Which versions a worker should hold, decided without I/O: what to load next, what to let go, and when to look again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from model_worker.served import Served
+from plait.errors import PlaitError
+from plait.registry.records import Model, ModelVersion, Snapshot
+
+Key = tuple[str, str]  # model, version
+NEVER: Final = math.inf
+
+
+class State(Enum):
+    """Where a version stands. A version that FAILED is tried again later."""
+
+    LOADING = "LOADING"
+    READY = "READY"
+    FAILED = "UNAVAILABLE"  # the protocol's word for it
+
+
+@dataclass(slots=True, kw_only=True)
+class Entry:
+    """One version the worker holds or tries to. `served` while READY, `error` while FAILED; times on the monotonic clock."""
+
+    version: ModelVersion
+    state: State = State.LOADING
+    served: Served | None = None
+    error: PlaitError | None = None
+    attempts: int = 0
+    due_s: float = -math.inf
+    unwanted_since_s: float = NEVER
+
+    def __repr__(self) -> str:
+        return (
+            f"<Entry {self.version.version} {self.state.value} attempts={self.attempts} error={self.error.reason if self.error else None}>"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What to do now: at most one version to load, versions to unload, and when to look again if nothing changes (monotonic seconds)."""
+
+    load: Key | None
+    unload: tuple[Key, ...]
+    again_s: float
+
+
+def wanted(snapshot: Snapshot, only: Collection[str], paused: Collection[str]) -> dict[Key, ModelVersion]:
+    """Return the versions that routes and aliases refer to and the newest of each model, in that order: what is in use comes first."""
+    found: dict[Key, ModelVersion] = {}
+    for model in snapshot.models.values():
+        if model.name in paused or (only and model.name not in only):
+            continue
+        for version in _referred(model, snapshot):
+            found[model.name, version.version] = version
+    return found
+
+
+def _referred(model: Model, snapshot: Snapshot) -> list[ModelVersion]:
+    uses = [v.use for route in snapshot.routes.values() for v in route.variants if v.model == model.name]
+    resolved = [model.resolve(use) for use in (*uses, *model.aliases)]
+    return [version for version in (*resolved, *model.versions[-1:]) if version is not None]
+
+
+def next_step(wanted: Mapping[Key, ModelVersion], entries: Mapping[Key, Entry], now_s: float, unload_after_s: float) -> Step:
+    """Compare what is wanted with what is held; marks in `entries` since when a version is unwanted."""
+    unload: list[Key] = []
+    again_s = NEVER
+    for key, entry in entries.items():
+        if key in wanted:
+            entry.unwanted_since_s = NEVER
+            continue
+        entry.unwanted_since_s = min(entry.unwanted_since_s, now_s)
+        leaves_s = entry.unwanted_since_s + (unload_after_s if entry.state is State.READY else 0.0)
+        if leaves_s <= now_s:
+            unload.append(key)
+        else:
+            again_s = min(again_s, leaves_s)
+    for key in wanted:
+        tried = entries.get(key)
+        if tried is None or (tried.state is not State.READY and tried.due_s <= now_s):
+            return Step(load=key, unload=tuple(unload), again_s=now_s)
+        if tried.state is State.FAILED:
+            again_s = min(again_s, tried.due_s)
+    return Step(load=None, unload=tuple(unload), again_s=again_s)
+
+
+def retry_after_s(attempts: int, first_s: float, most_s: float) -> float:
+    """Return how long to wait after so many failed attempts: doubling up to a limit."""
+    return min(most_s, first_s * 2.0 ** min(attempts - 1, 30))

@@ -1,0 +1,103 @@
+"""A model version that answers requests: its codec, its batcher and the thread it computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from model_worker import artifacts
+from model_worker.backends import torch as torch_backend
+from model_worker.batcher import Batcher, Model, Request
+from model_worker.instruments import Instruments
+from model_worker.proof import Proven, prove
+from model_worker.ragged import Layout
+from model_worker.runner import Runner
+from model_worker.schedule import Limits, Schedule
+from model_worker.settings import BatchingSettings, ModelSettings
+from model_worker.tensors import Codec
+from plait.registry.artifact import ArtifactManifest
+from plait.registry.records import ModelVersion
+
+_PLATFORM: Final = {"torchscript": "pytorch_torchscript", "torch_export": "pytorch_export"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A version that was verified, loaded, proven and warmed, in whatever thread did that; it needs only its place on the event loop."""
+
+    manifest: ArtifactManifest
+    model: Model
+    layout: Layout
+    proven: Proven
+    limits: Limits
+    prepare_thread: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What a request meets."""
+
+    model: str
+    version: str
+    platform: str
+    manifest: ArtifactManifest
+    limits: Limits
+    codec: Codec
+    batcher: Batcher
+    runner: Runner
+
+    async def close(self) -> None:
+        """Answer what is held, then end the thread."""
+        await self.batcher.close()
+        await self.runner.stop()
+
+
+class Loader:
+    """Makes `Served` out of what the registry says; the only part that knows which backend loads what."""
+
+    def __init__(self, models: ModelSettings, batching: BatchingSettings, instruments: Instruments) -> None:
+        self._models = models
+        self._batching = batching
+        self._instruments = instruments
+
+    def prepare(self, version: ModelVersion) -> Prepared:
+        """Load one version. Blocks: run it in a thread. Raises PlaitError with the reason it cannot be served."""
+        prepare_thread = torch_backend.prepare_thread(self._models.num_threads)
+        prepare_thread()
+        artifact = artifacts.fetch(version, self._root)
+        manifest = artifact.manifest
+        model = torch_backend.load(artifact.content, manifest.format, manifest.signature)
+        layout = Layout.of(manifest.signature, manifest.batching)
+        max_rows = self._batching.max_rows or manifest.batching.max_rows
+        proven = prove(model, layout, artifact, max_rows)
+        limits = Limits(
+            max_rows=max_rows,
+            max_queue_rows=max(max_rows, self._batching.max_queue_rows or manifest.batching.max_queue_rows),
+            margin_s=self._batching.margin_ms / 1e3,
+            joins=proven.joins,
+            splits=proven.splits,
+        )
+        return Prepared(manifest=manifest, model=model, layout=layout, proven=proven, limits=limits, prepare_thread=prepare_thread)
+
+    def serve(self, model: str, version: str, prepared: Prepared) -> Served:
+        """Give a prepared version its batcher and thread. On the event loop."""
+        name = f"{model}/{version}"
+        runner = Runner(f"model {name}", prepared.prepare_thread)
+        schedule: Schedule[Request] = Schedule(prepared.limits, prepared.proven.latency)
+        batcher = Batcher(name, prepared.model, prepared.layout, schedule, runner, self._instruments.of(model, version))
+        return Served(
+            model=model,
+            version=version,
+            platform=_PLATFORM[prepared.manifest.format],
+            manifest=prepared.manifest,
+            limits=prepared.limits,
+            codec=Codec(prepared.manifest.signature),
+            batcher=batcher,
+            runner=runner,
+        )
+
+    @property
+    def _root(self) -> Path | None:
+        return self._models.artifact_root
