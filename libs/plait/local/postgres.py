@@ -13,15 +13,15 @@ import shutil
 import signal
 import struct
 import subprocess
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from plait.errors import Internal
 from plait.local import postgres_software, predecessor
-from plait.local.accounts import Account, own, reaches, unprivileged
+from plait.local.accounts import Account, own, unprivileged
 from plait.local.child import Child
+from plait.local.data_home import DataHome
 from plait.local.ports import Port
 from plait.local.postgres_software import Software
 from plait.local.readiness import start_failed, until_ready
@@ -30,7 +30,6 @@ USER: Final = "plait"
 _MAINTENANCE_DATABASE: Final = "postgres"
 _STOP_GRACE_S: Final = 20.0
 _PROTOCOL: Final = 196608  # 3.0
-_SHARED: Final = Path("/var/tmp")  # noqa: S108 - outlives a restart, unlike /tmp; the folder made in it is private
 _SETTINGS: Final = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
@@ -60,7 +59,7 @@ class EmbeddedPostgres:
         self._start_timeout_s = start_timeout_s
         self._account: Account | None = None
         self._software: Software
-        self._home: Path
+        self._home: DataHome
         self._password = ""
         self._child: Child | None = None
         self._port: Port
@@ -91,10 +90,16 @@ class EmbeddedPostgres:
 
     async def __aenter__(self) -> Self:
         self._port = Port()
-        self._account = unprivileged()
-        self._home = _home(self._given, self._account)
         try:
-            self._software = postgres_software.for_account(postgres_software.locate(), self._account, self._home)
+            self._account = unprivileged()
+            self._home = DataHome(self._given, self._account, prefix="plait-postgres-")
+            await self._predecessor_gone()
+        except BaseException:
+            self._port.close()
+            raise
+        try:
+            self._home.move_in()
+            self._software = postgres_software.for_account(postgres_software.locate(), self._account, self._home.path)
             self._password = self._read_password()
             if not (self._data / "PG_VERSION").exists():
                 await self._initialize()
@@ -109,7 +114,7 @@ class EmbeddedPostgres:
 
     async def start(self) -> Child:
         """Start the server again after it has ended, at the same address; `async with` does so the first time."""
-        await predecessor.gone(self._data / "postmaster.pid", marker=str(self._data), timeout_s=_STOP_GRACE_S)
+        await self._predecessor_gone()
         self._child = self._spawn()
         await until_ready(self._child, self._accepts, timeout_s=self._start_timeout_s)
         return self._child
@@ -149,15 +154,18 @@ class EmbeddedPostgres:
 
     @property
     def _data(self) -> Path:
-        return self._home / "pgdata"
+        return self._home.path / "pgdata"
 
     @property
     def _log_file(self) -> Path:
-        return self._log or self._home / "postgres.log"
+        return self._log or self._home.path / "postgres.log"
+
+    async def _predecessor_gone(self) -> None:
+        await predecessor.gone(self._data / "postmaster.pid", marker=str(self._data), timeout_s=_STOP_GRACE_S)
 
     def _read_password(self) -> str:
         """Return the password this data folder was made with, or a new one; the file is readable by its owner only."""
-        file = self._home / "password"
+        file = self._home.path / "password"
         if not (self._data / "PG_VERSION").exists():
             file.unlink(missing_ok=True)
             descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -170,8 +178,8 @@ class EmbeddedPostgres:
         """Make the data folder. initdb removes what it made when it fails; what a killed one left is removed here."""
         shutil.rmtree(self._data, ignore_errors=True)
         argv: list[str | Path] = [self._software.initdb, "-D", self._data, "-U", USER, "-A", "scram-sha-256", "-E", "UTF8", "--no-locale"]
-        argv += [f"--pwfile={self._home / 'password'}", "--no-instructions", *([] if self._durable else ["--no-sync"])]
-        initdb = Child.start(argv, name="initdb", log=self._log_file, cwd=self._home, account=self._account)
+        argv += [f"--pwfile={self._home.path / 'password'}", "--no-instructions", *([] if self._durable else ["--no-sync"])]
+        initdb = Child.start(argv, name="initdb", log=self._log_file, cwd=self._home.path, account=self._account)
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 status = await initdb.wait()
@@ -185,7 +193,9 @@ class EmbeddedPostgres:
         settings = _SETTINGS | ({} if self._durable else _FORGETFUL)
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         argv: list[str | Path] = [self._software.postgres, "-D", self._data, "-p", str(self._port.number), *options]
-        return Child.start(argv, name="postgres", log=self._log_file, cwd=self._home, account=self._account, death_signal=signal.SIGINT)
+        return Child.start(
+            argv, name="postgres", log=self._log_file, cwd=self._home.path, account=self._account, death_signal=signal.SIGINT
+        )
 
     async def _accepts(self) -> bool:
         """Say whether the server takes log-ins: it answers a start-up packet with a request to authenticate, not with an error."""
@@ -209,35 +219,4 @@ class EmbeddedPostgres:
                 await self._child.stop(signal.SIGINT, grace_s=_STOP_GRACE_S)
         finally:
             self._port.close()
-            if self._given is None:
-                shutil.rmtree(self._home, ignore_errors=True)
-
-
-def _home(given: Path | None, account: Account | None) -> Path:
-    """Return the folder that holds the data, password and log: private, and `account` owns and reaches it."""
-    if given is None:
-        return _private_folder(Path(tempfile.gettempdir()), account)
-    given.mkdir(parents=True, exist_ok=True)
-    if not reaches(account, given):
-        return _elsewhere(given, account)
-    given.chmod(0o700)
-    own(account, given)
-    return given
-
-
-def _elsewhere(given: Path, account: Account | None) -> Path:
-    """Return the substitute for a data folder behind a private one (/root, for example), made once and noted there."""
-    note = given / "location"
-    if note.exists():
-        known = Path(note.read_text(encoding="utf-8"))
-        if known.is_dir():
-            return known
-    folder = _private_folder(_SHARED, account)
-    note.write_text(str(folder), encoding="utf-8")
-    return folder
-
-
-def _private_folder(parent: Path, account: Account | None) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="plait-postgres-", dir=parent if reaches(account, parent / "x") else _SHARED))
-    own(account, folder)
-    return folder
+            self._home.move_out()

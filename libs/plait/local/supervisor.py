@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Final, NoReturn
+from typing import NoReturn
 
 from plait.errors import PlaitError
 from plait.local.child import Child
@@ -18,14 +18,13 @@ Report = Callable[[str, str], None]  # (name of the part, what became of it)
 
 @dataclass(slots=True)
 class Restarts:
-    """Decides when to try again: pauses double from 0.2 s to 5 s; more than `limit` ends within `within_s` are too many."""
+    """Decides when to try again: pauses double from the first to the longest; more than `limit` ends within `within_s` are too many."""
 
     limit: int = 5
     within_s: float = 60.0
+    first_pause_s: float = 0.2
+    longest_pause_s: float = 5.0
     _ends: deque[float] = field(default_factory=deque)
-
-    first_pause_s: Final = 0.2
-    longest_pause_s: Final = 5.0
 
     def after_end(self, now_s: float) -> float | None:
         """Return how long to wait before the next start, or None to give up; `now_s` on a clock that never goes back."""
@@ -37,12 +36,14 @@ class Restarts:
         return min(self.longest_pause_s, self.first_pause_s * 2.0 ** (len(self._ends) - 1))
 
 
-async def supervise(name: str, child: Child, start: Callable[[], Awaitable[Child]], report: Report) -> NoReturn:
+async def supervise(
+    name: str, child: Child, start: Callable[[], Awaitable[Child]], report: Report, restarts: Restarts | None = None
+) -> NoReturn:
     """Watch `child` and start it again with `start` whenever it ends; cancel this before you end the child yourself.
 
     Raises Unavailable (LOCAL_START_FAILED) with the end of its log once it ends too often.
     """
-    restarts = Restarts()
+    restarts = restarts or Restarts()
     while True:
         status = await child.wait()
         pause_s = restarts.after_end(time.monotonic())
