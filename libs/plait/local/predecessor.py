@@ -28,7 +28,7 @@ async def gone(pid_file: Path, *, marker: str, timeout_s: float) -> None:
     except TimeoutError:
         message = f"process {pid} still uses {pid_file.parent}; end it (kill {pid}) or choose another folder"
         raise FailedPrecondition(message, reason="LOCAL_IN_USE") from None
-    pid_file.unlink(missing_ok=True)  # noqa: ASYNC240 - one local system call
+    pid_file.unlink(missing_ok=True)
 
 
 def _read(pid_file: Path) -> int | None:

@@ -106,7 +106,7 @@ async def test_a_data_folder_that_cannot_be_read_is_told_with_the_log(tmp_path: 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel of Linux tells children of their parent's death")
 async def test_it_ends_with_a_killed_parent_and_is_whole_afterwards(tmp_path: Path) -> None:
     script = PARENT.format(folder=str(tmp_path / "pg"))
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:  # noqa: ASYNC220 - it is waited for right here
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert alive(pid)
