@@ -500,6 +500,16 @@ def test_loopback(address: str, loopback: bool) -> None:
     assert client_module._is_loopback(address) is loopback
 
 
+async def test_what_stays_on_the_machine_takes_no_proxy(
+    make: Make, router: FakeRouter, nobody: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("http_proxy", f"http://{nobody}")
+    async with make(router.address, api_key=KEY) as client:
+        await client.rank("home", "ann", ["a"])
+
+
 async def test_tls_by_path_and_by_bytes(make: Make, certificate: tuple[Path, Path]) -> None:
     cert, key = certificate
     credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
