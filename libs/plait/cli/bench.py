@@ -7,14 +7,20 @@ from typing import Annotated
 
 import typer
 
+from plait.cli import extensions
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command()(bench)
 
 
+def _complete(incomplete: str) -> list[str]:
+    return extensions.names(extensions.BENCHES, incomplete)
+
+
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure, for example: rank.")],
+    name: Annotated[str, typer.Argument(help="What to measure, for example: rank.", autocompletion=_complete)],
     json_path: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Also write the figures to this file.", show_default=False)
     ] = None,
@@ -33,8 +39,6 @@ def bench(
     Example:  plait bench rank --json reports/bench-rank.json
     """
     from rich.console import Console  # noqa: PLC0415
-
-    from plait.cli import extensions  # noqa: PLC0415
 
     run = extensions.find(extensions.BENCHES, name)
     run(Console(), json_path, state, quick)

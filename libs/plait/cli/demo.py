@@ -7,14 +7,22 @@ from typing import Annotated
 
 import typer
 
+from plait.cli import extensions
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command()(demo)
 
 
+def _complete(incomplete: str) -> list[str]:
+    return extensions.names(extensions.DEMOS, incomplete)
+
+
 def demo(
-    name: Annotated[str | None, typer.Argument(help="Which demo; not needed while only one is installed.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Which demo; not needed while only one is installed.", autocompletion=_complete, show_default=False)
+    ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Also write the measured figures to this file.", show_default=False)
     ] = None,
@@ -32,8 +40,6 @@ def demo(
     Example:  plait demo --json demo.json
     """
     from rich.console import Console  # noqa: PLC0415
-
-    from plait.cli import extensions  # noqa: PLC0415
 
     run = extensions.find(extensions.DEMOS, name)
     run(Console(), json_path, state)

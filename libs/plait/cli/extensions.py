@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final
 
-from plait.errors import FailedPrecondition, NotFound
-
 DEMOS: Final = "plait.demos"
 BENCHES: Final = "plait.benches"
 _INSTALL: Final = {
@@ -20,6 +18,8 @@ def find(group: str, name: str | None) -> Any:
 
     Raises FailedPrecondition (EXTENSION_MISSING, EXTENSION_BROKEN), NotFound (EXTENSION_NOT_FOUND).
     """
+    from plait.errors import FailedPrecondition, NotFound  # noqa: PLC0415
+
     found = {entry.name: entry for entry in entry_points(group=group)}
     what = group.removeprefix("plait.")
     if not found:
@@ -32,7 +32,14 @@ def find(group: str, name: str | None) -> Any:
     return _load(found[name or next(iter(found))], group)
 
 
+def names(group: str, incomplete: str) -> list[str]:
+    """Return the names in `group` that start like this, for the shell."""
+    return sorted({name for name in entry_points(group=group).names if name.startswith(incomplete)})
+
+
 def _load(entry: EntryPoint, group: str) -> Any:
+    from plait.errors import FailedPrecondition  # noqa: PLC0415
+
     try:
         return entry.load()
     except ImportError as error:

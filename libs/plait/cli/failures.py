@@ -45,4 +45,4 @@ def tell(error: Exception) -> None:
 
 def _is_failure(error: Exception) -> bool:
     """Say whether it is ours to tell; wrong usage and typer's own signals are not."""
-    return not type(error).__module__.startswith("typer")
+    return type(error).__module__.partition(".")[0] not in {"typer", "click"}  # click: where typer does not yet bring its own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from plait.cli.options import DEFAULT_STATE, JsonOption, StateOption
 from plait.cli.output import write_json, write_line, write_table
 
 if TYPE_CHECKING:
-    from plait.api.router.v1 import router_service_pb2 as pb
+    from plait.client import Ranking
 
 _PANEL = "Where the router is"
 
@@ -46,6 +47,13 @@ def rank(
         ),
     ] = None,
     tls: Annotated[bool, typer.Option("--tls", help="Call over TLS, trusting the system's roots.", rich_help_panel=_PANEL)] = False,
+    ca: Annotated[
+        Path | None,
+        typer.Option("--ca", dir_okay=False, help="Call over TLS, trusting this PEM file.", show_default=False, rich_help_panel=_PANEL),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Send the API key to another machine in plain text.", rich_help_panel=_PANEL)
+    ] = False,
     state: StateOption = DEFAULT_STATE,
     as_json: JsonOption = False,
 ) -> None:
@@ -63,11 +71,14 @@ def rank(
     if int_ids:
         (subject,), ids = _numbers([user], "--user / -u"), _numbers(candidates, "--items / -i")
     target, key = _where(address, api_key, state)
-    answer = _ask(target, key, tls, timeout_s, route=route, subject=subject, candidates=ids, top_k=top_k, explain=explain)
+    from plait.client import SyncRankingClient, TlsConfig  # noqa: PLC0415
+
+    with SyncRankingClient(target, api_key=key, tls=TlsConfig(root_ca=ca) if ca else tls, insecure=insecure) as client:
+        ranking = client.rank(route, subject, ids, top_k=top_k, explain=explain, timeout_s=timeout_s)
     if as_json:
-        write_json(_document(answer))
+        write_json(_document(ranking))
     else:
-        _show(answer, explain=explain)
+        _show(ranking)
 
 
 def _numbers(texts: list[str], option: str) -> list[int]:
@@ -91,49 +102,35 @@ def _where(address: str | None, api_key: str | None, state: Path) -> tuple[str, 
     return endpoints.router, api_key or endpoints.api_key
 
 
-def _ask(target: str, key: str, tls: bool, timeout_s: float, **question: Any) -> pb.RankResponse:
-    from plait.client import RankingClient  # noqa: PLC0415
-
-    with RankingClient(target, api_key=key, tls=tls) as client:
-        return client.rank(**question, timeout_s=timeout_s)
-
-
-def _ids(answer: pb.RankResponse) -> list[str] | list[int]:
-    return list(answer.item_ids.string_ids) or list(answer.item_ids.int64_ids)
-
-
-def _document(answer: pb.RankResponse) -> dict[str, Any]:
+def _document(ranking: Ranking) -> dict[str, Any]:
     """Return the answer as JSON types; timings in microseconds, as the router measured them."""
     document = {
-        "items": [{"id": item, "score": score} for item, score in zip(_ids(answer), answer.scores, strict=True)],
-        "model": answer.model,
-        "model_version": answer.model_version,
-        "variant": answer.variant,
-        "tier": answer.tier,
-        "degraded_reasons": list(answer.degraded_reasons),
-        "request_id": answer.request_id,
-        "registry_revision": answer.registry_revision,
+        "items": [{"id": item, "score": score} for item, score in ranking.items],
+        "model": ranking.model,
+        "model_version": ranking.version,
+        "variant": ranking.variant,
+        "tier": ranking.tier,
+        "degraded_reasons": list(ranking.degraded_reasons),
+        "request_id": ranking.request_id,
+        "registry_revision": ranking.revision,
     }
-    if answer.HasField("timings"):
-        document["timings"] = {field.name: value for field, value in answer.timings.ListFields()}
-    if answer.feature_report:
-        document["feature_report"] = [{field.name: value for field, value in view.ListFields()} for view in answer.feature_report]
+    if ranking.timings:
+        document["timings"] = dataclasses.asdict(ranking.timings)
+    if ranking.feature_report:
+        document["feature_report"] = [dataclasses.asdict(view) for view in ranking.feature_report]
     return document
 
 
-def _show(answer: pb.RankResponse, *, explain: bool) -> None:
-    rows = zip(_ids(answer), answer.scores, strict=True)
-    write_table(("rank", "item", "score"), [(place, item, f"{score:.6f}") for place, (item, score) in enumerate(rows, 1)])
-    write_line(f"\n{answer.model} version {answer.model_version}, variant {answer.variant}, request {answer.request_id}", "dim")
-    if answer.degraded_reasons:
-        write_line(f"degraded: {', '.join(answer.degraded_reasons)}", "yellow")
-    if not explain:
-        return
-    if answer.HasField("timings"):
+def _show(ranking: Ranking) -> None:
+    write_table(("rank", "item", "score"), [(place, item, f"{score:.6f}") for place, (item, score) in enumerate(ranking.items, 1)])
+    write_line(f"\n{ranking.model} version {ranking.version}, variant {ranking.variant}, request {ranking.request_id}", "dim")
+    if ranking.degraded_reasons:
+        write_line(f"degraded: {', '.join(ranking.degraded_reasons)}", "yellow")
+    if ranking.timings:
         write_line("")
-        stages = answer.timings.ListFields()
-        write_table(("stage", "ms"), [(field.name.removesuffix("_us"), f"{value / 1000:.3f}") for field, value in stages])
-    if answer.feature_report:
+        stages = dataclasses.asdict(ranking.timings)
+        write_table(("stage", "ms"), [(name.removesuffix("_us"), f"{taken_us / 1000:.3f}") for name, taken_us in stages.items()])
+    if ranking.feature_report:
         write_line("")
-        columns = [field.name for field in answer.feature_report[0].DESCRIPTOR.fields]
-        write_table(columns, [[getattr(view, name) for name in columns] for view in answer.feature_report])
+        views = [dataclasses.asdict(view) for view in ranking.feature_report]
+        write_table(list(views[0]), [list(view.values()) for view in views])

@@ -45,7 +45,9 @@ def apply(
 ) -> None:
     """Create or change models, feature views, feature sets, routes and tenants: all of them or none.
 
-    Everything is checked first, and every problem shown at once with its file and line. Model artifacts are read and pinned by digest.
+    Everything is checked first, and every problem shown at once with its file and line.
+
+    Model artifacts are read and pinned by digest.
 
     Example:  plait apply -f manifests/ --reason "new ranker"
 

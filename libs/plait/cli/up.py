@@ -40,8 +40,9 @@ def up(
 ) -> None:
     """Run everything on this machine, in the foreground, until Ctrl-C.
 
-    PostgreSQL, Redis and the three services, each a process of its own. Once all are SERVING, endpoints.json in the state folder
-    holds every address and a ready API key (only you may read it). What is kept in the state folder is there again the next time.
+    PostgreSQL, Redis and the three services, each a process of its own. What is kept in the state folder is there again next time.
+
+    Once all are SERVING, its endpoints.json holds every address and a ready API key; only you may read it.
 
     Example:  plait up --state .state
 

@@ -19,7 +19,10 @@ def register(app: typer.Typer) -> None:
 
 
 def version(as_json: JsonOption = False) -> None:
-    """Show the versions of plait, its installed services and Python."""
+    """Show the versions of plait, its installed services and Python.
+
+    Example:  plait version --json
+    """
     versions = {name: found for name in _PARTS if (found := _version(name))}
     versions |= {"python": platform.python_version(), "platform": platform.platform()}
     if as_json:
