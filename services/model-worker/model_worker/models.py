@@ -136,7 +136,9 @@ class Models:
 
     async def _load(self, key: Key, version: ModelVersion) -> None:
         entry = self._entries.setdefault(key, Entry(version=version))
-        entry.version, entry.state, entry.attempts = version, State.LOADING, entry.attempts + 1
+        if entry.version != version:
+            entry.version, entry.attempts = version, 0
+        entry.state, entry.attempts = State.LOADING, entry.attempts + 1
         began_s = time.monotonic()
         try:
             prepared = await asyncio.to_thread(self._loader.prepare, version)
@@ -156,8 +158,8 @@ class Models:
     def _failed(self, key: Key, entry: Entry, error: Exception) -> None:
         model, version = key
         if isinstance(error, PlaitError):
-            entry.error = error
-            log.error("a model cannot be served", model=model, version=version, reason=error.reason, error=str(error))
+            entry.error = _explained(error)
+            log.error("a model cannot be served", model=model, version=version, reason=error.reason, error=entry.error.message)
         else:
             entry.error = Internal(f"it could not be loaded because of {type(error).__name__}: see the worker's log")
             log.error("a model cannot be served", model=model, version=version, exc_info=error)
@@ -183,13 +185,13 @@ class Models:
 
     def _why_not(self, model: str, version: str) -> PlaitError:
         name = f"{model} version {version}" if version else model
-        found = [self._entries.get((model, v.version)) for v in self._versions(model) if version in ("", v.version)]
-        wanted_here = any(key[0] == model and version in ("", key[1]) for key in self._wanted())
-        failed = next((e.error for e in reversed(found) if e is not None and e.state is State.FAILED and e.error is not None), None)
-        if failed is not None:
-            return FailedPrecondition(f"{name} could not be loaded: {failed.message} ({failed.reason})", reason="MODEL_FAILED")
-        if wanted_here:
+        found = [v for v in self._versions(model) if version in ("", v.version)]
+        awaited = [self._entries.get(key) for key in self._wanted() if key[0] == model and version in ("", key[1])]
+        errors = [entry.error if entry is not None else None for entry in awaited]
+        if None in errors:
             return Unavailable(f"{name} is being loaded: retry", reason="MODEL_LOADING", retry_after_s=_LOADING_RETRY_S)
+        if errors and (error := errors[-1]) is not None:
+            return FailedPrecondition(f"{name} could not be loaded: {error.message} ({error.reason})", reason="MODEL_FAILED")
         if not found:
             known = ", ".join(sorted(self._snapshot.models)[:10]) or "none"
             return NotFound(f"Request for unknown model: {name} is not in the registry; models it has: {known}", reason="MODEL_NOT_FOUND")
@@ -206,3 +208,9 @@ class Models:
             )
         if model not in self._snapshot.models:
             raise NotFound(f"Request for unknown model: {model} is not in the registry", reason="MODEL_NOT_FOUND")
+
+
+def _explained(error: PlaitError) -> PlaitError:
+    """Return the error with what was found in its message: RepositoryIndex and the log have room for one sentence only."""
+    found = "; ".join(f"{v.field}: {v.description}" if v.field else v.description for v in error.violations[:3])
+    return type(error)(f"{error.message}: {found}", reason=error.reason) if found else error
