@@ -51,14 +51,15 @@ format: $(SETUP) ## format and fix what can be fixed
 
 protos: $(SETUP) ## regenerate the stubs in libs/plait/api
 	buf lint
-	rm -rf $(shell find libs/plait/api -mindepth 1 -maxdepth 1 -type d)
+	rm -rf libs/plait/api
 	buf generate
+	find libs/plait/api -type d -exec touch {}/__init__.py \;
 
 check-protos: $(SETUP) ## lint the protos, refuse stale stubs and breaking changes
 	buf lint
 	buf format -d --exit-code
 	@draft=$$(mktemp -d) && trap 'rm -rf "$$draft"' EXIT && buf generate -o "$$draft" 2>/dev/null && \
-	  diff -r -q -x __pycache__ "$$draft/libs/plait/api" libs/plait/api || { echo "the stubs are stale: run 'make protos' and commit"; exit 1; }
+	  diff -r -q -x __pycache__ -x __init__.py "$$draft/libs/plait/api" libs/plait/api || { echo "the stubs are stale: run 'make protos' and commit"; exit 1; }
 	buf breaking --against $(BASELINE)
 
 bench: $(SETUP) ## measure the mesh against the floor

@@ -40,7 +40,7 @@ async def _run(console: Console, json_path: Path | None, state_dir: Path | None,
                 alone = await asyncio.to_thread(_alone, world, asked, rounds)
                 loaded = await _loaded(world, asked, seconds)
             results.append({"candidates": size, "alone": alone, "loaded": loaded})
-        facts = {"machine": _machine(), "callers": CALLERS, "quick": quick, "results": results}
+        facts: dict[str, Any] = {"machine": _machine(), "callers": CALLERS, "quick": quick, "results": results}
     console.print(_table(results))
     machine = facts["machine"]
     console.print(

@@ -28,6 +28,8 @@ from marketplace import manifests, producer, train
 from marketplace.data import Dataset
 from marketplace.features import Array, Features
 from marketplace.floor import Floor
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as feature_pb
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as feature_pb_grpc
 from plait.errors import PlaitError, Unavailable
 from plait.local.endpoints import Endpoints
 from plait.local.mesh import Mesh
@@ -156,8 +158,8 @@ async def _replay(endpoints: Endpoints, data: Dataset, features: Features, bar: 
 
 async def _written_once(channel: grpc.aio.Channel, api_key: str) -> None:
     """Wait until feature-retrieval has seen the views that were just applied."""
-    stub: Any = producer.pb_grpc.FeatureRetrievalServiceStub(channel)
-    request = producer.pb.DescribeFeatureSetRequest(feature_set=manifests.FEATURE_SET)
+    stub: Any = feature_pb_grpc.FeatureRetrievalServiceStub(channel)
+    request = feature_pb.DescribeFeatureSetRequest(feature_set=manifests.FEATURE_SET)
     give_up = time.monotonic() + _READY_WITHIN_S
     while True:
         try:

@@ -40,7 +40,7 @@ class Floor:
         keys = [key for name in USER_VIEWS for key in self._spaces[name].keys([user])]
         for name in ITEM_VIEWS:
             keys += self._spaces[name].keys(items)
-        rows = self._redis.mget(keys)
+        rows: list[bytes] = self._redis.mget(keys)  # type: ignore[assignment]  # every row is there, as bytes
         n = len(items)
         user_tensor = np.concatenate([self._columns(USER_VIEWS[0], rows[:1]), self._columns(USER_VIEWS[1], rows[1:2])], axis=1)
         item_tensor = np.concatenate([self._columns(ITEM_VIEWS[0], rows[2 : 2 + n]), self._columns(ITEM_VIEWS[1], rows[2 + n :])], axis=1)

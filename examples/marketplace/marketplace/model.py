@@ -16,6 +16,11 @@ class Ranker(nn.Module):
     to request r. Returns float32 [rows] logits.
     """
 
+    user_mean: Tensor
+    user_scale: Tensor
+    item_mean: Tensor
+    item_scale: Tensor
+
     def __init__(self, user_features: int, item_features: int, hidden: int = 256, top: int = 128) -> None:
         super().__init__()
         for side, width in (("user", user_features), ("item", item_features)):

@@ -1,5 +1,15 @@
-"""`python -m plait.cli`, where the `plait` script is not on the path."""
+"""The `plait` script, also as `python -m plait.cli` where it is not on the path."""
 
-from plait.cli.main import main
+from plait.rpc import core
 
-main()
+
+def main() -> None:
+    """Run the command line."""
+    core.use_pollers()
+    from plait.cli import main as commands  # noqa: PLC0415 - grpc is imported from here on
+
+    commands.main()
+
+
+if __name__ == "__main__":
+    main()

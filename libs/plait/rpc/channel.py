@@ -17,6 +17,7 @@ _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.enable_http_proxy", 0),  # services of one mesh reach each other; a proxy in the environment is meant for the world outside
     ("grpc.enable_retries", 0),  # retries are decided where the deadline and the other endpoints are known
 )
 
