@@ -16,16 +16,15 @@ class Ranker(nn.Module):
     to request r. Returns float32 [rows] logits.
     """
 
-    user_mean: Tensor
-    user_scale: Tensor
-    item_mean: Tensor
-    item_scale: Tensor
-
     def __init__(self, user_features: int, item_features: int, hidden: int = 256, top: int = 128) -> None:
         super().__init__()
         for side, width in (("user", user_features), ("item", item_features)):
             self.register_buffer(f"{side}_mean", torch.zeros(width))
             self.register_buffer(f"{side}_scale", torch.ones(width))
+        self.user_mean: Tensor
+        self.user_scale: Tensor
+        self.item_mean: Tensor
+        self.item_scale: Tensor
         self.user_tower = nn.Sequential(nn.Linear(user_features, hidden), nn.ReLU(), nn.Linear(hidden, hidden + CROSS))
         self.item_tower = nn.Linear(item_features, hidden + CROSS, bias=False)
         self.mlp = nn.Sequential(nn.Linear(hidden + CROSS, top), nn.ReLU(), nn.Linear(top, 1))
