@@ -2,8 +2,10 @@
 
 `torch.export.load` unpickles tensor subclasses, custom objects and example inputs without `weights_only`, evaluates symbolic
 expressions and guards as Python (sympy.sympify, exec), and resolves operator names by walking attributes from the `torch` module, from
-where `os.system` is two dots away. A plain exported model needs none of that. So the archive is read here first, as the zip and JSON it
-is, and whatever is not known to be harmless is refused.
+where `os.system` is two dots away. It also loads every further model, every compiled library (AOTInductor) and, where the archive is
+broken in the right way, an older format that an archive may hold besides. A plain exported model needs none of that. So the archive is
+read here first, as the zip and JSON it is, whatever is not known to be harmless is refused, and torch gets a new archive of exactly
+what was checked: two readers of one zip need not agree on what is in it.
 """
 
 from __future__ import annotations
@@ -14,12 +16,20 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from plait.errors import FailedPrecondition
 
 _MAX_JSON_BYTES: Final = 256 * 1024 * 1024
 _MAX_EXPRESSION_CHARS: Final = 4096
+_PROGRAM: Final = "models/model.json"
+_EXAMPLES: Final = "data/sample_inputs/model.pt"
+_MEMBER: Final = re.compile(
+    r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json|data/sample_inputs/model\.pt"
+    r"|data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)"
+)
+_LEFT_OUT: Final = re.compile(r"extra/.*|\.format_version|\.storage_alignment")  # notes of whoever exported; torch's about the zip
 _TARGET: Final = re.compile(
     r"torch\.ops\.(aten|prims)\.\w+(\.\w+)?"
     r"|torch\.ops\.higher_order\.(cond|while_loop|wrap_with_set_grad_enabled|wrap_with_autocast)"
@@ -38,47 +48,71 @@ _FUNCTIONS: Final = frozenset(
     }
 )  # fmt: skip
 _METHODS: Final = frozenset({"size", "stride", "storage_offset", "dim", "shape"})
-_SYMBOL: Final = re.compile(r"[A-Za-z_]\w{0,63}")
+_SYMBOL: Final = re.compile(r"[A-Za-z]\w{0,63}|-?\d{1,20}(\.\d{0,20})?(e[-+]?\d{1,3})?")  # a symbol's name, or the number in a Float
+_TREE_TYPES: Final = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
 _NODES: Final = (
     ast.Expression, ast.Call, ast.keyword, ast.Name, ast.Load, ast.Constant, ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp,
     ast.Compare, ast.BoolOp, ast.Tuple, ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
 )  # fmt: skip
 
 
-def check(archive: bytes) -> bytes:
-    """Return the archive's pickled example inputs (possibly empty), for the caller to try with `weights_only`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """An archive that torch may open, once its pickled `examples` (possibly empty) were found loadable with `weights_only`."""
+
+    archive: bytes
+    examples: bytes
+
+
+def check(archive: bytes) -> Checked:
+    """Return the archive, written anew with nothing in it that was not checked.
 
     Raises FailedPrecondition (ARTIFACT_UNSAFE, ARTIFACT_INVALID).
     """
     try:
         with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-            return _check(opened)
+            members = _members(opened)
     except (zipfile.BadZipFile, KeyError, ValueError, RecursionError, NotImplementedError) as error:
-        raise FailedPrecondition(
-            f"this is no archive that torch.export.save of torch 2.8 or newer wrote ({type(error).__name__}): export the model again",
-            reason="ARTIFACT_INVALID",
-        ) from error
+        raise _invalid(error) from error
+    try:
+        for name, content in members.items():
+            if name == _PROGRAM:
+                _check_program(_json(content))
+            elif name.endswith("_config.json"):
+                _check_payloads(_json(content))
+        return Checked(archive=_zipped(members), examples=members[_EXAMPLES])
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise _invalid(error) from error
 
 
-def _check(archive: zipfile.ZipFile) -> bytes:
-    members = {name.partition("/")[2]: name for name in archive.namelist()}
-    if "models/model.json" not in members:
-        raise ValueError("no models/model.json")
-    for inner in members:
-        if inner.endswith((".pkl", ".pickle")) or (inner.startswith(("data/weights/", "data/constants/")) and inner.endswith(".pt")):
-            raise _unsafe(f"{inner} is a pickle")
-    for inner, name in members.items():
-        if inner.startswith("models/"):
-            _check_program(_json(archive, name))
-        elif inner.endswith("_config.json"):
-            _check_payloads(_json(archive, name))
-    return archive.read(members["data/sample_inputs/model.pt"])
+def _members(archive: zipfile.ZipFile) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for info in archive.infolist():
+        name = info.filename.partition("/")[2]
+        if _LEFT_OUT.fullmatch(name):
+            continue
+        if not _MEMBER.fullmatch(name) or name in found:
+            raise _unsafe(f"it holds {info.filename[:80]!r}, which is no part of a plain program, or twice")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("compressed")
+        found[name] = archive.read(info)
+    if _PROGRAM not in found:
+        raise ValueError("no program")
+    return found
 
 
-def _json(archive: zipfile.ZipFile, name: str) -> Any:
-    if archive.getinfo(name).file_size > _MAX_JSON_BYTES:
+def _zipped(members: Mapping[str, bytes]) -> bytes:
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            archive.writestr(f"archive/{name}", content)
+    return target.getvalue()
+
+
+def _json(content: bytes) -> Any:
+    if len(content) > _MAX_JSON_BYTES:
         raise ValueError("too large")
-    return json.loads(archive.read(name))
+    return json.loads(content)
 
 
 def _check_payloads(config: Mapping[str, Any]) -> None:
@@ -93,6 +127,8 @@ def _check_program(program: Mapping[str, Any]) -> None:
             _check_target(value)
         elif key == "expr_str":
             _check_expression(value)
+        elif key in ("in_spec", "out_spec") and isinstance(value, str) and value:
+            _check_tree(value)
     for expression in program["range_constraints"]:
         _check_expression(expression)
     for guard in program.get("guards_code") or ():
@@ -113,6 +149,20 @@ def _walk(tree: Any) -> Iterator[tuple[str, Any]]:
 def _check_target(target: str) -> None:
     if not _TARGET.fullmatch(target) or _FORBIDDEN_OPS.match(target):
         raise _unsafe(f"it calls {target[:80]!r}, which is not a plain tensor operator")
+
+
+def _check_tree(spec: str) -> None:
+    """Let through nested tuples, lists and dicts: torch imports what other types of node name (a default's factory, an enum's class)."""
+    for key, value in _walk(json.loads(spec)):
+        if (key == "type" and value not in _TREE_TYPES) or (key == "context" and not _is_plain_context(value)):
+            raise _unsafe(f"it takes or gives {str(value)[:80]!r}, which is no tuple, list or dict")
+
+
+def _is_plain_context(context: Any) -> bool:
+    if context is None:
+        return True
+    keys = json.loads(context) if isinstance(context, str) else context
+    return keys is None or (isinstance(keys, list) and all(isinstance(key, str | int) for key in keys))
 
 
 def _check_expression(text: Any) -> None:
@@ -140,10 +190,17 @@ def _harmless(node: ast.AST) -> bool:  # noqa: PLR0911 - one answer per kind of 
         case ast.Attribute(attr=name):
             return name in _METHODS
         case ast.Constant(value=str() as text):
-            return _SYMBOL.fullmatch(text) is not None and not text.startswith("__")
+            return _SYMBOL.fullmatch(text) is not None
         case ast.Constant(value=value):
             return isinstance(value, int | float)
     return isinstance(node, _NODES)
+
+
+def _invalid(error: Exception) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"this is no archive that torch.export.save of torch 2.8 or newer wrote ({type(error).__name__}): export the model again",
+        reason="ARTIFACT_INVALID",
+    )
 
 
 def _unsafe(why: str) -> FailedPrecondition:

@@ -102,11 +102,11 @@ def _load_torchscript(content: bytes) -> Callable[..., Any]:
 
 
 def _load_export(content: bytes) -> Callable[..., Any]:
-    examples = export_guard.check(content)
-    if examples:
+    checked = export_guard.check(content)
+    if checked.examples:
         # torch.export.load tries `weights_only` first and falls back to a full unpickling; where the first works it never does.
-        torch.load(io.BytesIO(examples), weights_only=True)
-    program = torch.export.load(io.BytesIO(content))
+        torch.load(io.BytesIO(checked.examples), weights_only=True)
+    program = torch.export.load(io.BytesIO(checked.archive))
     return program.module()
 
 
