@@ -156,7 +156,12 @@ class Batcher:
             request.queue_s = batch.started_s - request.arrived_s
             self._instruments.queue_s.observe(request.queue_s)
         if request.done_rows == request.rows and not request.answer.done():
-            outputs = self._layout.rejoin([part for _, part in sorted(request.parts.items(), key=_first_row)])
+            try:
+                outputs = self._layout.rejoin([part for _, part in sorted(request.parts.items(), key=_first_row)])
+            except ValueError:  # pieces of different width
+                log.exception("the model answered pieces that do not fit together", model=self._name)
+                self._fail(request, Internal(f"{self._name} answered pieces that do not fit together", reason="MODEL_OUTPUT_WRONG"))
+                return
             request.answer.set_result(Answer(outputs=outputs, queue_s=request.queue_s, compute_s=request.compute_s, batch_rows=batch.rows))
 
     def _blame(self, batch: Batch[Request], error: BaseException | None) -> None:

@@ -179,7 +179,6 @@ class Models:
         if entry.served is not None:
             await entry.served.close()
         if key not in self._entries:
-            self._instruments.of(*key)
             self._instruments.forget(*key)
         log.info("a model was unloaded", model=key[0], version=key[1])
 

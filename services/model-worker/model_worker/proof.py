@@ -69,7 +69,8 @@ def _run(model: Model, layout: Layout, pieces: Sequence[Piece]) -> list[tuple[Ar
 def _check_answer(artifact: Artifact, outputs: Sequence[Array]) -> None:
     sample, manifest = artifact.sample, artifact.manifest
     for i, (spec, found) in enumerate(zip(manifest.outputs, outputs, strict=True)):
-        if found.dtype != np.dtype(BY_NAME[spec.dtype].numpy) or found.ndim != len(spec.shape):
+        fits = found.ndim == len(spec.shape) and all(want in (-1, size) for size, want in zip(found.shape, spec.shape, strict=True))
+        if not fits or found.dtype != np.dtype(BY_NAME[spec.dtype].numpy):
             raise FailedPrecondition(
                 f"output {spec.name} is {found.dtype} {list(found.shape)}, model.yaml says {spec.dtype} {list(spec.shape)}",
                 reason="MODEL_OUTPUT_WRONG",
