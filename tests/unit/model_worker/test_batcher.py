@@ -1,0 +1,257 @@
+"""Callers and batches, with a model that waits at a gate: order, cancellation, halving, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.fakes.registry_world import eventually
+
+from model_worker.batcher import Answer, Batcher, Request
+from model_worker.instruments import Instruments
+from model_worker.ragged import Layout
+from model_worker.runner import Runner
+from model_worker.schedule import Limits, Schedule
+from plait.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
+from plait.registry.records import Batching, Signature, TensorSpec
+from plait.telemetry.metrics import Metrics
+
+POISON, WIDE, SHORT = -1.0, -2.0, -3.0
+LAYOUT = Layout.of(
+    Signature(
+        inputs=(TensorSpec(name="x", dtype="float64", shape=(-1,)),), outputs=(TensorSpec(name="y", dtype="float64", shape=(-1, -1)),)
+    ),
+    Batching(),
+)
+
+
+class GatedModel:
+    """y = [[10 · x]]. Waits at its gate, notes the batches it saw; answers wrongly or fails where the first rows say so."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.batches: list[list[float]] = []
+
+    def __call__(self, inputs: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        [x] = inputs
+        self.batches.append(x.tolist())
+        assert self.open.wait(30)
+        if (x == POISON).any():
+            raise ValueError("poison")
+        if (x == SHORT).any():
+            return [x[:-1, None]]
+        return [np.repeat(x[:, None] * 10, 2 if x[0] == WIDE else 1, axis=1)]
+
+
+class World:
+    def __init__(self, batcher: Batcher, model: GatedModel, schedule: Schedule[Request], metrics: Metrics) -> None:
+        self.batcher = batcher
+        self.model = model
+        self.schedule = schedule
+        self.metrics = metrics
+        self.clock_s = 0.0
+
+    def ask(self, *x: float, deadline_s: float = math.inf) -> asyncio.Task[Answer]:
+        return asyncio.create_task(self.batcher.submit((np.array(x),), len(x), deadline_s))
+
+    async def busy(self, *x: float) -> asyncio.Task[Answer]:
+        """Occupy the runner with a batch that waits at the gate."""
+        self.model.open.clear()
+        task = self.ask(*x)
+        await eventually(lambda: len(self.model.batches) == 1)
+        return task
+
+
+@asynccontextmanager
+async def world(**limits: Any) -> AsyncIterator[World]:
+    schedule: Schedule[Request] = Schedule(Limits(**{"max_rows": 100, "max_queue_rows": 1000, "margin_s": 0.0, **limits}))
+    runner, model, metrics = Runner("model m/1", lambda: None), GatedModel(), Metrics()
+    batcher = Batcher("m/1", model, LAYOUT, schedule, runner, Instruments(metrics).of("m", "1"), clock=lambda: w.clock_s)
+    w = World(batcher, model, schedule, metrics)
+    try:
+        yield w
+    finally:
+        model.open.set()
+        await batcher.close()
+        await runner.stop()
+
+
+def values(answer: Answer) -> list[float]:
+    found: list[float] = answer.outputs[0][:, 0].tolist()
+    return found
+
+
+async def test_requests_that_arrive_together_run_together() -> None:
+    async with world() as w:
+        answers = await asyncio.gather(w.ask(1), w.ask(2, 3), w.ask(4))
+        assert [values(a) for a in answers] == [[10], [20, 30], [40]]
+        assert w.model.batches == [[1, 2, 3, 4]]
+        assert [a.batch_rows for a in answers] == [4, 4, 4]
+        assert "rows=0/1000" in repr(w.batcher)
+
+
+async def test_what_arrives_meanwhile_runs_next_by_deadline() -> None:
+    async with world(max_rows=2) as w:
+        first = await w.busy(1)
+        others = [w.ask(2, deadline_s=30), w.ask(3, deadline_s=20), w.ask(4, deadline_s=10), w.ask(5)]
+        await eventually(lambda: w.schedule.queued_rows == 4)
+        w.clock_s = 5.0
+        w.model.open.set()
+        assert values(await first) == [10]
+        assert [values(a) for a in await asyncio.gather(*others)] == [[20], [30], [40], [50]]
+        assert w.model.batches == [[1], [4, 3], [2, 5]]
+        assert (await others[0]).queue_s == 5.0
+
+
+async def test_a_caller_that_goes_away_while_queued_takes_its_rows_along() -> None:
+    async with world() as w:
+        first = await w.busy(1)
+        gone, stays = w.ask(2, 2), w.ask(3)
+        await eventually(lambda: w.schedule.queued_rows == 3)
+        gone.cancel()
+        await eventually(lambda: w.schedule.queued_rows == 1)
+        w.model.open.set()
+        assert [values(await t) for t in (first, stays)] == [[10], [30]]
+        assert w.model.batches == [[1], [3]]
+
+
+async def test_a_caller_that_goes_away_inside_a_batch_disturbs_nobody() -> None:
+    async with world() as w:
+        first = await w.busy(1)
+        gone, stays = w.ask(2), w.ask(3)
+        await eventually(lambda: w.schedule.queued_rows == 2)
+        first.cancel()
+        w.model.open.set()
+        assert [values(await t) for t in (gone, stays)] == [[20], [30]]
+        with pytest.raises(asyncio.CancelledError):
+            await first
+
+
+async def test_a_batch_that_fails_runs_again_by_halves_until_the_culprit_is_alone() -> None:
+    async with world() as w:
+        first = await w.busy(0)
+        tasks = [w.ask(x) for x in (1, 2, POISON, 4, 5)]
+        await eventually(lambda: w.schedule.queued_rows == 5)
+        w.model.open.set()
+        await first
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        culprit = answers.pop(2)
+        assert isinstance(culprit, Internal)
+        assert (culprit.reason, "poison" in culprit.message) == ("MODEL_EXECUTION_FAILED", False)
+        assert [values(a) for a in answers] == [[10], [20], [40], [50]]  # type: ignore[arg-type]
+        assert w.model.batches == [[0], [1, 2, -1, 4, 5], [1, 2], [-1, 4, 5], [-1], [4, 5]]
+
+
+async def test_a_culprit_that_has_gone_leaves_no_trace() -> None:
+    async with world() as w:
+        first = await w.busy(0)
+        bad, good = w.ask(POISON), w.ask(1)
+        await eventually(lambda: w.schedule.queued_rows == 2)
+        w.model.open.set()
+        await first
+        bad.cancel()
+        assert values(await good) == [10]
+        assert values(await w.ask(2)) == [20]
+
+
+async def test_an_answer_of_the_wrong_length_is_the_models_fault() -> None:
+    async with world() as w:
+        with pytest.raises(Internal) as wrong:
+            await w.ask(SHORT, 1)
+        assert wrong.value.reason == "MODEL_OUTPUT_WRONG"
+
+
+async def test_a_long_request_runs_in_pieces_and_urgent_ones_go_between() -> None:
+    async with world(max_rows=2) as w:
+        first = await w.busy(0)
+        long, urgent = w.ask(1, 2, 3, 4, 5, deadline_s=50), w.ask(9, deadline_s=100)
+        await eventually(lambda: w.schedule.queued_rows == 6)
+        between = w.ask(7, 7, deadline_s=10)
+        await eventually(lambda: w.schedule.queued_rows == 8)
+        w.model.open.set()
+        assert [values(await t) for t in (first, long, urgent, between)] == [[0], [10, 20, 30, 40, 50], [90], [70, 70]]
+        assert w.model.batches == [[0], [7, 7], [1, 2], [3, 4], [5, 9]]
+
+
+async def test_pieces_that_do_not_fit_together_fail_that_request_alone() -> None:
+    async with world(max_rows=2) as w:
+        first = await w.busy(0)
+        bad, good = w.ask(WIDE, 2, 3, deadline_s=10), w.ask(4)
+        await eventually(lambda: w.schedule.queued_rows == 4)
+        w.model.open.set()
+        await first
+        with pytest.raises(Internal) as wrong:
+            await bad
+        assert wrong.value.reason == "MODEL_OUTPUT_WRONG"
+        assert values(await good) == [40]
+
+
+async def test_what_expires_while_it_waits_is_dropped_and_counted() -> None:
+    async with world() as w:
+        first = await w.busy(1)
+        late = w.ask(2, deadline_s=3)
+        await eventually(lambda: w.schedule.queued_rows == 1)
+        w.clock_s = 4.0
+        w.model.open.set()
+        await first
+        with pytest.raises(DeadlineExceeded):
+            await late
+        assert w.model.batches == [[1]]
+        assert w.metrics.registry.get_sample_value("plait_model_worker_dropped_total", {"model": "m", "version": "1"}) == 1
+
+
+async def test_who_is_not_let_in_hears_it_at_once() -> None:
+    async with world(max_rows=2, max_queue_rows=2) as w:
+        first = await w.busy(1)
+        held = w.ask(2, 3)
+        await eventually(lambda: w.schedule.queued_rows == 2)
+        with pytest.raises(ResourceExhausted):
+            await w.ask(4)
+        w.clock_s = 1.0
+        with pytest.raises(DeadlineExceeded):
+            await w.ask(4, deadline_s=0.5)
+        w.model.open.set()
+        assert values(await first) == [10]
+        assert values(await held) == [20, 30]
+
+
+async def test_close_finishes_what_is_held_and_takes_nothing_new() -> None:
+    async with world() as w:
+        held = [await w.busy(1), w.ask(2)]
+        await eventually(lambda: w.schedule.queued_rows == 1)
+        closing = asyncio.create_task(w.batcher.close())
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable) as refused:
+            await w.ask(3)
+        assert refused.value.reason == "MODEL_UNLOADING"
+        assert not closing.done()
+        w.model.open.set()
+        await closing
+        assert [values(await t) for t in held] == [[10], [20]]
+        assert "closing" in repr(w.batcher)
+
+
+async def test_close_does_not_wait_for_those_who_have_gone() -> None:
+    async with world() as w:
+        gone = w.ask(1)
+        await asyncio.sleep(0)
+        gone.cancel()
+        await w.batcher.close()
+
+
+async def test_what_is_computed_is_measured() -> None:
+    async with world() as w:
+        await asyncio.gather(w.ask(1), w.ask(2, 3))
+        labels = {"model": "m", "version": "1"}
+        sample = w.metrics.registry.get_sample_value
+        assert sample("plait_model_worker_batch_rows_sum", labels) == 3
+        assert sample("plait_model_worker_batch_rows_count", labels) == 1
+        assert sample("plait_model_worker_queue_seconds_count", labels) == 2
+        assert sample("plait_model_worker_compute_seconds_count", labels) == 1
