@@ -15,6 +15,7 @@ from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.views import schemas_of
 from plait.dtypes import BY_NUMBER
 from plait.errors import InvalidArgument, NotFound, Violation
+from plait.registry.explain import suggestion
 from plait.registry.records import FeatureSchema, FeatureView, Snapshot
 
 MAX_FUTURE_S: Final = 300.0  # an event time further ahead would block every true update until then
@@ -33,8 +34,10 @@ class Ingestion:
         """Write a FeatureBatch; fill a WriteFeaturesResponse. Raises NotFound, InvalidArgument, Unavailable as the contract says."""
         view = self._snapshot().feature_views.get(batch.feature_view)
         if view is None:
+            hint = suggestion(batch.feature_view, list(self._snapshot().feature_views))
             raise NotFound(
-                f"no feature view {batch.feature_view!r}: see 'plait get featureview' for what there is", reason="FEATURE_VIEW_NOT_FOUND"
+                f"no feature view {batch.feature_view!r}{hint}: see 'plait get featureview' for what there is",
+                reason="FEATURE_VIEW_NOT_FOUND",
             )
         codec = self._codec(view)
         ids = _checked_ids(batch, view)

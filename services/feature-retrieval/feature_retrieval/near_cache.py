@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from feature_retrieval.row_codec import Bytes2D, Id, KeySpace
+from feature_retrieval.row_codec import Bytes2D, Id, KeySpace, RowCodec
 from feature_retrieval.store.redis import Listener
 
 MISS: Final = -1  # slot of an id known to have no row
@@ -27,12 +27,13 @@ Slots = npt.NDArray[np.intp]
 
 
 class ViewCache:
-    """The rows of one key space: `index` maps an id to a slot of `rows` [capacity, row_bytes], or to MISS."""
+    """The rows of one key space and schema: `index` maps an id to a slot of `rows` [capacity, row_bytes], or to MISS."""
 
-    def __init__(self, space: KeySpace, row_bytes: int) -> None:
+    def __init__(self, space: KeySpace, codec: RowCodec) -> None:
         self.space = space
+        self.head = codec.head
         self.index: dict[Id, int] = {}
-        self.rows: Bytes2D = np.empty((0, row_bytes), np.uint8)
+        self.rows: Bytes2D = np.empty((0, codec.row_bytes), np.uint8)
         self.read_at: npt.NDArray[np.float64] = np.empty(0, np.float64)  # clock seconds, by slot
         self.misses_at: dict[Id, float] = {}
         self.readings = 0
@@ -42,7 +43,11 @@ class ViewCache:
     @property
     def size_bytes(self) -> int:
         """Memory held, roughly."""
-        return self.rows.nbytes + _INDEX_BYTES * len(self.index)
+        return self.rows.nbytes + _INDEX_BYTES * (len(self.index) + len(self.changed_at))
+
+    def fits(self, row: bytes) -> bool:
+        """Whether the row is of this schema."""
+        return len(row) == self.rows.shape[1] and row.startswith(self.head)
 
     def put(self, entity_id: Id, row: bytes | None, now: float) -> None:
         """Keep one row, or the fact that there is none."""
@@ -96,7 +101,8 @@ class NearCache(Listener):
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
         self._clock = clock
-        self._views: dict[tuple[KeySpace, int], ViewCache] = {}
+        self._views: dict[tuple[KeySpace, bytes, int], ViewCache] = {}
+        self._tracked: frozenset[bytes] = frozenset()
         self._on = False
         self._changes = 0
         self._era = 0
@@ -116,9 +122,10 @@ class NearCache(Listener):
         """Memory held by rows and their indexes, roughly."""
         return sum(view.size_bytes for view in self._views.values())
 
-    def connected(self) -> None:
-        """Begin to keep rows: from now on every change is told."""
+    def connected(self, prefixes: Sequence[bytes]) -> None:
+        """Begin to keep rows of these prefixes: from now on every change of their keys is told."""
         self._forget_all()
+        self._tracked = frozenset(prefixes)
         self._on = True
 
     def disconnected(self) -> None:
@@ -140,9 +147,12 @@ class NearCache(Listener):
                 if view.readings:
                     view.changed_at[entity_id] = self._changes
 
-    def find(self, space: KeySpace, row_bytes: int, ids: Sequence[Id]) -> tuple[Bytes2D, Slots] | None:
-        """Return the rows [capacity, row_bytes] and one slot per id (or MISS, or UNKNOWN); None when nothing is known at all."""
-        view = self._views.get((space, row_bytes)) if self.on else None
+    def find(self, space: KeySpace, codec: RowCodec, ids: Sequence[Id]) -> tuple[Bytes2D, Slots] | None:
+        """Return the rows held [hits, row_bytes] and, per id, a number >= 0 for a hit, MISS or UNKNOWN; None when nothing is known at all.
+
+        The rows are a copy: the caller may wait for others, and meanwhile a slot may come to hold another id's row.
+        """
+        view = self._views.get((space, codec.head, codec.row_bytes)) if self.on else None
         if view is None or not view.index:
             return None
         index = view.index
@@ -157,15 +167,16 @@ class NearCache(Listener):
                     slots[at] = UNKNOWN
         if len(view.read_at):
             slots[(slots >= 0) & (view.read_at[slots] < oldest)] = UNKNOWN
-        return view.rows, slots
+        return view.rows[slots[slots >= 0]], slots
 
-    def begin(self, space: KeySpace, row_bytes: int) -> Reading | None:
+    def begin(self, space: KeySpace, codec: RowCodec) -> Reading | None:
         """Note that a read begins, to be ended by `end`; None while nothing may be kept."""
-        if not self.on:
+        if not self.on or space.prefix not in self._tracked:
             return None
-        view = self._views.get((space, row_bytes))
+        key = (space, codec.head, codec.row_bytes)
+        view = self._views.get(key)
         if view is None:
-            view = self._views[(space, row_bytes)] = ViewCache(space, row_bytes)
+            view = self._views[key] = ViewCache(space, codec)
         view.readings += 1
         return Reading(view, self._changes, self._era)
 
@@ -173,9 +184,9 @@ class NearCache(Listener):
         """Keep what a read brought (`rows` parallel to `ids`; both empty where it failed), as far as it is still true."""
         view = reading.view
         if reading.era == self._era and self.on:
-            now, row_bytes, changed_at = self._clock(), view.rows.shape[1], view.changed_at
+            now, changed_at = self._clock(), view.changed_at
             for entity_id, row in zip(ids, rows, strict=True):
-                if (row is None or len(row) == row_bytes) and changed_at.get(entity_id, 0) <= reading.since:
+                if (row is None or view.fits(row)) and changed_at.get(entity_id, 0) <= reading.since:
                     view.put(entity_id, row, now)
         view.readings -= 1
         if not view.readings:

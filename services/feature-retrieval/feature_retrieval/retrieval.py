@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from feature_retrieval.near_cache import UNKNOWN, NearCache, Reading
-from feature_retrieval.row_codec import FLAG_TOMBSTONE, Bytes2D, Id, KeySpace, header, join
+from feature_retrieval.row_codec import FLAG_TOMBSTONE, HEADER_BYTES, LAYOUT, Bytes2D, Id, KeySpace, header, join
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.views import Picture, Plan, Plans, ViewPlan
 from plait.api.types.v1 import types_pb2
@@ -33,6 +33,7 @@ _STALE: Final = types_pb2.ROW_STATUS_STALE
 _TIMED_OUT: Final = types_pb2.ROW_STATUS_TIMED_OUT
 _UNAVAILABLE: Final = types_pb2.ROW_STATUS_UNAVAILABLE
 _STATUSES: Final = len(types_pb2.RowStatus.keys())
+_LAYOUT_BYTES: Final = LAYOUT.to_bytes(2, "little")
 
 Tensor = npt.NDArray[np.generic]
 Index = npt.NDArray[np.intp]
@@ -99,13 +100,12 @@ class Retrieval:
     def _look_up(self, view: ViewPlan, ids: Sequence[Id], tenant: str) -> _Read:
         """Find what the near cache knows of a view's rows, and which keys to ask Redis for."""
         space = view.key_space(tenant)
-        row_bytes = view.current.codec.row_bytes
-        cached = self._cache.find(space, row_bytes, ids)
+        codec = view.current.codec
+        cached = self._cache.find(space, codec, ids)
         wanted = None if cached is None else np.flatnonzero(cached[1] == UNKNOWN)
         read = _Read(view, ids, space, cached, wanted, [], None)
         if wanted is None or wanted.size:
             read.keys = space.keys(read.wanted_ids())
-            read.reading = self._cache.begin(space, row_bytes)
         return read
 
     async def _fetch(self, reads: list[_Read], timeout_s: float) -> int:
@@ -113,6 +113,9 @@ class Retrieval:
         keys = [key for read in reads for key in read.keys]
         if not keys:
             return 0
+        for read in reads:
+            if read.keys:
+                read.reading = self._cache.begin(read.space, read.view.current.codec)
         began = time.perf_counter()
         rows: Sequence[bytes | None] = ()
         arrived, unread = 0, _TIMED_OUT
@@ -217,14 +220,14 @@ def _blocks(read: _Read) -> list[tuple[Picture, Bytes2D, Index | None]]:
         rows, slots = read.cached
         hits = np.flatnonzero(slots >= 0)
         if hits.size == slots.size:
-            return [(read.view.current, rows[slots], None)]
+            return [(read.view.current, rows, None)]
         if hits.size:
-            blocks.append((read.view.current, rows[slots[hits]], hits))
+            blocks.append((read.view.current, rows, hits))
     fetched = read.rows
     if not fetched:
         return blocks
     whole = None if None in fetched else join(fetched, read.view.current.codec.row_bytes)  # type: ignore[arg-type]
-    if whole is not None and (header(whole)["schema"] == read.view.current.codec.schema_id).all():
+    if whole is not None and read.view.current.codec.fits(whole):
         blocks.append(
             (read.view.current, whole, None if read.wanted is None and len(fetched) == len(read.ids) else _positions(read, len(fetched)))
         )
@@ -241,7 +244,7 @@ def _by_schema(read: _Read) -> list[tuple[Picture, Bytes2D, Index | None]]:
     positions = _positions(read, len(read.rows))
     groups: dict[int, list[int]] = {}
     for at, row in enumerate(read.rows):
-        if row is not None and len(row) >= 4:
+        if row is not None and len(row) >= HEADER_BYTES and row.startswith(_LAYOUT_BYTES):
             groups.setdefault(int.from_bytes(row[2:4], "little"), []).append(at)
     blocks: list[tuple[Picture, Bytes2D, Index | None]] = []
     for schema_id, members in groups.items():

@@ -26,6 +26,7 @@ LAYOUT: Final = 1
 HEADER_BYTES: Final = 32
 FLAG_TOMBSTONE: Final = 1
 MAX_ID_BYTES: Final = 256
+MAX_PARTS: Final = 8
 HEADER: Final = np.dtype(
     [("layout", "<u2"), ("schema", "<u2"), ("flags", "<u4"), ("event_time_us", "<i8"), ("expires_us", "<i8"), ("sequence", "<u8")]
 )
@@ -52,30 +53,35 @@ def encode_id(entity_id: Id) -> bytes:
         if not -(1 << 63) <= entity_id < 1 << 63:
             raise InvalidArgument("an id does not fit int64", reason="ID_INVALID")
         return b"i" + entity_id.to_bytes(8, "big", signed=True)
-    if not 1 <= len(entity_id) <= 8:
-        raise InvalidArgument("a composite id has 1 to 8 parts", reason="ID_INVALID")
+    if not 1 <= len(entity_id) <= MAX_PARTS:
+        raise InvalidArgument(f"a composite id has 1 to {MAX_PARTS} parts", reason="ID_INVALID")
     return b"c" + bytes([len(entity_id)]) + b"".join(map(encode_id, entity_id))
 
 
 def decode_id(data: bytes) -> tuple[Id, int]:
-    """Return the id at the start of `data` and how many bytes it took."""
-    match data[:1]:
-        case b"s":
-            end = 3 + int.from_bytes(data[1:3], "big")
-            return data[3:end].decode(), end
-        case b"i":
-            return int.from_bytes(data[1:9], "big", signed=True), 9
-        case b"c":
-            parts: list[IdPart] = []
-            at = 2
-            for _ in range(data[1]):
-                part, size = decode_id(data[at:])
-                assert not isinstance(part, tuple)  # noqa: S101  (composites do not nest: encode_id's parts are plain)
-                parts.append(part)
-                at += size
-            return tuple(parts), at
-        case other:
-            raise ValueError(f"not a typed id: {other!r}")
+    """Return the id at the start of `data` and how many bytes it took. Raises ValueError where there is no whole id."""
+    if data[:1] != b"c":
+        return _decode_part(data, 0)
+    if not 1 <= int.from_bytes(data[1:2]) <= MAX_PARTS:
+        raise ValueError("not a composite id")
+    parts: list[IdPart] = []
+    at = 2
+    for _ in range(data[1]):
+        part, at = _decode_part(data, at)
+        parts.append(part)
+    return tuple(parts), at
+
+
+def _decode_part(data: bytes, at: int) -> tuple[IdPart, int]:
+    kind = data[at : at + 1]
+    if kind == b"s":
+        start = at + 3
+        end = start + int.from_bytes(data[at + 1 : start], "big")
+        if start <= len(data) and end <= len(data):
+            return data[start:end].decode(), end
+    elif kind == b"i" and len(data) >= at + 9:
+        return int.from_bytes(data[at + 1 : at + 9], "big", signed=True), at + 9
+    raise ValueError("not a typed id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,7 @@ class KeySpace:
         return cls(entity_prefix(tenant, entity_type), b"}" + _short(view) + struct.pack(">HI", version, epoch))
 
     def keys(self, ids: Sequence[Id]) -> list[bytes]:
-        """Return one key per id. Raises InvalidArgument (ID_INVALID) for an empty or over-long id."""
+        """Return one key per id; all ids are of one kind. Raises InvalidArgument (ID_INVALID) as `encode_id` does."""
         suffix = self.suffix
         if ids and isinstance(ids[0], str):
             prefix = self.prefix + b"s"
@@ -107,7 +113,10 @@ class KeySpace:
         """Return the id a key of this space stands for, or None for a key of another space."""
         if not (key.startswith(self.prefix) and key.endswith(self.suffix)):
             return None
-        entity_id, size = decode_id(key[len(self.prefix) :])
+        try:
+            entity_id, size = decode_id(key[len(self.prefix) :])
+        except ValueError:  # not a key of ours, whoever wrote it
+            return None
         return entity_id if len(self.prefix) + size + len(self.suffix) == len(key) else None
 
 
@@ -118,6 +127,8 @@ def entity_prefix(tenant: str, entity_type: str) -> bytes:
 
 def _short(name: str) -> bytes:
     data = name.encode()
+    if len(data) > 255:
+        raise InvalidArgument("a name is longer than 255 bytes of UTF-8", reason="NAME_INVALID")
     return bytes([len(data)]) + data
 
 
@@ -148,6 +159,7 @@ class RowCodec:
 
     def __init__(self, schema: FeatureSchema) -> None:
         self.schema_id = schema.id
+        self.head = struct.pack("<HH", LAYOUT, schema.id)  # what every row of this schema begins with
         self.columns: dict[str, Column] = {}
         self._bitmap_bytes = -(-len(schema.features) // 64) * 8
         offset = HEADER_BYTES + self._bitmap_bytes
@@ -159,6 +171,10 @@ class RowCodec:
 
     def __repr__(self) -> str:
         return f"<RowCodec schema={self.schema_id} columns={len(self.columns)} row_bytes={self.row_bytes}>"
+
+    def fits(self, block: Bytes2D) -> bool:
+        """Return whether all of [rows, row_bytes] are rows of this layout and schema."""
+        return bool((block[:, : len(self.head)] == np.frombuffer(self.head, np.uint8)).all())
 
     def blank(self, rows: int) -> Bytes2D:
         """Return [rows, row_bytes] rows with a header of this schema, every column null."""

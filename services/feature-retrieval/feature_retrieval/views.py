@@ -15,6 +15,7 @@ import numpy.typing as npt
 from feature_retrieval.row_codec import Bytes2D, KeySpace, RowCodec
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound
+from plait.registry.explain import suggestion
 from plait.registry.records import Feature, FeatureSchema, FeatureSet, FeatureView, ModelInput, Snapshot
 
 
@@ -113,7 +114,8 @@ def compile_plan(snapshot: Snapshot, name: str, inputs: tuple[str, ...] = ()) ->
     """Compile one feature set; errors as in `Plans.get`."""
     feature_set = snapshot.feature_sets.get(name)
     if feature_set is None:
-        raise NotFound(f"no feature set {name!r}: see 'plait get featureset' for what there is", reason="FEATURE_SET_NOT_FOUND")
+        hint = suggestion(name, list(snapshot.feature_sets))
+        raise NotFound(f"no feature set {name!r}{hint}: see 'plait get featureset' for what there is", reason="FEATURE_SET_NOT_FOUND")
     unknown = set(inputs) - {i.name for i in feature_set.inputs}
     if unknown or len(set(inputs)) != len(inputs):
         raise InvalidArgument(

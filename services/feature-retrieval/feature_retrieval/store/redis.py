@@ -19,7 +19,7 @@ from typing import Any, Final
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from plait.errors import Unavailable
 from plait.telemetry.logging import get_logger
@@ -150,7 +150,7 @@ class RedisStore:
         connection: Any = self._tracking_pool.make_connection()  # type: ignore[no-untyped-call]
         try:
             await _track(connection, wanted)
-            listener.connected()
+            listener.connected(wanted)
             heard = time.monotonic()
             while tuple(prefixes()) == wanted:
                 message = await connection.read_response(disable_decoding=True, timeout=_TRACKING_TURN_S, push_request=True)
@@ -184,6 +184,9 @@ class RedisStore:
             if not connection.is_connected:
                 await connection.connect()
             yield connection
+        except ResponseError as error:  # an answer (no memory, read-only, …): this command failed, others may not
+            await _discard(connection)
+            raise _refused(error) from error
         except (RedisError, OSError) as error:
             await _discard(connection)
             self._fail(error)
@@ -209,8 +212,8 @@ class RedisStore:
 class Listener:
     """Hears of changed keys; see `RedisStore.watch`."""
 
-    def connected(self) -> None:
-        """Tracking is on: from now on every change is told."""
+    def connected(self, prefixes: Sequence[bytes]) -> None:
+        """Tracking is on: from now on every change of a key that begins with one of these is told."""
 
     def disconnected(self) -> None:
         """Tracking is off: changes are missed from now on."""
@@ -257,6 +260,14 @@ def _pack_write(keys: Sequence[bytes], rows: Sequence[bytes], ttl_ms: int) -> by
 async def _discard(connection: Any) -> None:
     with contextlib.suppress(RedisError, OSError):
         await connection.disconnect(nowait=True)
+
+
+def _refused(error: ResponseError) -> Unavailable:
+    return Unavailable(
+        f"the feature store answered with an error ({type(error).__name__}): retry, and see Redis' log and memory",
+        reason="STORE_UNAVAILABLE",
+        retry_after_s=_RETRY_AFTER_S,
+    )
 
 
 def _unavailable() -> Unavailable:
