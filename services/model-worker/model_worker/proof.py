@@ -134,4 +134,5 @@ def _close(found: Array, expected: Array, tolerance: float) -> bool:
 def _distance(found: Array, expected: Array) -> str:
     if found.shape != expected.shape or found.dtype.kind == "b":
         return f"its shape or values, {list(found.shape)} against {list(expected.shape)},"
-    return f"{np.nanmax(np.abs(found.astype(np.float64) - expected.astype(np.float64))):.3g}"
+    with np.errstate(invalid="ignore"):  # of two infinities, or NaN: then the difference is NaN, which says it too
+        return f"{np.max(np.abs(found.astype(np.float64) - expected.astype(np.float64))):.3g}"
