@@ -1,0 +1,157 @@
+"""Loading and running what teams hand over, on real torch."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.fakes.worker_world import scripted
+from torch import Tensor, nn
+
+from model_worker.backends import torch as backend
+from plait.errors import FailedPrecondition
+from plait.registry.records import Signature, TensorSpec
+
+
+def signature(dtype: Any = "float32", *outputs: str) -> Signature:
+    return Signature(
+        inputs=(TensorSpec(name="x", dtype=dtype, shape=(-1,)),),
+        outputs=tuple(TensorSpec(name=name, dtype=dtype, shape=(-1,)) for name in outputs or ("y",)),
+    )
+
+
+def saved(module: nn.Module) -> bytes:
+    target = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(scripted(module), target)
+    return target.getvalue()
+
+
+class Named(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"b": x + 2, "a": x + 1}
+
+
+class Several(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 1, x + 2
+
+
+class Dropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x)
+
+
+class Strided(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x, x])[:, 0::2].t()[:, 0]
+
+
+class Writes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.save(x, "written-by-a-model")
+        return x
+
+
+class Reads(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_file("/etc/hostname", False, 1) + x
+
+
+class Talks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        print(x)  # noqa: T201
+        return x
+
+
+class Counts(nn.Module):
+    def forward(self, x: Tensor) -> int:
+        return x.shape[0]
+
+
+def run(module: nn.Module, spec: Signature | None = None) -> list[list[Any]]:
+    model = backend.load(saved(module), "torchscript", spec or signature())
+    return [output.tolist() for output in model([np.array([1, 2, 3, 4], np.float32)])]
+
+
+def test_outputs_come_in_the_signatures_order() -> None:
+    assert run(Named(), signature("float32", "a", "b")) == [[2, 3, 4, 5], [3, 4, 5, 6]]
+    assert run(Several(), signature("float32", "a", "b")) == [[2, 3, 4, 5], [3, 4, 5, 6]]
+
+
+def test_a_model_is_switched_to_inference() -> None:
+    assert run(Dropout()) == [[1, 2, 3, 4]]
+
+
+def test_answers_that_are_not_contiguous_are_straightened() -> None:
+    model = backend.load(saved(Strided()), "torchscript", signature())
+    [answer] = model([np.array([1, 2, 3, 4], np.float32)])
+    assert answer.flags.c_contiguous
+    assert answer.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("module", [Writes(), Reads(), Talks()], ids=["writes", "reads", "talks"])
+def test_torchscript_that_touches_files_or_talks_is_refused(module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FailedPrecondition) as refused:
+        backend.load(saved(module), "torchscript", signature())
+    assert refused.value.reason == "ARTIFACT_UNSAFE"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_that_is_no_tensor_is_an_error() -> None:
+    model = backend.load(saved(Counts()), "torchscript", signature())
+    with pytest.raises(TypeError):
+        model([np.ones(3, np.float32)])
+
+
+@pytest.mark.parametrize("format_", ["torchscript", "torch_export"])
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x05\x06" + bytes(18)])
+def test_what_torch_cannot_load_is_named(format_: str, content: bytes) -> None:
+    with pytest.raises(FailedPrecondition) as refused:
+        backend.load(content, format_, signature())
+    assert refused.value.reason == "ARTIFACT_INVALID"
+
+
+def test_what_torch_has_no_word_for_is_refused() -> None:
+    for spec, format_ in ((signature("bytes"), "torchscript"), (signature(), "onnx")):
+        with pytest.raises(FailedPrecondition) as refused:
+            backend.load(b"", format_, spec)
+        assert refused.value.reason == "MODEL_UNSUPPORTED"
+
+
+@pytest.mark.parametrize("count", [4, 100_000])
+@pytest.mark.parametrize("writeable", [True, False])
+def test_tensors_hold_the_arrays_values_and_never_warn(count: int, writeable: bool) -> None:
+    array = np.frombuffer(np.arange(count, dtype=np.float32).tobytes(), np.float32)
+    if writeable:
+        array = array.copy()
+    tensor = backend.tensor(array)
+    assert tensor.numpy().tolist() == array.tolist()
+    assert (tensor.data_ptr() == array.ctypes.data) == (writeable or count > 4)
+
+
+def test_a_borrowed_arrays_memory_outlives_the_array() -> None:
+    tensor = backend.tensor(np.frombuffer(np.arange(100_000, dtype=np.float32).tobytes(), np.float32))
+    fillers = [np.full(100_000, -1, np.float32) for _ in range(8)]  # what was freed would be used again by these
+    assert np.array_equal(tensor.numpy(), np.arange(100_000, dtype=np.float32))
+    assert len(fillers) == 8
+
+
+def test_a_thread_is_given_its_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        backend.prepare_thread(2)()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

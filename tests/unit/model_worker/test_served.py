@@ -1,0 +1,76 @@
+"""From the registry's word to something that answers: real artifacts, settings over model.yaml."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.fakes.worker_world import Doubler, publish_doubler, publish_ranker, published, scripted
+
+from model_worker.instruments import Instruments
+from model_worker.served import Loader
+from model_worker.settings import BatchingSettings, ModelSettings
+from plait.errors import FailedPrecondition
+from plait.registry.artifact import ArtifactManifest
+from plait.registry.records import TensorSpec
+from plait.telemetry.metrics import Metrics
+
+
+def loader(models: Any = None, batching: Any = None) -> Loader:
+    return Loader(ModelSettings(**(models or {})), BatchingSettings(**(batching or {})), Instruments(Metrics()))
+
+
+async def test_a_published_ranker_answers(tmp_path: Path) -> None:
+    made = loader()
+    prepared = made.prepare(publish_ranker(tmp_path / "m", scale=2.0))
+    served = made.serve("ranker", "7", prepared)
+    user, item = np.array([[1, 2, 3]], np.float32), np.array([[1, 0, 0], [0, 1, 1]], np.float32)
+    answer = await served.batcher.submit((user, item), 2, time.monotonic() + 60)
+    assert [a.tolist() for a in answer.outputs] == [[2, 10], [0, 1]]
+    assert (served.model, served.version, served.platform) == ("ranker", "7", "pytorch_torchscript")
+    await served.close()
+    assert "stopped" in repr(served.runner)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (64, 512, 0.0005)),
+        ({"max_rows": 32}, (32, 512, 0.0005)),
+        ({"max_queue_rows": 128, "margin_ms": 2.0}, (64, 128, 0.002)),
+        ({"max_queue_rows": 16}, (64, 64, 0.0005)),
+        ({"max_rows": 1024}, (1024, 1024, 0.0005)),
+    ],
+)
+def test_settings_go_before_model_yaml_and_a_batch_always_fits_the_queue(tmp_path: Path, settings: Any, expected: Any) -> None:
+    limits = loader(batching=settings).prepare(publish_ranker(tmp_path / "m", max_rows=64, max_queue_rows=512)).limits
+    assert (limits.max_rows, limits.max_queue_rows, limits.margin_s) == expected
+    assert limits.joins
+
+
+def test_what_a_model_can_is_found_out_not_declared(tmp_path: Path) -> None:
+    ranker, doubler = (loader().prepare(publish(tmp_path / publish.__name__)) for publish in (publish_ranker, publish_doubler))
+    assert (ranker.limits.joins, ranker.limits.splits) == (True, False)  # its ranks begin anew in each piece
+    assert (doubler.limits.joins, doubler.limits.splits) == (True, True)
+
+
+def test_nothing_outside_of_the_artifact_root_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    with pytest.raises(FailedPrecondition) as refused:
+        loader({"artifact_root": tmp_path / "root"}).prepare(publish_ranker(tmp_path / "m"))
+    assert refused.value.reason == "ARTIFACT_OUTSIDE_ROOT"
+
+
+def test_a_model_that_does_not_fit_its_model_yaml_is_not_served(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    scripted(Doubler()).save(str(tmp_path / "m" / "model.pt"))
+    rows = TensorSpec(name="x", dtype="float32", shape=(-1, 2))
+    manifest = ArtifactManifest(
+        name="m", format="torchscript", entry="model.pt", inputs=(rows, TensorSpec(name="z", dtype="float32", shape=(-1,))), outputs=(rows,)
+    )
+    with pytest.raises(FailedPrecondition) as refused:
+        loader().prepare(published(tmp_path / "m", manifest))
+    assert refused.value.reason == "MODEL_EXECUTION_FAILED"

@@ -1,0 +1,45 @@
+"""The worker's settings by their environment names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from model_worker.settings import ModelWorkerSettings
+from plait.settings import SettingsError, fields, load
+
+
+def test_defaults() -> None:
+    settings = load(ModelWorkerSettings, {})
+    assert settings.models.only == ()
+    assert settings.models.repository_control is False
+    assert settings.batching.max_rows is None
+
+
+def test_every_setting_has_a_name_and_a_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "MODELS__ONLY": '["ranker"]',
+        "MODELS__ARTIFACT_ROOT": "/srv/models",
+        "MODELS__NUM_THREADS": "4",
+        "MODELS__UNLOAD_AFTER_S": "0",
+        "BATCHING__MAX_ROWS": "256",
+        "BATCHING__MARGIN_MS": "1.5",
+    }.items():
+        monkeypatch.setenv(f"PLAIT_MODEL_WORKER_{name}", value)
+    settings = load(ModelWorkerSettings)
+    assert settings.models.only == ("ranker",)
+    assert settings.models.artifact_root == Path("/srv/models")
+    assert (settings.models.num_threads, settings.models.unload_after_s) == (4, 0.0)
+    assert (settings.batching.max_rows, settings.batching.margin_ms) == (256, 1.5)
+    assert all(meaning.split(" (default")[0].strip() for _, meaning in fields(ModelWorkerSettings))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MODELS__NUM_THREADS", "0"), ("MODELS__RETRY_S", "0"), ("BATCHING__MAX_ROWS", "-1"), ("BATCHING__MAX_ROW", "1")],
+)
+def test_what_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"PLAIT_MODEL_WORKER_{name}", value)
+    with pytest.raises(SettingsError, match=name):
+        load(ModelWorkerSettings)
