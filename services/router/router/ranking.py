@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from plait.api.types.v1 import types_pb2
 
 log = get_logger(__name__)
+_stdlib_log: Final = logging.getLogger(__name__)
 
 TIER_FULL: Final = "full"
 _ENVELOPE: Final = 1 / 16  # of a message is kept for names, statuses and framing
@@ -247,7 +248,7 @@ class Ranking:
     def _account(self, question: _Question, rows: int, reasons: list[str], watch: Stopwatch) -> None:
         """Count the answer, and log it where somebody looks: a log line costs as much as a stage."""
         self._metrics.answered(question.route.name, question.arm.name, reasons, watch)
-        if log.isEnabledFor(logging.DEBUG):
+        if _stdlib_log.isEnabledFor(logging.DEBUG):
             log.debug(
                 "answered",
                 route=question.route.name,

@@ -1,0 +1,163 @@
+"""A registry snapshot the router can serve, the router on a real gRPC server, and fakes behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import grpc
+
+from plait.api.router.v1 import router_service_pb2 as pb
+from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
+from plait.registry.records import (
+    ApiKey,
+    Entity,
+    Feature,
+    FeatureSet,
+    FeatureView,
+    Model,
+    ModelInput,
+    ModelVersion,
+    Route,
+    Signature,
+    Snapshot,
+    Tenant,
+    TensorSpec,
+    Variant,
+)
+from plait.rpc.credentials import Authenticator, digest
+from plait.rpc.server import RpcServer
+from plait.settings import ChannelSettings, RpcSettings
+from plait.telemetry.metrics import Metrics
+from router.admission import Admission
+from router.feature_client import FeatureClient
+from router.ranking import Ranking
+from router.servicer import RouterServicer
+from router.settings import AdmissionSettings, FeaturesSettings, WorkersSettings
+from router.stopwatch import RankingMetrics
+from router.worker_pool import WorkerPool
+
+SERVICE = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
+KEY = "plait_test-key"
+OTHER_KEY = "plait_other-tenants-key"
+NARROW_KEY = "plait_key-without-rank"
+
+DU, DI = 2, 3
+SIGNATURE = Signature(
+    inputs=(
+        TensorSpec(name="user", dtype="float32", shape=(1, DU), per="request"),
+        TensorSpec(name="item", dtype="float32", shape=(-1, DI)),
+    ),
+    outputs=(TensorSpec(name="score", dtype="float32", shape=(-1,)),),
+    feature_set="ranker",
+)
+WIDE = replace(SIGNATURE, inputs=(SIGNATURE.inputs[0], replace(SIGNATURE.inputs[1], shape=(-1, DI + 1))))
+INPUTS = {"user": ("user", DU), "item": ("item", DI)}
+
+
+def _view(entity: str, columns: int, key: Any) -> FeatureView:
+    features = tuple(Feature(name=f"f{i}") for i in range(columns))
+    return FeatureView(name=f"{entity}-view", entity=Entity(type=entity, key=key), features=features)
+
+
+def _input(entity: str, columns: int) -> ModelInput:
+    return ModelInput(name=entity, entity=entity, features=tuple(f"{entity}-view:f{i}" for i in range(columns)))
+
+
+def route(name: str = "home", **changes: Any) -> Route:
+    """A route to version 2 of the ranker, by alias."""
+    fields: dict[str, Any] = {"variants": (Variant(name="main", model="ranker", use="champion"),), "timeout_s": 10.0, **changes}
+    return Route(name=name, **fields)
+
+
+def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_key: str = "string", columns: int = DI) -> Snapshot:
+    """A registry with a ranker of two good versions and one that does not fit its feature set ("broken")."""
+    versions = (
+        ModelVersion(version="1", artifact="/m/1", digest="sha256:1", signature=SIGNATURE),
+        ModelVersion(version="2", artifact="/m/2", digest="sha256:2", signature=SIGNATURE),
+        ModelVersion(version="3", artifact="/m/3", digest="sha256:3", signature=WIDE),
+    )
+    if columns != DI:
+        fitting = replace(SIGNATURE, inputs=(SIGNATURE.inputs[0], replace(SIGNATURE.inputs[1], shape=(-1, columns))))
+        versions = tuple(replace(v, signature=fitting) for v in versions)
+    model = Model(name="ranker", versions=versions, aliases={"champion": "2", "broken": "3"})
+    keys = (
+        ApiKey(id="k1", tenant="shop", sha256=digest(KEY)),
+        ApiKey(id="k2", tenant="other", sha256=digest(OTHER_KEY)),
+        ApiKey(id="k3", tenant="shop", sha256=digest(NARROW_KEY), scopes=("features",)),
+    )
+    return Snapshot(
+        revision=revision,
+        models={"ranker": model},
+        feature_views={"user-view": _view("user", DU, user_key), "item-view": _view("item", columns, item_key)},
+        feature_sets={"ranker": FeatureSet(name="ranker", inputs=(_input("user", DU), _input("item", columns)))},
+        routes={r.name: r for r in (routes or (route(),))},
+        tenants={"shop": Tenant(name="shop"), "other": Tenant(name="other")},
+        keys={k.sha256: k for k in keys},
+    )
+
+
+class RouterWorld:
+    """The router under test, as its clients see it."""
+
+    def __init__(self, server: RpcServer, ranking: Ranking, stub: Any, metrics: Metrics) -> None:
+        self.server = server
+        self.ranking = ranking
+        self.stub = stub
+        self.metrics = metrics
+
+    @property
+    def address(self) -> str:
+        return self.server.address
+
+    async def rank(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
+        return await self.stub.Rank(request, metadata=_metadata(key), timeout=timeout_s)
+
+    async def predict(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
+        return await self.stub.Predict(request, metadata=_metadata(key), timeout=timeout_s)
+
+
+def _metadata(key: str | None) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {key}"),) if key else ()
+
+
+@asynccontextmanager
+async def router_world(
+    features: str,
+    workers: str,
+    registry: Snapshot | None = None,
+    *,
+    admission: AdmissionSettings | None = None,
+    token: str = "the-token",
+    max_message_bytes: int = 16 << 20,
+    features_share: float = 0.8,
+) -> AsyncIterator[RouterWorld]:
+    """Run the router on a free port in front of comma separated addresses."""
+    registry = registry or snapshot()
+    channel = ChannelSettings(service_token=token)  # type: ignore[arg-type]
+    feature_client = FeatureClient(FeaturesSettings(addresses=features, ejection_s=0.05), channel)
+    pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
+    metrics = Metrics()
+    ranking = Ranking(
+        admission=Admission(admission or AdmissionSettings()),
+        features=feature_client,
+        workers=pool,
+        metrics=RankingMetrics(metrics),
+        max_message_bytes=max_message_bytes,
+        features_share=features_share,
+    )
+    ranking.adopt(registry)
+    settings = RpcSettings(grace_s=5, max_message_bytes=max_message_bytes)
+    server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, required=True), metrics=metrics)
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, RouterServicer(ranking), SERVICE, scope="rank")
+    await server.start()
+    try:
+        options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
+        async with grpc.aio.insecure_channel(server.address, options=options) as to_router:
+            yield RouterWorld(server, ranking, pb_grpc.RouterServiceStub(to_router), metrics)
+    finally:
+        await server.drain()
+        await feature_client.close()
+        await pool.close()
