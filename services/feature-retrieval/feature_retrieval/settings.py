@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, SecretStr
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from plait.settings import Group, ServiceSettings
@@ -18,6 +20,18 @@ class RedisSettings(Group):
     connections: int = Field(32, ge=1, le=1024, description="connections at most, each used by one read or write at a time")
     connect_timeout_s: float = Field(1.0, gt=0, le=60, description="longest wait for a connection, seconds")
     write_timeout_s: float = Field(5.0, gt=0, le=60, description="longest wait for a write's answer, seconds")
+
+    @field_validator("url")
+    @classmethod
+    def _redis_url(cls, url: SecretStr) -> SecretStr:
+        try:
+            parts = urlsplit(url.get_secret_value())
+            usable = parts.scheme in {"redis", "rediss"} and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # its message would show a part of the URL, which may be the password
+            usable = False
+        if not usable:
+            raise ValueError("expected redis://host:port/database or rediss://…, special characters of the password percent-encoded")
+        return url
 
 
 class NearCacheSettings(Group):

@@ -1,0 +1,95 @@
+"""What the service can be told, by name; and that it refuses what it cannot use."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from feature_retrieval.settings import FeatureRetrievalSettings
+from plait.settings import SettingsError, fields, load
+
+PREFIX = "PLAIT_FEATURE_RETRIEVAL_"
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+
+
+def read(monkeypatch: pytest.MonkeyPatch, **environ: str) -> FeatureRetrievalSettings:
+    for name, value in environ.items():
+        monkeypatch.setenv(f"{PREFIX}{name}", value)
+    return load(FeatureRetrievalSettings)
+
+
+def test_defaults_are_usable_and_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = read(monkeypatch)
+    assert settings.redis.url.get_secret_value() == "redis://127.0.0.1:6379/0"
+    assert settings.redis.connections > 0
+    assert settings.near_cache.max_bytes > 0
+    assert settings.rpc.require_auth
+
+
+def test_every_own_setting_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = read(
+        monkeypatch,
+        REDIS__URL="rediss://:secret@redis:6380/1",
+        REDIS__CONNECTIONS="3",
+        REDIS__CONNECT_TIMEOUT_S="0.5",
+        REDIS__WRITE_TIMEOUT_S="2",
+        NEAR_CACHE__MAX_BYTES="0",
+        NEAR_CACHE__MAX_AGE_S="7.5",
+    )
+    assert settings.redis.url.get_secret_value() == "rediss://:secret@redis:6380/1"
+    assert (settings.redis.connections, settings.redis.connect_timeout_s, settings.redis.write_timeout_s) == (3, 0.5, 2.0)
+    assert (settings.near_cache.max_bytes, settings.near_cache.max_age_s) == (0, 7.5)
+    assert "secret" not in repr(settings)
+
+
+def test_every_setting_has_a_meaning() -> None:
+    named = dict(fields(FeatureRetrievalSettings))
+    own = {name.removeprefix(PREFIX) for name in named if "REDIS__" in name or "NEAR_CACHE__" in name}
+    assert own == {
+        *("REDIS__URL", "REDIS__CONNECTIONS", "REDIS__CONNECT_TIMEOUT_S", "REDIS__WRITE_TIMEOUT_S"),
+        *("NEAR_CACHE__MAX_BYTES", "NEAR_CACHE__MAX_AGE_S"),
+    }
+    assert all(not meaning.startswith("None") for meaning in named.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("REDIS__CONNECTIONS", "0", "greater than or equal to 1"),
+        ("REDIS__CONNECTIONS", "1025", "less than or equal to 1024"),
+        ("REDIS__CONNECTIONS", "many", "integer"),
+        ("REDIS__CONNECT_TIMEOUT_S", "0", "greater than 0"),
+        ("REDIS__CONNECT_TIMEOUT_S", "61", "less than or equal to 60"),
+        ("REDIS__WRITE_TIMEOUT_S", "-1", "greater than 0"),
+        ("NEAR_CACHE__MAX_BYTES", "-1", "greater than or equal to 0"),
+        ("NEAR_CACHE__MAX_BYTES", "64MiB", "integer"),
+        ("NEAR_CACHE__MAX_AGE_S", "0", "greater than 0"),
+    ],
+)
+def test_bad_values_are_refused_with_name_value_and_expectation(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read(monkeypatch, **{name: value})
+    assert f"{PREFIX}{name}='{value}'" in str(caught.value)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:6379", "http://redis:6379", "redis://", "redis://a:port", "redis://:p4ss/@a"])
+def test_a_url_that_is_not_redis_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read(monkeypatch, REDIS__URL=url)
+    assert f"{PREFIX}REDIS__URL=<hidden>" in str(caught.value)
+    assert "expected redis://host:port/database" in str(caught.value)
+    assert "p4ss" not in str(caught.value)
+
+
+def test_unknown_names_are_refused_with_the_nearest_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match=f"{PREFIX}REDIS__ULR.*did you mean {PREFIX}REDIS__URL"):
+        read(monkeypatch, REDIS__ULR="redis://a")
