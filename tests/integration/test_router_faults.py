@@ -158,10 +158,13 @@ async def test_what_features_answer_reaches_the_caller_in_its_own_terms(raised: 
 
 
 async def test_a_wrong_service_token_is_not_blamed_on_the_caller() -> None:
-    async with FakeFeatureRetrieval(INPUTS) as features, FakeModelWorker() as worker:
-        async with router_world(features.address, worker.address, token="not-theirs") as router:
-            error = await failing(router)
-            assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "FEATURES_UNAVAILABLE")
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, token="not-theirs") as router,
+    ):
+        error = await failing(router)
+        assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "FEATURES_UNAVAILABLE")
 
 
 async def test_a_worker_that_answers_nonsense_is_a_typed_error() -> None:
@@ -196,10 +199,13 @@ async def test_slow_work_ends_with_the_callers_deadline_and_is_cancelled_behind(
 
 
 async def test_the_routes_own_timeout_ends_slow_work() -> None:
-    async with FakeFeatureRetrieval(INPUTS) as features, FakeModelWorker() as worker:
-        async with router_world(features.address, worker.address, snapshot(route(timeout_s=0.1))) as router:
-            worker.gate = asyncio.Event()
-            assert isinstance(await failing(router), DeadlineExceeded)
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, snapshot(route(timeout_s=0.1))) as router,
+    ):
+        worker.gate = asyncio.Event()
+        assert isinstance(await failing(router), DeadlineExceeded)
 
 
 async def test_a_caller_that_leaves_takes_its_work_along() -> None:
@@ -218,16 +224,19 @@ async def test_a_caller_that_leaves_takes_its_work_along() -> None:
 
 async def test_overload_is_refused_early_with_a_time_to_come_back() -> None:
     admission = AdmissionSettings(limit=2, queue=1, max_wait_s=30.0)
-    async with FakeFeatureRetrieval(INPUTS) as features, FakeModelWorker() as worker:
-        async with router_world(features.address, worker.address, admission=admission) as router:
-            worker.gate = asyncio.Event()
-            held = [asyncio.create_task(router.rank(rank())) for _ in range(3)]
-            await eventually(lambda: "in_flight=2/2 waiting=1/1" in repr(router.ranking))
-            error = await failing(router)
-            assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
-            assert error.retry_after_s is not None
-            worker.gate.set()
-            assert len(await asyncio.gather(*held)) == 3  # what was admitted is finished
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, admission=admission) as router,
+    ):
+        worker.gate = asyncio.Event()
+        held = [asyncio.create_task(router.rank(rank())) for _ in range(3)]
+        await eventually(lambda: "in_flight=2/2 waiting=1/1" in repr(router.ranking))
+        error = await failing(router)
+        assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+        assert error.retry_after_s is not None
+        worker.gate.set()
+        assert len(await asyncio.gather(*held)) == 3  # what was admitted is finished
 
 
 async def test_a_new_snapshot_is_served_from_the_next_request_on() -> None:
