@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from plait.client import SyncRankingClient
 from rich.console import Console
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from marketplace import manifests
 from marketplace.demo import Prepared, candidates_of, percentile_ms, prepared, write_json
 from marketplace.floor import Floor
 from marketplace.load import Generator, Spec
+from plait.client import SyncRankingClient
 
 SIZES: Final = (1, 100, 500, 1000)
 CALLERS: Final = 16

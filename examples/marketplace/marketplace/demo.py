@@ -17,7 +17,6 @@ from typing import Any, Final
 import grpc
 import numpy as np
 import torch
-from plait.client import Ranking, SyncRankingClient
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -30,6 +29,7 @@ from marketplace.features import Array, Features
 from marketplace.floor import Floor
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as feature_pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as feature_pb_grpc
+from plait.client import Ranking, SyncRankingClient
 from plait.errors import PlaitError, Unavailable
 from plait.local.endpoints import Endpoints
 from plait.local.mesh import Mesh

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from plait.client import RankingClient
-
 from marketplace import manifests
 from marketplace.floor import Floor
+from plait.client import RankingClient
 from plait.registry.manifests import load
 from plait.registry.records import Snapshot
 
