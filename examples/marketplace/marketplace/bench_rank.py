@@ -6,11 +6,13 @@ import asyncio
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +43,8 @@ async def _run(console: Console, json_path: Path | None, state_dir: Path | None,
                 loaded = await _loaded(world, asked, seconds)
             results.append({"candidates": size, "alone": alone, "loaded": loaded})
         facts: dict[str, Any] = {"machine": _machine(), "callers": CALLERS, "quick": quick, "results": results}
-    console.print(_table(results))
+    for table in _tables(results):
+        console.print(table)
     machine = facts["machine"]
     console.print(
         f"{machine['cores']} cores, load average {machine['load_average_1m']:.1f}, Python {machine['python']}, torch {machine['torch']}"
@@ -108,25 +111,26 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _table(results: list[dict[str, Any]]) -> Table:
-    table = Table(
-        title=f"Rank through the mesh against the floor (one process, no RPC): alone, and under {CALLERS} callers", title_justify="left"
-    )
-    names = ("candidates", "mesh p50", "p99", "floor p50", "ratio", "mesh /s", "p50", "p99", "floor /s", "ratio")
-    for name in names:
-        table.add_column(name, justify="right")
+def _tables(results: list[dict[str, Any]]) -> list[Table]:
+    alone = _table("one caller", ("candidates", "mesh p50", "p99", "floor p50", "p99", "p50 ratio"))
+    loaded = _table(f"{CALLERS} callers; the floor: one loop per core", ("candidates", "mesh/s", "p50", "p99", "floor/s", "ratio"))
     for result in results:
-        alone, loaded = result["alone"], result["loaded"]
-        table.add_row(
-            str(result["candidates"]),
-            f"{alone['mesh_p50_ms']:.2f} ms",
-            f"{alone['mesh_p99_ms']:.2f}",
-            f"{alone['floor_p50_ms']:.2f} ms",
-            f"{alone['p50_ratio']:.2f} ×",
-            f"{loaded['mesh_per_s']:.0f}",
-            f"{loaded['mesh_p50_ms']:.1f} ms",
-            f"{loaded['mesh_p99_ms']:.1f}",
-            f"{loaded['floor_per_s']:.0f}",
-            f"{loaded['throughput_ratio']:.2f} ×",
+        size, one, many = str(result["candidates"]), result["alone"], result["loaded"]
+        times = (f"{one[key]:.2f} ms" for key in ("mesh_p50_ms", "mesh_p99_ms", "floor_p50_ms", "floor_p99_ms"))
+        alone.add_row(size, *times, f"{one['p50_ratio']:.2f} ×")
+        loaded.add_row(
+            size,
+            f"{many['mesh_per_s']:.0f}",
+            f"{many['mesh_p50_ms']:.1f} ms",
+            f"{many['mesh_p99_ms']:.1f} ms",
+            f"{many['floor_per_s']:.0f}",
+            f"{many['throughput_ratio']:.2f} ×",
         )
+    return [alone, loaded]
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=f"Rank: {title}", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in columns:
+        table.add_column(name, justify="right")
     return table
