@@ -5,24 +5,23 @@ expressions and guards as Python (sympy.sympify, exec), and resolves operator na
 where `os.system` is two dots away. It also loads every further model, every compiled library (AOTInductor) and, where the archive is
 broken in the right way, an older format that an archive may hold besides. A plain exported model needs none of that. So the archive is
 read here first, as the zip and JSON it is, whatever is not known to be harmless is refused, and torch gets a new archive of exactly
-what was checked: two readers of one zip need not agree on what is in it.
+what was checked.
 """
 
 from __future__ import annotations
 
 import ast
-import io
 import json
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from plait.errors import FailedPrecondition
+from model_worker.backends.archive import invalid, members, unsafe, zipped
 
 _MAX_JSON_BYTES: Final = 256 * 1024 * 1024
 _MAX_EXPRESSION_CHARS: Final = 4096
+_WRITTEN_BY: Final = "torch.export.save of torch 2.8 or newer"
 _PROGRAM: Final = "models/model.json"
 _EXAMPLES: Final = "data/sample_inputs/model.pt"
 _MEMBER: Final = re.compile(
@@ -69,44 +68,16 @@ def check(archive: bytes) -> Checked:
 
     Raises FailedPrecondition (ARTIFACT_UNSAFE, ARTIFACT_INVALID).
     """
+    found = members(archive, _MEMBER, _LEFT_OUT, written_by=_WRITTEN_BY)
     try:
-        with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-            members = _members(opened)
-    except (zipfile.BadZipFile, KeyError, ValueError, RecursionError, NotImplementedError) as error:
-        raise _invalid(error) from error
-    try:
-        for name, content in members.items():
+        for name, content in found.items():
             if name == _PROGRAM:
                 _check_program(_json(content))
             elif name.endswith("_config.json"):
                 _check_payloads(_json(content))
-        return Checked(archive=_zipped(members), examples=members[_EXAMPLES])
+        return Checked(archive=zipped({_PROGRAM: found[_PROGRAM], **found}), examples=found[_EXAMPLES])
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise _invalid(error) from error
-
-
-def _members(archive: zipfile.ZipFile) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
-    for info in archive.infolist():
-        name = info.filename.partition("/")[2]
-        if _LEFT_OUT.fullmatch(name):
-            continue
-        if not _MEMBER.fullmatch(name) or name in found:
-            raise _unsafe(f"it holds {info.filename[:80]!r}, which is no part of a plain program, or twice")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("compressed")
-        found[name] = archive.read(info)
-    if _PROGRAM not in found:
-        raise ValueError("no program")
-    return found
-
-
-def _zipped(members: Mapping[str, bytes]) -> bytes:
-    target = io.BytesIO()
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in members.items():
-            archive.writestr(f"archive/{name}", content)
-    return target.getvalue()
+        raise invalid(error, _WRITTEN_BY) from error
 
 
 def _json(content: bytes) -> Any:
@@ -118,7 +89,7 @@ def _json(content: bytes) -> Any:
 def _check_payloads(config: Mapping[str, Any]) -> None:
     for name, payload in config["config"].items():
         if payload.get("use_pickle", True) is not False or not re.match(r"(weight|tensor)_\d+\Z", payload["path_name"]):
-            raise _unsafe(f"the weight or constant {name[:60]!r} is pickled: only plain tensors are loaded")
+            raise unsafe(f"the weight or constant {name[:60]!r} is pickled: only plain tensors are loaded")
 
 
 def _check_program(program: Mapping[str, Any]) -> None:
@@ -148,14 +119,14 @@ def _walk(tree: Any) -> Iterator[tuple[str, Any]]:
 
 def _check_target(target: str) -> None:
     if not _TARGET.fullmatch(target) or _FORBIDDEN_OPS.match(target):
-        raise _unsafe(f"it calls {target[:80]!r}, which is not a plain tensor operator")
+        raise unsafe(f"it calls {target[:80]!r}, which is not a plain tensor operator")
 
 
 def _check_tree(spec: str) -> None:
     """Let through nested tuples, lists and dicts: torch imports what other types of node name (a default's factory, an enum's class)."""
     for key, value in _walk(json.loads(spec)):
         if (key == "type" and value not in _TREE_TYPES) or (key == "context" and not _is_plain_context(value)):
-            raise _unsafe(f"it takes or gives {str(value)[:80]!r}, which is no tuple, list or dict")
+            raise unsafe(f"it takes or gives {str(value)[:80]!r}, which is no tuple, list or dict")
 
 
 def _is_plain_context(context: Any) -> bool:
@@ -168,13 +139,13 @@ def _is_plain_context(context: Any) -> bool:
 def _check_expression(text: Any) -> None:
     """Let through arithmetic on symbols and sizes, nothing that could reach an attribute or a function beyond it."""
     if not isinstance(text, str) or len(text) > _MAX_EXPRESSION_CHARS:
-        raise _unsafe("it holds an expression that is too long")
+        raise unsafe("it holds an expression that is too long")
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, MemoryError) as error:
-        raise _unsafe("it holds an expression that is not arithmetic") from error
+        raise unsafe("it holds an expression that is not arithmetic") from error
     if not all(_harmless(node) for node in ast.walk(tree)):
-        raise _unsafe("it holds an expression that is more than arithmetic on sizes")
+        raise unsafe("it holds an expression that is more than arithmetic on sizes")
 
 
 def _harmless(node: ast.AST) -> bool:  # noqa: PLR0911 - one answer per kind of node
@@ -194,16 +165,3 @@ def _harmless(node: ast.AST) -> bool:  # noqa: PLR0911 - one answer per kind of 
         case ast.Constant(value=value):
             return isinstance(value, int | float)
     return isinstance(node, _NODES)
-
-
-def _invalid(error: Exception) -> FailedPrecondition:
-    return FailedPrecondition(
-        f"this is no archive that torch.export.save of torch 2.8 or newer wrote ({type(error).__name__}): export the model again",
-        reason="ARTIFACT_INVALID",
-    )
-
-
-def _unsafe(why: str) -> FailedPrecondition:
-    return FailedPrecondition(
-        f"the torch.export archive is refused: {why}; export plain tensors and aten operators, or use TorchScript", reason="ARTIFACT_UNSAFE"
-    )

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from model_worker.backends import export_guard
+from model_worker.backends import export_guard, script_guard
 from model_worker.packed import Array
 from plait.errors import FailedPrecondition
 from plait.registry.records import Signature
@@ -93,7 +93,7 @@ def _load_torchscript(content: bytes) -> Callable[..., Any]:
     with warnings.catch_warnings():
         # torch deprecates TorchScript in favour of torch.export; plait serves both because teams still hand over both.
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit.*")
-        module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
+        module = torch.jit.load(io.BytesIO(script_guard.check(content)), map_location="cpu")  # type: ignore[no-untyped-call]
         module.eval()
     used = sorted(kind for kind in _FORBIDDEN_OPS if module.inlined_graph.findAllNodes(kind, True))
     if used:
