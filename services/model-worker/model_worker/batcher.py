@@ -45,7 +45,7 @@ class Request(Ticket):
     answer: asyncio.Future[Answer]
     parts: dict[int, tuple[Array, ...]] = field(default_factory=dict)
     done_rows: int = 0
-    queue_s: float = -1.0
+    queue_s: float = 0.0
     compute_s: float = 0.0
 
 
@@ -140,29 +140,41 @@ class Batcher:
         parts, compute_s = result
         self._schedule.finished(self._clock())
         self._start_next()
-        self._instruments.rows.observe(batch.rows)
-        self._instruments.compute_s.observe(compute_s)
         for share, part in zip(batch.shares, parts, strict=True):
             self._deliver(batch, share, part, compute_s)
+        self._loop.call_soon(self._measure, batch, compute_s)  # after the callers, who wait
 
     def _deliver(self, batch: Batch[Request], share: Share[Request], part: tuple[Array, ...], compute_s: float) -> None:
         request = share.ticket
         if request.over:
             return
-        request.parts[share.start] = part
-        request.done_rows += share.rows
-        request.compute_s += compute_s
-        if request.queue_s < 0:
+        if share.start == 0:
             request.queue_s = batch.started_s - request.arrived_s
-            self._instruments.queue_s.observe(request.queue_s)
-        if request.done_rows == request.rows and not request.answer.done():
-            try:
-                outputs = self._layout.rejoin([part for _, part in sorted(request.parts.items(), key=_first_row)])
-            except ValueError:  # pieces of different width
-                log.exception("the model answered pieces that do not fit together", model=self._name)
-                self._fail(request, Internal(f"{self._name} answered pieces that do not fit together", reason="MODEL_OUTPUT_WRONG"))
-                return
-            request.answer.set_result(Answer(outputs=outputs, queue_s=request.queue_s, compute_s=request.compute_s, batch_rows=batch.rows))
+        request.compute_s += compute_s
+        request.done_rows += share.rows
+        if share.rows < request.rows:
+            request.parts[share.start] = part
+        if request.done_rows < request.rows or request.answer.done():
+            return
+        outputs = self._rejoined(request) if request.parts else part
+        if outputs is None:
+            self._fail(request, Internal(f"{self._name} answered pieces that do not fit together", reason="MODEL_OUTPUT_WRONG"))
+            return
+        request.answer.set_result(Answer(outputs=outputs, queue_s=request.queue_s, compute_s=request.compute_s, batch_rows=batch.rows))
+
+    def _rejoined(self, request: Request) -> tuple[Array, ...] | None:
+        try:
+            return self._layout.rejoin([part for _, part in sorted(request.parts.items(), key=_first_row)])
+        except ValueError:  # pieces of different width
+            log.exception("the model answered pieces that do not fit together", model=self._name)
+            return None
+
+    def _measure(self, batch: Batch[Request], compute_s: float) -> None:
+        self._instruments.rows.observe(batch.rows)
+        self._instruments.compute_s.observe(compute_s)
+        for share in batch.shares:
+            if share.start == 0:
+                self._instruments.queue_s.observe(batch.started_s - share.ticket.arrived_s)
 
     def _blame(self, batch: Batch[Request], error: BaseException | None) -> None:
         culprit = self._schedule.failed()

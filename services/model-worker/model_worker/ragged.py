@@ -48,7 +48,7 @@ class Layout:
 
     def kind(self, inputs: Sequence[Array]) -> Hashable:
         """Return what two requests must have in common to share a batch: every dimension but the first."""
-        return tuple(array.shape[1:] for array in inputs)
+        return tuple([array.shape[1:] for array in inputs])  # a list, not a generator: this is per request
 
     def join(self, pieces: Sequence[Piece]) -> tuple[Array, ...]:
         """Return the model's arguments, in the signature's order, row splits (int64 [requests + 1]) last where it takes them."""
