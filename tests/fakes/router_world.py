@@ -43,6 +43,8 @@ SERVICE = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
 KEY = "plait_test-key"
 OTHER_KEY = "plait_other-tenants-key"
 NARROW_KEY = "plait_key-without-rank"
+EXPIRED_KEY = "plait_expired-key"
+DEFAULT = 0.5  # of the first feature of each view; the others have none
 
 DU, DI = 2, 3
 SIGNATURE = Signature(
@@ -58,7 +60,7 @@ INPUTS = {"user": ("user", DU), "item": ("item", DI)}
 
 
 def _view(entity: str, columns: int, key: Any) -> FeatureView:
-    features = tuple(Feature(name=f"f{i}") for i in range(columns))
+    features = tuple(Feature(name=f"f{i}", default=None if i else DEFAULT) for i in range(columns))
     return FeatureView(name=f"{entity}-view", entity=Entity(type=entity, key=key), features=features)
 
 
@@ -87,6 +89,7 @@ def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_k
         ApiKey(id="k1", tenant="shop", sha256=digest(KEY)),
         ApiKey(id="k2", tenant="other", sha256=digest(OTHER_KEY)),
         ApiKey(id="k3", tenant="shop", sha256=digest(NARROW_KEY), scopes=("features",)),
+        ApiKey(id="k4", tenant="shop", sha256=digest(EXPIRED_KEY), expires_at=1.0),
     )
     return Snapshot(
         revision=revision,

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from tests.fakes.feature_retrieval import FakeFeatureRetrieval
 from tests.fakes.model_worker import FakeModelWorker
-from tests.fakes.router_world import DI, DU, INPUTS, NARROW_KEY, OTHER_KEY, RouterWorld, route, router_world, snapshot
+from tests.fakes.router_world import DI, DU, EXPIRED_KEY, INPUTS, NARROW_KEY, OTHER_KEY, RouterWorld, route, router_world, snapshot
 
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
@@ -180,9 +180,10 @@ async def test_predict_answers_named_tensors(world: World) -> None:
     assert np.frombuffer(answer.outputs[0].data, "<f4").tolist() == [0.0, 3.0]
 
 
-async def test_missing_wrong_and_narrow_keys(world: World) -> None:
-    assert (await world.refused(rank(), key=None)).reason == "API_KEY_MISSING"
-    assert (await world.refused(rank(), key="plait_wrong")).reason == "API_KEY_INVALID"
+async def test_missing_wrong_expired_and_narrow_keys(world: World) -> None:
+    for key, reason in ((None, "API_KEY_MISSING"), ("plait_wrong", "API_KEY_INVALID"), (EXPIRED_KEY, "API_KEY_EXPIRED")):
+        error = await world.refused(rank(), key=key)
+        assert (error.code, error.reason) == (grpc.StatusCode.UNAUTHENTICATED, reason)
     error = await world.refused(rank(), key=NARROW_KEY)
     assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, "SCOPE_MISSING")
 

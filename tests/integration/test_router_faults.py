@@ -12,7 +12,7 @@ import pytest
 from tests.fakes.feature_retrieval import FakeFeatureRetrieval
 from tests.fakes.model_worker import FakeModelWorker
 from tests.fakes.registry_world import eventually
-from tests.fakes.router_world import INPUTS, RouterWorld, route, router_world, snapshot
+from tests.fakes.router_world import DEFAULT, DI, INPUTS, RouterWorld, route, router_world, snapshot
 from tests.integration.test_router import rank
 
 from plait.errors import (
@@ -25,6 +25,7 @@ from plait.errors import (
     Unavailable,
     from_rpc_error,
 )
+from plait.registry.records import Route
 from router.settings import AdmissionSettings
 
 
@@ -55,17 +56,51 @@ async def test_a_worker_that_is_away_is_a_typed_error_and_is_found_again() -> No
         assert "failing" not in repr(router.ranking)
 
 
-async def test_features_that_are_away_are_a_typed_error() -> None:
+async def test_without_features_defaults_stand_in_and_the_answer_says_so() -> None:
     async with AsyncExitStack() as stack:
         worker = await stack.enter_async_context(FakeModelWorker())
         features = await stack.enter_async_context(FakeFeatureRetrieval(INPUTS))
-        router = await stack.enter_async_context(router_world(features.address, worker.address))
-        await router.rank(rank())
+        address = features.address
+        router = await stack.enter_async_context(router_world(address, worker.address))
+        assert not (await router.rank(rank())).degraded_reasons
+        await features.server.drain()
+        answer = await router.rank(rank(explain=True))
+        assert list(answer.degraded_reasons) == ["features_unavailable"]
+        assert [(r.feature_view, r.rows, r.unavailable) for r in answer.feature_report] == [("user-view", 1, 1), ("item-view", 3, 3)]
+        assert list(answer.item_ids.string_ids) == ["i3", "i1", "i2"]  # all the same to the model, so the caller's order
+        assert list(answer.scores) == [DEFAULT] * 3
+        user, item = worker.requests[-1].raw_input_contents
+        assert np.array_equal(np.frombuffer(user, "<f4"), [DEFAULT, np.nan], equal_nan=True)
+        assert np.array_equal(np.frombuffer(item, "<f4").reshape(3, DI), [[DEFAULT, np.nan, np.nan]] * 3, equal_nan=True)
+        async with FakeFeatureRetrieval(INPUTS, port=port_of(address)):
+            await asyncio.wait_for(_until_whole(router), 20)
+
+
+@pytest.mark.parametrize("strict", [route(on_missing="fail"), route(max_defaulted_share=0.5)])
+async def test_without_features_a_route_that_takes_no_defaults_is_a_typed_error(strict: Route) -> None:
+    async with AsyncExitStack() as stack:
+        worker = await stack.enter_async_context(FakeModelWorker())
+        features = await stack.enter_async_context(FakeFeatureRetrieval(INPUTS))
+        router = await stack.enter_async_context(router_world(features.address, worker.address, snapshot(strict)))
         await features.server.drain()
         error = await failing(router)
         assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "FEATURES_UNAVAILABLE")
         assert error.retry_after_s is not None
-        assert not worker.calls[1:]
+        assert not worker.calls
+
+
+async def test_slow_features_are_not_waited_for_to_the_end_of_the_budget() -> None:
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, features_share=0.1) as router,
+    ):
+        features.gate = asyncio.Event()
+        answer = await router.rank(rank(), timeout_s=5.0)
+        assert list(answer.degraded_reasons) == ["features_timed_out"]
+        await eventually(lambda: features.cancelled == 1)
+        features.gate = None
+        assert not (await router.rank(rank())).degraded_reasons
 
 
 async def test_a_worker_that_dies_mid_call_is_replaced_by_another() -> None:
@@ -164,6 +199,9 @@ async def test_a_wrong_service_token_is_not_blamed_on_the_caller() -> None:
         router_world(features.address, worker.address, token="not-theirs") as router,
     ):
         error = await failing(router)
+        assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_UNAVAILABLE")
+        router.ranking.adopt(snapshot(route(on_missing="fail")))
+        error = await failing(router)
         assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "FEATURES_UNAVAILABLE")
 
 
@@ -182,7 +220,7 @@ async def test_slow_work_ends_with_the_callers_deadline_and_is_cancelled_behind(
     async with (
         FakeFeatureRetrieval(INPUTS) as features,
         FakeModelWorker() as worker,
-        router_world(features.address, worker.address) as router,
+        router_world(features.address, worker.address, features_share=1.0) as router,
     ):
         worker.gate = asyncio.Event()
         error = await failing(router, timeout_s=0.3)
@@ -249,6 +287,11 @@ async def test_a_new_snapshot_is_served_from_the_next_request_on() -> None:
         router.ranking.adopt(snapshot(route("other"), revision=8))
         assert (await failing(router)).reason == "ROUTE_NOT_FOUND"
         assert (await router.rank(rank("other"))).registry_revision == 8
+
+
+async def _until_whole(router: RouterWorld) -> None:
+    while (await router.rank(rank())).degraded_reasons:
+        await asyncio.sleep(0.02)
 
 
 async def _until_answered(router: RouterWorld) -> Any:

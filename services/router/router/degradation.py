@@ -1,11 +1,16 @@
-"""Why an answer is not the best possible one, read off the reports of feature-retrieval; nothing is ever passed off as fresh."""
+"""Answers that are not the best possible: what stands in for features that cannot be had, and the words that say so.
+
+The words are read off the reports of feature-retrieval; nothing is ever passed off as fresh.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
+from router.route_table import Input
 
 _REASONS: Final = (
     (types_pb2.ROW_STATUS_DEFAULTED, "features_defaulted"),
@@ -16,6 +21,24 @@ _REASONS: Final = (
 )
 SCORES_NOT_FINITE: Final = "scores_not_finite"
 _STATUSES: Final = max(types_pb2.RowStatus.values()) + 1
+
+
+def defaults(inputs: Sequence[Input], rows: Mapping[str, int], status: types_pb2.RowStatus.ValueType) -> pb.GetFeaturesResponse:
+    """Return what feature-retrieval would answer if it could read nothing: defaults, and for each view that its rows are of `status`.
+
+    `rows` says how many there are of each entity type.
+    """
+    response = pb.GetFeaturesResponse()
+    views: dict[str, str] = {}
+    for item in inputs:
+        count = rows[item.entity]
+        response.tensors.add(name=item.name, dtype=item.number, shape=(count, *item.spec.shape[1:]), data=item.default_row * count)
+        views.update(dict.fromkeys(item.views, item.entity))
+    for view, entity in views.items():
+        counts = [0] * _STATUSES
+        counts[status] = rows[entity]
+        response.views.add(feature_view=view, entity_type=entity, statuses=bytes((status,)) * rows[entity], status_counts=counts)
+    return response
 
 
 def reasons(views: Iterable[Any]) -> list[str]:

@@ -23,6 +23,12 @@ _METHOD: Final = "plait.api.feature_retrieval.v1.FeatureRetrievalService/GetFeat
 _RETRY_S: Final = 0.25
 
 
+class Unreachable(Unavailable):
+    """No replica of feature-retrieval could be reached."""
+
+    default_reason = "FEATURES_UNAVAILABLE"
+
+
 class FeatureClient:
     """Calls feature-retrieval."""
 
@@ -54,9 +60,8 @@ class FeatureClient:
     ) -> pb.GetFeaturesResponse:
         """Return the tensors of `inputs` (empty = all of the arm's feature set) for these ids.
 
-        Raises Unavailable (FEATURES_UNAVAILABLE) when no replica can be reached: only feature-retrieval knows the defaults, so there is
-        nothing to fall back to. FailedPrecondition (FEATURES_MISSING), Unavailable (STORE_UNAVAILABLE), ResourceExhausted and
-        DeadlineExceeded are its own.
+        Raises Unreachable when no replica can be reached, Unavailable (FEATURES_UNAVAILABLE) when none knows the feature set yet.
+        FailedPrecondition (FEATURES_MISSING), Unavailable (STORE_UNAVAILABLE), ResourceExhausted and DeadlineExceeded are its own.
         """
         frame = pb.StreamFeaturesRequest()
         request = frame.request
@@ -92,7 +97,7 @@ def _lags(error: PlaitError) -> bool:
 def _to_caller(error: PlaitError) -> PlaitError:
     """Say what happened in terms of the router's caller, who knows neither our token nor our message to feature-retrieval."""
     if lost(error) or isinstance(error, Cancelled):
-        return Unavailable("feature-retrieval cannot be reached: retry", reason="FEATURES_UNAVAILABLE", retry_after_s=_RETRY_S)
+        return Unreachable("feature-retrieval cannot be reached: retry", retry_after_s=_RETRY_S)
     if isinstance(error, NotFound):
         message = "feature-retrieval does not know the route's feature set yet: retry"
         return Unavailable(message, reason="FEATURES_UNAVAILABLE", retry_after_s=_RETRY_S)

@@ -18,24 +18,24 @@ import numpy as np
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as features_pb
 from plait.api.model_worker.v1 import model_worker_service_pb2 as worker_pb
 from plait.api.router.v1 import router_service_pb2 as pb
-from plait.errors import ResourceExhausted
+from plait.api.types.v1 import types_pb2
+from plait.errors import DeadlineExceeded, ResourceExhausted
 from plait.registry.records import Snapshot
 from plait.rpc.call import Call, current
 from plait.rpc.deadline import Deadline
 from plait.telemetry.logging import get_logger
 from router import degradation
 from router.admission import Admission
-from router.feature_client import FeatureClient
+from router.feature_client import FeatureClient, Unreachable
 from router.ordering import best_first
 from router.route_table import NO_ROUTES, Arm, ServingRoute, compile_table
 from router.stopwatch import RankingMetrics, Stopwatch
 from router.tensors import copy_outputs, fill_infer, scores_of
-from router.validation import Findings, check_predict, check_predict_fits, check_rank, check_rank_fits
+from router.validation import Findings, check_predict, check_predict_fits, check_rank, check_rank_fits, count
 from router.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from plait.api.inference.v2 import inference_pb2
-    from plait.api.types.v1 import types_pb2
 
 log = get_logger(__name__)
 _stdlib_log: Final = logging.getLogger(__name__)
@@ -218,22 +218,32 @@ class Ranking:
         return features, answer
 
     async def _read_features(self, question: _Question) -> features_pb.GetFeaturesResponse:
-        """Read what is not given inline; late features may degrade the answer, so they do not get the whole budget."""
+        """Read what is not given inline; where that cannot be done in time, defaults stand in (if the route takes them) and are told as such.
+
+        So that late features can degrade the answer instead of failing it, they do not get the whole budget.
+        """
         inputs = question.arm.inputs
         if question.inline:
             inputs = tuple(item for item in inputs if item.name not in question.inline)
             if not inputs:
                 return features_pb.GetFeaturesResponse()
         entity_types = dict.fromkeys(item.entity for item in inputs)
-        return await self._features.get(
-            question.route,
-            question.arm,
-            [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
-            [item.name for item in inputs] if question.inline else (),
-            deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
-            tenant=question.tenant,
-            request_id=question.request_id,
-        )
+        try:
+            return await self._features.get(
+                question.route,
+                question.arm,
+                [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
+                [item.name for item in inputs] if question.inline else (),
+                deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
+                tenant=question.tenant,
+                request_id=question.request_id,
+            )
+        except (Unreachable, DeadlineExceeded) as error:
+            if not question.route.takes_defaults:
+                raise
+            late = isinstance(error, DeadlineExceeded)
+            status = types_pb2.ROW_STATUS_TIMED_OUT if late else types_pb2.ROW_STATUS_UNAVAILABLE
+            return degradation.defaults(inputs, {name: count(question.ids[name]) for name in entity_types}, status)
 
     @staticmethod
     def _sign(response: pb.RankResponse | pb.PredictResponse, question: _Question, revision: int, reasons: list[str]) -> None:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Literal
 
+import numpy as np
+
 from plait.api.types.v1 import types_pb2
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, NotFound, PermissionDenied
 from plait.registry.crosschecks import misfits
-from plait.registry.records import EMPTY, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
+from plait.registry.records import EMPTY, Feature, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
 from router.experiments import assign
 
 KeyKind = Literal["string", "int64"]
@@ -38,7 +40,10 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """One input of a model: its tensor, the entity type its features are about, and how its dtype is called on both wires."""
+    """One input of a model: its tensor, the entity type its features are about, and how its dtype is called on both wires.
+
+    `views`: the feature views it comes from. `default_row`: one row of defaults, in the bytes of its dtype.
+    """
 
     name: str
     spec: TensorSpec
@@ -46,6 +51,8 @@ class Input:
     number: int
     oip: str
     item_bytes: int
+    views: tuple[str, ...]
+    default_row: bytes
 
     @property
     def per_row(self) -> bool:
@@ -93,6 +100,11 @@ class ServingRoute:
     arms: tuple[Arm, ...]
     fault: Fault | None = None
     left_out: Mapping[str, Fault] = field(default_factory=dict)
+
+    @property
+    def takes_defaults(self) -> bool:
+        """Whether defaults may stand in for every feature of an answer."""
+        return self.policy != types_pb2.MISSING_POLICY_FAIL and self.max_defaulted_share == 0
 
     def assign(self, subject: str | int) -> Arm:
         """Return the subject's variant among those that can serve."""
@@ -191,21 +203,38 @@ def _arm(route: Route, variant: Variant, snapshot: Snapshot) -> Arm | Fault:
 
 
 def _inputs(version: ModelVersion, signature: Signature, snapshot: Snapshot) -> tuple[Input, ...]:
-    entities = {item.name: item.entity for item in snapshot.feature_sets[signature.feature_set].inputs}
+    items = {item.name: item for item in snapshot.feature_sets[signature.feature_set].inputs}
     made = []
     for spec in signature.inputs:
-        dtype = BY_NAME[spec.dtype]
+        dtype, item = BY_NAME[spec.dtype], items[spec.name]
         made.append(
             Input(
                 name=spec.name,
                 spec=spec,
-                entity=entities[spec.name],
+                entity=item.entity,
                 number=dtype.number,
                 oip=dtype.oip,
                 item_bytes=dtype.size_bytes,
+                views=tuple(dict.fromkeys(reference.partition(":")[0] for reference in item.features)),
+                default_row=_default_row(item, dtype.numpy, snapshot),
             )
         )
     return tuple(made)
+
+
+def _default_row(item: ModelInput, dtype: str, snapshot: Snapshot) -> bytes:
+    """The very row that feature-retrieval puts where no value is known."""
+    defaults = []
+    for reference in item.features:
+        view, _, name = reference.partition(":")
+        defaults.append(_default_of(next(f for f in snapshot.feature_views[view].features if f.name == name)))
+    return np.array(defaults).astype(dtype).tobytes()
+
+
+def _default_of(feature: Feature) -> float | int:
+    if feature.default is not None:
+        return feature.default
+    return math.nan if feature.dtype.startswith("float") else 0
 
 
 def _key_kinds(signature: Signature, snapshot: Snapshot) -> Mapping[str, KeyKind]:

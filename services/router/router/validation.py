@@ -56,9 +56,7 @@ def check_rank(request: pb.RankRequest, found: Findings) -> tuple[str | int, Ids
 
     Raises at once, with everything found, where no route is named: there is nothing more to find then.
     """
-    candidates = _ids(request.candidates, "candidates", found)
-    if candidates and len(candidates) <= MAX_ROWS and len(set(candidates)) < len(candidates):
-        _tell_duplicates(candidates, "candidates", found)
+    candidates = _ids(request.candidates, "candidates", found, distinct=True)
     subject = _ids(request.subject, "subject", found)
     if len(subject) > 1:
         found.add("subject", f"expected exactly one id, got {len(subject)}")
@@ -143,26 +141,37 @@ def _check_common(request: pb.RankRequest | pb.PredictRequest, found: Findings) 
         found.raise_if_any()
 
 
-def _ids(ids: types_pb2.EntityIds, field: str, found: Findings) -> Ids:
-    """Return the ids as a list, with what is wrong with their number, presence or length noted."""
+def count(ids: types_pb2.EntityIds) -> int:
+    """Return how many ids there are."""
+    return len(ids.string_ids) + len(ids.int64_ids) + len(ids.composite_ids)
+
+
+def _ids(ids: types_pb2.EntityIds, field: str, found: Findings, *, distinct: bool = False) -> Ids:
+    """Return the ids as a list, with what is wrong with their number, kind, length or (where they must be `distinct`) repetition noted."""
     strings, integers, composites = len(ids.string_ids), len(ids.int64_ids), len(ids.composite_ids)
-    count = strings + integers + composites
-    if not count:
+    total = strings + integers + composites
+    if not total:
         found.add(field, "expected at least one id, got none")
-    elif count > MAX_ROWS:
-        found.add(field, f"expected at most {MAX_ROWS} ids, got {count}")
+    elif total > MAX_ROWS:
+        found.add(field, f"expected at most {MAX_ROWS} ids, got {total}")
     elif (strings > 0) + (integers > 0) + (composites > 0) > 1:
         found.add(field, "expected ids of one kind, got several: fill one list only")
     elif composites:
         found.add(f"{field}.composite_ids", "no entity type of this route has keys of several parts: send string_ids or int64_ids")
-    elif strings:
-        names = ids.string_ids[:]
-        if "" in set(names) or max(map(len, names)) * _MAX_UTF8 > MAX_ID_BYTES:
-            _tell_bad_ids(names, f"{field}.string_ids", found)
-        return names
     else:
-        return ids.int64_ids[:]
+        return _checked(ids, field, found, distinct=distinct)
     return ()
+
+
+def _checked(ids: types_pb2.EntityIds, field: str, found: Findings, *, distinct: bool) -> Ids:
+    names: Sequence[str] = ids.string_ids[:]
+    values: Ids = names or ids.int64_ids[:]
+    seen = set(values)
+    if names and ("" in seen or max(map(len, names)) * _MAX_UTF8 > MAX_ID_BYTES):
+        _tell_bad_ids(names, f"{field}.string_ids", found)
+    if distinct and len(seen) < len(values):
+        _tell_duplicates(values, field, found)
+    return values
 
 
 def _tell_bad_ids(names: Sequence[str], field: str, found: Findings) -> None:
