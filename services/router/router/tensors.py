@@ -57,11 +57,14 @@ def scores_of(response: inference_pb2.ModelInferResponse, name: str, rows: int) 
     shape = tuple(output.shape)
     if layout is None or shape not in ((rows,), (rows, 1)) or len(raw) != rows * np.dtype(layout).itemsize:
         raise _misfit(f"{output.datatype} {list(shape)} in {len(raw)} bytes for output {name!r}")
-    return np.frombuffer(raw, layout).astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # (a double beyond float32 becomes infinite, which the answer tells)
+        return np.frombuffer(raw, layout).astype(np.float32, copy=False)
 
 
 def copy_outputs(response: inference_pb2.ModelInferResponse, into: Any) -> None:
-    """Append the outputs of an answer as our tensors, bytes as they came."""
+    """Append the outputs of an answer as our tensors, bytes as they came; raises as `scores_of`."""
+    if len(response.outputs) != len(response.raw_output_contents):
+        raise _misfit(f"{len(response.raw_output_contents)} raw contents for {len(response.outputs)} outputs")
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         dtype = BY_OIP.get(output.datatype)
         if dtype is None or (dtype.size_bytes and len(raw) != math.prod(output.shape) * dtype.size_bytes):
