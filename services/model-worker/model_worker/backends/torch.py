@@ -15,8 +15,9 @@ from model_worker.packed import Array
 from plait.errors import FailedPrecondition
 from plait.registry.records import Signature
 
-# TorchScript that reads or writes files or talks; a model that is handed over has no business doing so.
-_FORBIDDEN_OPS: Final = frozenset({"aten::from_file", "aten::save", "aten::warn", "prim::Print", "prim::PythonOp"})
+# TorchScript that reads or writes files or talks; a model that is handed over has no business doing so. (aten::warn is let through: torch's
+# own EmbeddingBag and TransformerEncoder hold it, for arguments that are deprecated.)
+_FORBIDDEN_OPS: Final = frozenset({"aten::from_file", "aten::save", "prim::Print", "prim::PythonOp"})
 _COPY_BELOW_BYTES: Final = 16_384  # copying is as cheap as borrowing up to there, and CPython shares its one-byte `bytes` objects
 
 

@@ -42,6 +42,20 @@ class Restored(nn.Module):
         self.training = state[1]
 
 
+class Nested(nn.Module):
+    """Sequential names its parts "0", "1", …, which TorchScript's code reaches through getattr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(nn.Sequential(nn.Identity(), nn.ReLU()), nn.Flatten(0))
+        self.more = nn.ModuleList([nn.Sequential(nn.ReLU()), nn.ReLU()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.more:
+            x = module(x)
+        return self.parts(x) + self.parts[0](x)
+
+
 def archive(statement: str = "") -> bytes:
     """Return a TorchScript archive of Restored that also runs `statement` when it is loaded."""
     written = io.BytesIO()
@@ -64,6 +78,15 @@ def test_plain_torchscript_is_loaded() -> None:
     assert y.tolist() == [2, 4]
 
 
+def test_modules_within_modules_are_loaded() -> None:
+    written = io.BytesIO()
+    torch.jit.save(scripted(Nested()), written)
+    with zipfile.ZipFile(io.BytesIO(written.getvalue())) as source:
+        assert any(b"getattr" in source.read(name) for name in source.namelist())
+    [y] = load(written.getvalue(), "torchscript", SIGNATURE)([np.array([1, -2], np.float32)])
+    assert y.tolist() == [2, 0]
+
+
 @pytest.mark.parametrize(
     "statement",
     [
@@ -72,6 +95,10 @@ def test_plain_torchscript_is_loaded() -> None:
         'ops.aten.save((state)[0], "MARK")',
         '_0 = torch.from_file("MARK", True, 1)',
         '_0 = getattr(torch, "sa\\x76e")((state)[0], "MARK")',
+        '_0 = getattr(torch, "sa" "ve")((state)[0], "MARK")',
+        '_0 = getattr(str(state, "a"), "sa\\x76e")((state)[0], "MARK")',
+        '_0 = getattr(getattr(torch, "a"), "sa\\x76e")((state)[0], "MARK")',
+        '_0 = getattr(torch, name)((state)[0], "MARK")',
     ],
 )
 def test_what_would_touch_a_file_while_it_is_loaded_is_refused(tmp_path: Path, statement: str) -> None:

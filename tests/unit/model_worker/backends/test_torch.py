@@ -109,6 +109,40 @@ def test_torchscript_that_touches_files_or_talks_is_refused(module: nn.Module, t
     assert not list(tmp_path.iterdir())
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.LSTM(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts(x)[0]
+
+
+COMMON = {
+    "mlp": (nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)), torch.ones(2, 4)),
+    "embedding bag": (nn.EmbeddingBag(10, 4), torch.ones(2, 3, dtype=torch.long)),
+    "attention": (
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False),
+        torch.ones(1, 3, 8),
+    ),
+    "recurrent": (Recurrent(), torch.ones(2, 1, 4)),
+}
+
+
+@pytest.mark.parametrize("name", COMMON)
+@pytest.mark.parametrize("how", ["scripted", "traced"])
+def test_what_teams_hand_over_is_loaded_and_answers_the_same(name: str, how: str) -> None:
+    module, example = COMMON[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = scripted(module) if how == "scripted" else torch.jit.trace(module.eval(), example, check_trace=False)
+        content = io.BytesIO()
+        torch.jit.save(made, content)
+    [answer] = backend.load(content.getvalue(), "torchscript", signature())([example.numpy()])
+    with torch.inference_mode():
+        np.testing.assert_allclose(answer, module.eval()(example).numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_an_answer_that_is_no_tensor_is_an_error() -> None:
     model = backend.load(saved(Counts()), "torchscript", signature())
     with pytest.raises(TypeError):
