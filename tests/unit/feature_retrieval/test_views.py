@@ -81,6 +81,8 @@ def test_neighbours_are_moved_by_one_copy() -> None:
     assert view.current.runs == (Run(40, 52, np.dtype("<f4"), 0, 0, 3),)
     [view] = plan_of(item("stats:a", "stats:b"), item("stats:c", name="more")).entities[0].views
     assert [(run.tensor, run.row_from, run.row_to) for run in view.current.runs] == [(0, 40, 48), (1, 48, 52)]  # not across tensors
+    stats, _ = plan_of(item("stats:a"), item("content:x", "stats:b", name="more")).entities[0].views
+    assert [(run.tensor, run.column_from) for run in stats.current.runs] == [(0, 0), (1, 1)]
     [view] = plan_of(item("content:x", "content:n", "content:flag")).entities[0].views
     assert len(view.current.runs) == 3  # not across dtypes
 
