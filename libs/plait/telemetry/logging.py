@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from typing import Any, Final
 
 import structlog
 from opentelemetry import trace
+from structlog.tracebacks import ExceptionDictTransformer
 
 from plait.settings import TelemetrySettings
+
+# structlog shows the local variables of every frame unless told otherwise: feature values and ids among them.
+_TRACEBACK: Final = ExceptionDictTransformer(show_locals=False, max_frames=30)
 
 
 def configure(settings: TelemetrySettings, service: str) -> None:
@@ -31,9 +35,9 @@ def configure(settings: TelemetrySettings, service: str) -> None:
     )
     handler = logging.StreamHandler(sys.stderr)
     tail: list[structlog.typing.Processor] = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        [structlog.processors.ExceptionRenderer(_TRACEBACK), structlog.processors.JSONRenderer()]
         if settings.log_format == "json"
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
     )
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

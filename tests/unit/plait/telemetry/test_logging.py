@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import structlog
@@ -46,6 +47,23 @@ def test_an_exception_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> N
         plait_logging.get_logger("x").exception("failed")
     [line] = lines(capsys)
     assert "boom" in json.dumps(line["exception"])
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_traceback_shows_no_values(capsys: pytest.CaptureFixture[str], log_format: Literal["json", "console"]) -> None:
+    def look_up(person: str) -> None:
+        raise ValueError(f"not found, {len(person)} letters")
+
+    plait_logging.configure(TelemetrySettings(log_format=log_format), "shop")
+    secret = "-".join(["canary", "person"])  # put together here, so that no line of source shows it
+    try:
+        look_up(secret)
+    except ValueError:
+        plait_logging.get_logger("x").exception("failed")
+        logging.getLogger("library").exception("failed too")
+    written = capsys.readouterr().err
+    assert written.count("look_up") >= 2
+    assert secret not in written
 
 
 def test_a_line_inside_a_span_names_its_trace(capsys: pytest.CaptureFixture[str]) -> None:
