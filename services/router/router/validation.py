@@ -126,11 +126,11 @@ def _check_present(arm: Arm, rows: Mapping[str, Ids], inline: set[str], found: F
 
 
 def _row_count(request: pb.PredictRequest, route: ServingRoute, arm: Arm, rows: Mapping[str, Ids]) -> int:
-    """The rows of a Predict: its candidates, or else what the first inline tensor that is per row holds."""
+    """The rows of a Predict: its candidates, or else what the first inline tensor that is per row holds, at least 1."""
     if route.candidate in rows:
         return len(rows[route.candidate])
     per_row = {item.name for item in arm.inputs if item.per_row}
-    return next((tensor.shape[0] for tensor in request.inline_features if tensor.name in per_row and tensor.shape), 1)
+    return max(1, next((tensor.shape[0] for tensor in request.inline_features if tensor.name in per_row and tensor.shape), 1))
 
 
 def _check_common(request: pb.RankRequest | pb.PredictRequest, found: Findings) -> None:
