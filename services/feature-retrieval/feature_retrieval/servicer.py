@@ -65,11 +65,15 @@ class FeatureRetrievalServicer(pb_grpc.FeatureRetrievalServiceServicer):
         """
         tenant = current().tenant
         acks: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(_BATCHES_IN_FLIGHT)
+        under_way: set[asyncio.Task[Any]] = set()
 
         async def read() -> None:
             try:
                 async for request in request_iterator:
-                    await acks.put(asyncio.create_task(self._ingest(request, tenant), name=f"batch {request.batch_id}"))
+                    batch = asyncio.create_task(self._ingest(request, tenant), name=f"batch {request.batch_id}")
+                    under_way.add(batch)
+                    batch.add_done_callback(under_way.discard)
+                    await acks.put(batch)
             finally:
                 await acks.put(None)
 
@@ -80,9 +84,10 @@ class FeatureRetrievalServicer(pb_grpc.FeatureRetrievalServiceServicer):
             await reader  # a message that could not be parsed ends the stream with its error
         finally:
             reader.cancel()
-            while not acks.empty():
-                if (left := acks.get_nowait()) is not None:
-                    left.cancel()
+            for left in under_way:
+                left.cancel()
+            while not acks.empty():  # the reader may be waiting for room
+                acks.get_nowait()
 
     async def DescribeFeatureSet(self, request: Any, context: Any) -> Any:
         """What a set yields."""
