@@ -1,0 +1,51 @@
+"""The wire work: every method of the contract is there, and hands on what it got."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from plait.api.router.v1 import router_service_pb2 as pb
+from plait.errors import NotFound
+from router.servicer import RouterServicer
+
+
+class Page:
+    """A page that answers by saying what it was asked, or fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    async def rank(self, request: pb.RankRequest) -> pb.RankResponse:
+        if self.error is not None:
+            raise self.error
+        return pb.RankResponse(request_id=f"rank {request.request_id}")
+
+    async def predict(self, request: pb.PredictRequest) -> pb.PredictResponse:
+        if self.error is not None:
+            raise self.error
+        return pb.PredictResponse(request_id=f"predict {request.request_id}")
+
+
+def servicer(error: Exception | None = None) -> Any:
+    page: Any = Page(error)
+    return RouterServicer(page)
+
+
+def test_no_method_of_the_contract_is_left_to_the_generated_stub() -> None:
+    methods = {method.name for method in pb.DESCRIPTOR.services_by_name["RouterService"].methods}
+    assert methods <= vars(RouterServicer).keys()
+
+
+async def test_each_method_asks_its_own_page() -> None:
+    assert (await servicer().Rank(pb.RankRequest(request_id="1"), None)).request_id == "rank 1"
+    assert (await servicer().Predict(pb.PredictRequest(request_id="2"), None)).request_id == "predict 2"
+
+
+@pytest.mark.parametrize("method", ["Rank", "Predict"])
+async def test_errors_are_left_to_the_interceptor(method: str) -> None:
+    error = NotFound("no such route")
+    with pytest.raises(NotFound) as caught:
+        await getattr(servicer(error), method)(pb.RankRequest(), None)
+    assert caught.value is error
