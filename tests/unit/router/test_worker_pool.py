@@ -1,0 +1,100 @@
+"""What a worker's failures mean to a caller of the router, who chose neither model nor tensors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from tests.fakes.model_worker import FakeModelWorker
+
+from plait.api.inference.v2 import inference_pb2
+from plait.api.model_worker.v1 import model_worker_service_pb2 as pb
+from plait.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    PlaitError,
+    ResourceExhausted,
+    Unavailable,
+    Violation,
+)
+from plait.rpc.deadline import Deadline
+from plait.settings import ChannelSettings
+from router.settings import WorkersSettings
+from router.worker_pool import WorkerPool
+
+
+@pytest_asyncio.fixture
+async def worker() -> AsyncIterator[FakeModelWorker]:
+    async with FakeModelWorker() as worker:
+        yield worker
+
+
+@pytest_asyncio.fixture
+async def pool(worker: FakeModelWorker) -> AsyncIterator[WorkerPool]:
+    pool = WorkerPool(WorkersSettings(addresses=worker.address), ChannelSettings(service_token="the-token"))  # type: ignore[arg-type]
+    yield pool
+    await pool.close()
+
+
+async def infer(pool: WorkerPool) -> inference_pb2.ModelInferResponse:
+    frame = pb.StreamInferRequest()
+    frame.request.model_name = "ranker"
+    for name in ("user", "item"):
+        frame.request.inputs.add(name=name, datatype="FP32", shape=[1, 1])
+        frame.request.raw_input_contents.append(bytes(4))
+    return await pool.infer(frame, deadline=Deadline.after(20), tenant="shop", request_id="r")
+
+
+async def test_an_answer_comes_back_as_it_is(pool: WorkerPool, worker: FakeModelWorker) -> None:
+    answer = await infer(pool)
+    assert [(o.name, list(o.shape)) for o in answer.outputs] == [("score", [1])]
+    assert worker.address in repr(pool)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "reason", "retry"),
+    [
+        (NotFound("Request for unknown model", reason="MODEL_NOT_FOUND"), Unavailable, "MODEL_NOT_READY", True),
+        (Unavailable("loading", reason="MODEL_LOADING"), Unavailable, "MODEL_LOADING", True),
+        (Unavailable("loading", reason="MODEL_LOADING", retry_after_s=7.0), Unavailable, "MODEL_LOADING", True),
+        (FailedPrecondition("did not load", reason="MODEL_FAILED"), FailedPrecondition, "MODEL_FAILED", False),
+        (InvalidArgument("wrong", violations=[Violation("inputs[0]", "is wrong")]), FailedPrecondition, "SIGNATURE_MISMATCH", False),
+        (ResourceExhausted("full", reason="QUEUE_FULL", retry_after_s=0.5), ResourceExhausted, "QUEUE_FULL", True),
+        (DeadlineExceeded("late", reason="TOO_LATE"), DeadlineExceeded, "TOO_LATE", False),
+        (Internal("a fault of ours"), Internal, "INTERNAL", False),
+        (PermissionDenied("not you"), Unavailable, "WORKER_UNAVAILABLE", True),
+        (Cancelled("going down"), Unavailable, "WORKER_UNAVAILABLE", True),
+    ],
+)
+async def test_failures_in_the_callers_terms(
+    pool: WorkerPool, worker: FakeModelWorker, raised: PlaitError, expected: type[PlaitError], reason: str, retry: bool
+) -> None:
+    worker.error = raised
+    with pytest.raises(expected) as caught:
+        await infer(pool)
+    assert caught.value.reason == reason
+    assert (caught.value.retry_after_s is not None) is retry
+    if raised.retry_after_s is not None:
+        assert caught.value.retry_after_s == pytest.approx(raised.retry_after_s)
+    assert [v.description for v in raised.violations if v.description not in caught.value.message] == []
+    worker.error = None
+    await infer(pool)
+
+
+async def test_no_worker_at_all_is_worth_a_retry() -> None:
+    async with FakeModelWorker() as gone:
+        address = gone.address
+    pool = WorkerPool(WorkersSettings(addresses=address), ChannelSettings())
+    try:
+        with pytest.raises(Unavailable) as caught:
+            await infer(pool)
+    finally:
+        await pool.close()
+    assert (caught.value.reason, caught.value.retry_after_s) == ("WORKER_UNAVAILABLE", 0.25)
+    assert address not in caught.value.message, "where our services live is nobody's business"
