@@ -108,3 +108,10 @@ def test_repr_says_load_and_state(failed: bool, shown: str) -> None:
     if failed:
         b.failed(of[0])
     assert repr(b) == f"<Balancer [{shown}]>"
+
+
+def test_a_second_try_goes_to_one_that_is_up_rather_than_to_an_ejected_one() -> None:
+    of = replicas(0, 0, 9)
+    b = balancer(of)
+    b.failed(of[1])
+    assert {b.pick(avoid=of[0]).name for _ in range(50)} == {"r2"}

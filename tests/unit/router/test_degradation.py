@@ -79,3 +79,9 @@ def test_defaults_of_some_inputs_only_speak_of_their_views(status: types_pb2.Row
     [tensor], [report] = response.tensors, response.views
     assert (tensor.name, list(tensor.shape), len(tensor.data)) == ("item", [10_000, DI], 10_000 * DI * 4)
     assert list(report.status_counts) == [10_000 if s == status else 0 for s in STATUSES]
+
+
+def test_one_bad_view_among_good_ones_is_told_wherever_it_stands() -> None:
+    for views in ([view(stale=1), view(present=1)], [view(present=1), view(stale=1)]):
+        assert degradation.reasons(views) == ["features_stale"]
+    assert degradation.reasons([view(unavailable=1), view(defaulted=1)]) == ["features_defaulted", "features_unavailable"]

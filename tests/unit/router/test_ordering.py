@@ -42,3 +42,8 @@ def test_the_scores_are_left_alone() -> None:
     scores = np.frombuffer(np.array([1.0, 2.0], np.float32).tobytes(), np.float32)  # read only, as they come off the wire
     assert best_first(scores, 0).tolist() == [1, 0]
     assert scores.tolist() == [1.0, 2.0]
+
+
+def test_more_places_than_numbers_are_filled_with_nan_in_the_callers_order() -> None:
+    scores = np.array([math.nan] * 39 + [-math.inf], np.float32)
+    assert best_first(scores, 2).tolist() == [39, 0]

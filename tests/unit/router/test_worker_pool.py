@@ -98,3 +98,20 @@ async def test_no_worker_at_all_is_worth_a_retry() -> None:
         await pool.close()
     assert (caught.value.reason, caught.value.retry_after_s) == ("WORKER_UNAVAILABLE", 0.25)
     assert address not in caught.value.message, "where our services live is nobody's business"
+
+
+@pytest.mark.parametrize("error", [NotFound("no such model"), Unavailable("loading", reason="MODEL_LOADING")])
+async def test_a_worker_that_lags_says_nothing_of_the_others(worker: FakeModelWorker, error: PlaitError) -> None:
+    async with FakeModelWorker() as lags:
+        lags.error = error
+        settings = WorkersSettings(addresses=f"{lags.address},{worker.address}")
+        pool = WorkerPool(settings, ChannelSettings(service_token="the-token"))  # type: ignore[arg-type]
+        try:
+            for _ in range(100):
+                await infer(pool)
+                if lags.calls:
+                    break
+            assert lags.calls
+            assert "failing" not in repr(pool)
+        finally:
+            await pool.close()
