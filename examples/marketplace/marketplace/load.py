@@ -89,6 +89,7 @@ class Generator:
         generator = cls(process)
         generator._say(json.dumps(dataclasses.asdict(spec)))
         if await generator._line() != "ready":
+            await process.wait()
             raise RuntimeError("the load generator did not start; its error is above")
         return generator
 
