@@ -31,6 +31,9 @@ async def test_the_file_of_a_dead_or_another_process_is_removed(tmp_path: Path, 
 
 async def test_one_that_is_ending_is_waited_for_and_one_that_is_not_is_named(tmp_path: Path) -> None:
     child = Child.start([sys.executable, "-c", "import time; time.sleep(600)", "the-marker"], name="s", log=tmp_path / "log")
+    command = Path(f"/proc/{child.pid}/cmdline")
+    while b"the-marker" not in command.read_bytes():  # until it has become what it is to be
+        await asyncio.sleep(0.01)
     (tmp_path / "pid").write_text(f"{child.pid}\n")
     with pytest.raises(FailedPrecondition, match=rf"process {child.pid} still uses") as failed:
         await gone(tmp_path / "pid", marker="the-marker", timeout_s=0.01)
