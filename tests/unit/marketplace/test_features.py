@@ -117,6 +117,7 @@ def test_features_are_what_a_plain_count_gives(data: Dataset, choice: st.DataObj
         expected = {
             "log_events": math.log1p(len(mine)),
             "rating_mean": mean([float(data.rating[n]) for n in mine]),
+            "like_share": share(sum(data.rating[n] >= LIKED for n in mine), len(mine)),
             "share_b": share(len(of_b), len(mine)),
             "mean_b": mean(of_b),
         }

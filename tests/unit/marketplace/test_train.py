@@ -63,13 +63,14 @@ def test_ndcg_by_hand(scores: Any, who: Any, k: int, expected: float) -> None:
 
 def test_negatives_are_items_that_were_there_and_that_the_user_never_rated(data: Dataset) -> None:
     seen = train._seen(data)
-    events = np.flatnonzero(data.rating >= LIKED)[200:]
+    events = np.flatnonzero(data.rating >= LIKED)[15:]  # the first of them while most items have not been seen
     drawn = train.sample(data, seen, events, 20, np.random.default_rng(1))
     assert drawn.shape == (len(events), 21)
     assert (drawn[:, 0] == data.event_item[events]).all()
     assert not seen[data.event_user[events][:, None], drawn[:, 1:]].any()
     first = np.full(len(data.item_ids), len(data.rating))
     np.minimum.at(first, data.event_item, np.arange(len(data.rating)))
+    assert np.sort(first)[60] > events[0]
     assert (first[drawn] <= events[:, None]).all()
     assert len(np.unique(drawn[:, 1:])) > len(data.item_ids) / 2
     again = train.sample(data, seen, events, 20, np.random.default_rng(1))
