@@ -66,6 +66,13 @@ async def test_top_k_and_unknown_entities_are_answered_with_defaults_and_say_so(
     assert ranking.degraded_reasons == ("features_defaulted",)
 
 
+async def test_the_largest_request_is_answered(mesh: SmallMesh) -> None:
+    ids = [*mesh.items, *(f"never-seen-{n}" for n in range(10_000 - len(mesh.items)))]
+    async with mesh.client() as client:
+        ranking = await client.rank(ROUTE, "u1", ids, timeout_s=20)
+    assert sorted(item for item, _ in ranking.items) == sorted(ids)
+
+
 async def test_many_callers_at_once_get_each_their_own_answer(mesh: SmallMesh) -> None:
     """Batches mix callers; nobody gets somebody else's rows."""
     ids = list(mesh.items)

@@ -21,7 +21,7 @@ from plait.api.types.v1 import types_pb2
 from plait.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable, Violation
 from plait.rpc.call import Call
 
-MAX_ROWS: Final = 10_000
+MAX_ROWS: Final = 10_000  # of one entity type
 # Part of what is left of the deadline that a read may take: an answer that says TIMED_OUT must still reach the caller in time.
 _READ_SHARE: Final = 0.9
 
@@ -143,7 +143,6 @@ def _ids_by_type(plan: Plan, entities: Any) -> dict[str, Sequence[Id]]:
     problems: list[Violation] = []
     needed = {entity.entity_type: entity for entity in plan.entities}
     found: dict[str, Sequence[Id]] = {}
-    total = 0
     for at, rows in enumerate(entities):
         entity = needed.get(rows.entity_type)
         if entity is None or rows.entity_type in found:
@@ -157,11 +156,10 @@ def _ids_by_type(plan: Plan, entities: Any) -> dict[str, Sequence[Id]]:
         ids, problem = ids_of(rows.ids, entity.key)
         if problem:
             problems.append(Violation(f"entities[{at}].ids", problem))
+        elif len(ids) > MAX_ROWS:
+            problems.append(Violation(f"entities[{at}].ids", f"{len(ids)} rows are asked for, at most {MAX_ROWS} of a type are allowed"))
         found[rows.entity_type] = ids
-        total += len(ids)
     problems += [Violation("entities", f"ids of entity type {missing!r} are missing") for missing in needed.keys() - found.keys()]
-    if total > MAX_ROWS:
-        problems.append(Violation("entities", f"{total} rows are asked for, at most {MAX_ROWS} are allowed"))
     if problems:
         raise InvalidArgument("the entities do not fit the feature set", violations=problems)
     return found

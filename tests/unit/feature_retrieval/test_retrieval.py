@@ -508,12 +508,15 @@ async def test_every_violation_is_reported(store: Slow) -> None:
     ]
 
 
-async def test_rows_are_counted_over_all_entities(store: Slow) -> None:
+async def test_rows_are_counted_by_entity_type(store: Slow) -> None:
+    """A ranking of as many candidates as allowed also reads its user."""
     w = World(store)
-    await w.read("all", user=[1], item=[f"{n}" for n in range(9_999)])
+    await w.read("all", user=[1], item=[f"{n}" for n in range(10_000)])
     with pytest.raises(InvalidArgument) as caught:
-        await w.read("all", user=[1, 2], item=["i"] * 9_999)
-    assert caught.value.violations[0].description == "10001 rows are asked for, at most 10000 are allowed"
+        await w.read("all", user=[1], item=["i"] * 10_001)
+    assert [(v.field, v.description) for v in caught.value.violations] == [
+        ("entities[1].ids", "10001 rows are asked for, at most 10000 of a type are allowed")
+    ]
 
 
 @pytest.mark.parametrize(

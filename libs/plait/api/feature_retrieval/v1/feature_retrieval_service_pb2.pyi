@@ -40,7 +40,7 @@ class GetFeaturesRequest(_message.Message):
     """Also answer event times."""
     @_builtins.property
     def entities(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.EntityRows]:
-        """Exactly one message for every entity type the set (or the asked inputs) uses; together at most 10 000 rows."""
+        """Exactly one message for every entity type the set (or the asked inputs) uses; at most 10 000 rows each."""
 
     @_builtins.property
     def inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
