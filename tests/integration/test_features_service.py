@@ -250,7 +250,7 @@ async def test_the_near_cache_follows_changes(redis_url: str) -> None:
                 return tensor(await w.read("stats", item=["i", "none"]), "item")[0, 0] == n
 
             await until_async(seen)
-        assert "rows=2" in repr(w.cache)
+        assert "ids=2" in repr(w.cache)
 
 
 async def test_rows_of_an_older_schema_stay_readable(redis_url: str) -> None:

@@ -13,10 +13,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from feature_retrieval.near_cache import UNKNOWN, NearCache, Reading
+from feature_retrieval.near_cache import UNKNOWN, Found, NearCache, Places, Reading
 from feature_retrieval.row_codec import FLAG_TOMBSTONE, HEADER_BYTES, LAYOUT, Bytes2D, Id, KeySpace, header, join
 from feature_retrieval.store.redis import RedisStore
-from feature_retrieval.views import Picture, Plan, Plans, ViewPlan
+from feature_retrieval.views import EntityPlan, Picture, Plan, Plans, ViewPlan
 from plait.api.types.v1 import types_pb2
 from plait.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable, Violation
 from plait.rpc.call import Call
@@ -26,6 +26,7 @@ MAX_ROWS: Final = 10_000  # of one entity type
 _READ_SHARE: Final = 0.9
 
 _PRESENT: Final = types_pb2.ROW_STATUS_PRESENT
+_PRESENT_BYTE: Final = bytes([_PRESENT])
 _NULL: Final = types_pb2.ROW_STATUS_NULL
 _DEFAULTED: Final = types_pb2.ROW_STATUS_DEFAULTED
 _NOT_FOUND: Final = types_pb2.ROW_STATUS_NOT_FOUND
@@ -37,6 +38,7 @@ _LAYOUT_BYTES: Final = LAYOUT.to_bytes(2, "little")
 
 Tensor = npt.NDArray[np.generic]
 Index = npt.NDArray[np.intp]
+_Placed = tuple[npt.NDArray[np.uint8] | None, npt.NDArray[np.int64]]  # [rows] statuses (None = all PRESENT), [rows] event times
 
 
 @dataclass(slots=True)
@@ -46,10 +48,10 @@ class _Read:
     view: ViewPlan
     ids: Sequence[Id]
     space: KeySpace
-    cached: tuple[Bytes2D, Index] | None
-    wanted: Index | None  # positions asked from Redis; None = all
-    keys: list[bytes]
-    reading: Reading | None
+    found: Found | None  # in the near cache
+    wanted: Index | None = None  # positions asked from Redis; None = all
+    keys: Sequence[bytes] = ()
+    reading: Reading | None = None
     rows: Sequence[bytes | None] = ()
     arrived: int = 0  # of keys
     unread: int = _TIMED_OUT  # the status of what did not arrive
@@ -77,19 +79,22 @@ class Retrieval:
         tensors: list[Tensor | None] = [None] * len(plan.tensors)
         reads: list[_Read] = []
         inverses: dict[str, Index | None] = {}
+        now_us = int(self._clock() * 1e6)
         for entity in plan.entities:
-            unique, inverses[entity.entity_type] = _unique(ids[entity.entity_type])
-            reads += [self._look_up(view, unique, call.tenant) for view in entity.views]
+            looked_up, inverse = self._look_up(entity, ids[entity.entity_type], call.tenant, now_us)
+            reads += looked_up
+            inverses[entity.entity_type] = inverse
             for at in entity.tensors:
-                tensors[at] = np.empty((len(unique), plan.tensors[at].width), plan.tensors[at].dtype)
+                tensors[at] = np.empty((len(looked_up[0].ids), plan.tensors[at].width), plan.tensors[at].dtype)
         response.store_us = await self._fetch(reads, call.deadline.remaining_s() * _READ_SHARE)
 
         now_us = int(self._clock() * 1e6)
-        counts = np.zeros(_STATUSES, np.int64)
+        counts = [0] * _STATUSES
         for read in reads:
-            statuses, event_times = _place(read, tensors, now_us)
+            placed = _place_clean(read, tensors, now_us) or _place(read, tensors, now_us)
             inverse = inverses[read.view.view.entity.type]
-            counts += _report(response, read.view, statuses, event_times if request.include_event_times else None, inverse)
+            for status, count in enumerate(_report(response, read.view, placed, inverse, with_times=request.include_event_times)):
+                counts[status] += count
         _enforce(request, counts)
         for at, tensor_plan in enumerate(plan.tensors):
             tensor, inverse = tensors[at], inverses[tensor_plan.entity_type]
@@ -97,16 +102,30 @@ class Retrieval:
             _answer(response, tensor_plan.name, tensor_plan.number, tensor if inverse is None else tensor[inverse])
         response.registry_revision = plans.snapshot.revision
 
-    def _look_up(self, view: ViewPlan, ids: Sequence[Id], tenant: str) -> _Read:
-        """Find what the near cache knows of a view's rows, and which keys to ask Redis for."""
-        space = view.key_space(tenant)
-        codec = view.current.codec
-        cached = self._cache.find(space, codec, ids)
-        wanted = None if cached is None else np.flatnonzero(cached[1] == UNKNOWN)
-        read = _Read(view, ids, space, cached, wanted, [], None)
-        if wanted is None or wanted.size:
-            read.keys = space.keys(read.wanted_ids())
-        return read
+    def _look_up(self, entity: EntityPlan, ids: Sequence[Id], tenant: str, now_us: int) -> tuple[list[_Read], Index | None]:
+        """Find what the near cache knows of an entity type's rows, and which keys to ask Redis for; where each caller's row is, if repeated."""
+        reads = self._find(entity, ids, tenant, now_us)
+        if all(read.found is not None and read.found.clean for read in reads):
+            return reads, None
+        unique, inverse = _unique(ids)
+        if inverse is not None:
+            reads = self._find(entity, unique, tenant, now_us)
+        for read in reads:
+            read.wanted = None if read.found is None else np.flatnonzero(read.found.codes == UNKNOWN)
+            if read.wanted is None or read.wanted.size:
+                read.keys = read.space.keys(read.wanted_ids())
+        return reads, inverse
+
+    def _find(self, entity: EntityPlan, ids: Sequence[Id], tenant: str, now_us: int) -> list[_Read]:
+        reads: list[_Read] = []
+        places: Places | None = None
+        for view in entity.views:
+            space = view.key_space(tenant)
+            if not reads:
+                places = self._cache.places(space.prefix, ids)
+            found = None if places is None else self._cache.find(space, view.current.codec, places, now_us)
+            reads.append(_Read(view, ids, space, found))
+        return reads
 
     async def _fetch(self, reads: list[_Read], timeout_s: float) -> int:
         """Read every wanted key of every view in one round trip; return the microseconds waited. Failures become statuses."""
@@ -183,14 +202,26 @@ def ids_of(ids: Any, key: str) -> tuple[Sequence[Id], str]:
 
 def _unique(ids: Sequence[Id]) -> tuple[Sequence[Id], Index | None]:
     """Return each id once, and where each caller's row is among them (None = nothing was repeated)."""
-    order = {entity_id: at for at, entity_id in enumerate(dict.fromkeys(ids))}
-    if len(order) == len(ids):
+    if len(set(ids)) == len(ids):
         return ids, None
+    order = {entity_id: at for at, entity_id in enumerate(dict.fromkeys(ids))}
     return list(order), np.fromiter(map(order.__getitem__, ids), np.intp, len(ids))
 
 
-def _place(read: _Read, tensors: Sequence[Tensor | None], now_us: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Copy one view's rows into the tensors, defaults where there are none; return [rows] statuses and [rows] event times."""
+def _place_clean(read: _Read, tensors: Sequence[Tensor | None], now_us: int) -> _Placed | None:
+    """The common case: every row came from the near cache and is simply good. Copy them; None where it is not so."""
+    found, view = read.found, read.view
+    if found is None or not found.clean or found.codes.min(initial=now_us + 1) <= now_us:
+        return None
+    times = header(found.rows)["event_time_us"]
+    if view.view.max_age_s > 0 and times.min(initial=now_us) < now_us - int(view.view.max_age_s * 1e6):
+        return None
+    _copy_runs(view.current, found.rows, slice(None), tensors)
+    return None, times
+
+
+def _place(read: _Read, tensors: Sequence[Tensor | None], now_us: int) -> _Placed:
+    """Copy one view's rows into the tensors, defaults where there are none; return what is true of each."""
     count = len(read.ids)
     statuses = np.zeros(count, np.uint8)
     event_times = np.zeros(count, np.int64)
@@ -214,13 +245,12 @@ def _place(read: _Read, tensors: Sequence[Tensor | None], now_us: int) -> tuple[
 def _blocks(read: _Read) -> list[tuple[Picture, Bytes2D, Index | None]]:
     """Return the rows that exist as blocks of one schema each, with their positions (None = all, in order)."""
     blocks: list[tuple[Picture, Bytes2D, Index | None]] = []
-    if read.cached is not None:
-        rows, slots = read.cached
-        hits = np.flatnonzero(slots >= 0)
-        if hits.size == slots.size:
-            return [(read.view.current, rows, None)]
+    if read.found is not None:
+        hits = np.flatnonzero(read.found.codes >= 0)
+        if hits.size == len(read.ids):
+            return [(read.view.current, read.found.rows, None)]
         if hits.size:
-            blocks.append((read.view.current, rows, hits))
+            blocks.append((read.view.current, read.found.rows, hits))
     fetched = read.rows
     if not fetched:
         return blocks
@@ -268,10 +298,7 @@ def _place_block(
 ) -> None:
     """Copy one block of rows of one schema: runs of columns, then defaults over nulls, then what is true of each row."""
     rows: Index | slice = slice(None) if index is None else index
-    for run in picture.runs:
-        tensor = tensors[run.tensor]
-        assert tensor is not None  # noqa: S101
-        tensor[rows, run.column_from : run.column_to] = block[:, run.row_from : run.row_to].view(run.dtype)
+    _copy_runs(picture, block, rows, tensors)
     head = header(block)
     status = np.full(len(block), _PRESENT, np.uint8)
     nulls = picture.codec.has_null(block, picture.null_mask)
@@ -289,6 +316,13 @@ def _place_block(
     event_times[rows] = np.where(status == 0, 0, times)
 
 
+def _copy_runs(picture: Picture, block: Bytes2D, rows: Index | slice, tensors: Sequence[Tensor | None]) -> None:
+    for run in picture.runs:
+        tensor = tensors[run.tensor]
+        assert tensor is not None  # noqa: S101
+        tensor[rows, run.column_from : run.column_to] = block[:, run.row_from : run.row_to].view(run.dtype)
+
+
 def _default_nulls(view: ViewPlan, picture: Picture, block: Bytes2D, index: Index, tensors: Sequence[Tensor | None]) -> None:
     """Put each feature's default where its cell is null or its column is younger than the row. `block`, `index`: rows with a null only."""
     nulls = picture.codec.nulls(block)
@@ -304,32 +338,36 @@ def _default_nulls(view: ViewPlan, picture: Picture, block: Bytes2D, index: Inde
         tensor[here] = np.where(unknown, view.defaults[at], tensor[here])
 
 
-def _report(
-    response: Any, view: ViewPlan, statuses: npt.NDArray[np.uint8], event_times: npt.NDArray[np.int64] | None, inverse: Index | None
-) -> npt.NDArray[np.int64]:
+def _report(response: Any, view: ViewPlan, placed: _Placed, inverse: Index | None, *, with_times: bool) -> list[int]:
     """Add the view's report to the answer; return its counts by status."""
+    statuses, times = placed
     if inverse is not None:
-        statuses = statuses[inverse]
-        event_times = event_times[inverse] if event_times is not None else None
-    counts: npt.NDArray[np.int64] = np.bincount(statuses, minlength=_STATUSES)
-    report = response.views.add(feature_view=view.view.name, entity_type=view.view.entity.type, statuses=statuses.tobytes())
-    report.status_counts.extend(counts.tolist())
-    if event_times is not None:
-        report.event_times_us = event_times.astype("<i8").tobytes()
+        statuses, times = (None if statuses is None else statuses[inverse]), times[inverse]
+    if statuses is None:
+        counts = [0] * _STATUSES
+        counts[_PRESENT] = len(times)
+        told = _PRESENT_BYTE * len(times)
+    else:
+        counts = np.bincount(statuses, minlength=_STATUSES).tolist()
+        told = statuses.tobytes()
+    report = response.views.add(feature_view=view.view.name, entity_type=view.view.entity.type, statuses=told)
+    report.status_counts.extend(counts)
+    if with_times:
+        report.event_times_us = times.astype("<i8").tobytes()
     return counts
 
 
-def _enforce(request: Any, counts: npt.NDArray[np.int64]) -> None:
+def _enforce(request: Any, counts: Sequence[int]) -> None:
     """Apply the request's policy and its largest share of defaulted (row, view) pairs to what was found."""
     good = counts[_PRESENT] + counts[_NULL]
     if request.policy == types_pb2.MISSING_POLICY_STALE_OK:
         good += counts[_STALE]
-    total = int(counts.sum())
-    bad = int(total - good)
+    total = sum(counts)
+    bad = total - good
     share = request.max_defaulted_share * (1 + 1e-6)  # a float32: 0.29 of 100 rows are 29 rows
     if bad == 0 or (request.policy != types_pb2.MISSING_POLICY_FAIL and (share <= 0 or bad <= share * total)):
         return
-    found = {types_pb2.RowStatus.keys()[at].removeprefix("ROW_STATUS_").lower(): int(n) for at, n in enumerate(counts) if n}
+    found = {types_pb2.RowStatus.keys()[at].removeprefix("ROW_STATUS_").lower(): n for at, n in enumerate(counts) if n}
     message = f"{bad} of {total} (row, view) pairs are not present, which the call's policy refuses: {found}"
     if counts[_UNAVAILABLE]:
         raise Unavailable(message, reason="STORE_UNAVAILABLE", retry_after_s=0.25)

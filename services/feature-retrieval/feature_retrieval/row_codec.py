@@ -176,6 +176,19 @@ class RowCodec:
         """Return whether all of [rows, row_bytes] are rows of this layout and schema."""
         return bool((block[:, : len(self.head)] == np.frombuffer(self.head, np.uint8)).all())
 
+    def is_current(self, row: bytes | None) -> bool:
+        """Return whether it is a row of this layout and schema, and whole."""
+        return row is not None and len(row) == self.row_bytes and row.startswith(self.head)
+
+    def clean_until_us(self, block: Bytes2D, for_ever: int) -> npt.NDArray[np.int64]:
+        """Return [rows]: until when (µs since the epoch) a row is simply good, `for_ever` without an expiry; 0 for a tombstone and where
+        any column is null."""
+        head = header(block)
+        until = np.where(head["expires_us"] > 0, head["expires_us"], for_ever)
+        nulls = block[:, HEADER_BYTES : HEADER_BYTES + self._bitmap_bytes].any(axis=1)
+        until[nulls | ((head["flags"] & FLAG_TOMBSTONE) != 0)] = 0
+        return until
+
     def blank(self, rows: int) -> Bytes2D:
         """Return [rows, row_bytes] rows with a header of this schema, every column null."""
         block = np.zeros((rows, self.row_bytes), np.uint8)

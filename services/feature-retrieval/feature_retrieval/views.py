@@ -6,8 +6,8 @@ Compiled once per registry snapshot and immutable, so that a request only moves 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound
 from plait.registry.explain import suggestion
 from plait.registry.records import Feature, FeatureSchema, FeatureSet, FeatureView, ModelInput, Snapshot
+
+_MAX_SPACES: Final = 1024  # tenants, per view
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,16 @@ class ViewPlan:
     names: Mapping[int, tuple[str, ...]]  # parallel to cells
     defaults: Mapping[int, npt.NDArray[np.generic]]
     has_all_defaults: bool
+    spaces: dict[str, KeySpace] = field(default_factory=dict, compare=False, repr=False)  # by tenant, made when first asked for
 
     def key_space(self, tenant: str) -> KeySpace:
         """Return the keys of this view for a tenant."""
-        return KeySpace.of(tenant, self.view.entity.type, self.view.name, self.view.version)
+        space = self.spaces.get(tenant)
+        if space is None:
+            space = KeySpace.of(tenant, self.view.entity.type, self.view.name, self.view.version)
+            if len(self.spaces) < _MAX_SPACES:
+                self.spaces[tenant] = space
+        return space
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from feature_retrieval.near_cache import MISS, UNKNOWN, NearCache, Reading
+from feature_retrieval.near_cache import MISS, UNKNOWN, Found, NearCache, Reading, ViewCache
 from feature_retrieval.row_codec import KeySpace, RowCodec, header, split
 from plait.registry.records import Feature, FeatureSchema
 
@@ -21,6 +21,7 @@ OTHER_VIEW = KeySpace.of("default", "item", "content", 1)
 STRANGER = KeySpace.of("stranger", "item", "stats", 1)
 PREFIXES = [SPACE.prefix]
 MAX_AGE_S = 60.0
+NOW_US = 1_000_000
 IDS = ("a", "b", "c", "d", "e")
 
 
@@ -50,14 +51,23 @@ def fill(cache: NearCache, rows: dict[str, bytes | None], space: KeySpace = SPAC
     cache.end(reading, list(rows), list(rows.values()))
 
 
+def find(cache: NearCache, ids: list[str], space: KeySpace = SPACE, codec: RowCodec = CODEC) -> Found | None:
+    places = cache.places(space.prefix, ids)
+    return None if places is None else cache.find(space, codec, places, NOW_US)
+
+
+def views(cache: NearCache) -> list[ViewCache]:
+    return [view for entity in cache._entities.values() for view in entity.views.values()]
+
+
 def look(cache: NearCache, ids: list[str], space: KeySpace = SPACE) -> list[int | str]:
     """What is held of each id: a row's number, "miss" or "unknown"."""
-    found = cache.find(space, CODEC, ids)
+    found = find(cache, ids, space)
     if found is None:
         return ["unknown"] * len(ids)
-    rows, slots = found
-    numbers = iter(header(rows)["sequence"].tolist())
-    told: list[int | str] = [next(numbers) if slot >= 0 else {MISS: "miss", UNKNOWN: "unknown"}[slot] for slot in slots.tolist()]
+    numbers = iter(header(found.rows)["sequence"].tolist())
+    told: list[int | str] = [next(numbers) if code >= 0 else {MISS: "miss", UNKNOWN: "unknown"}[code] for code in found.codes.tolist()]
+    assert found.clean == all(code > NOW_US for code in found.codes.tolist())
     assert next(numbers, None) is None
     return told
 
@@ -172,7 +182,7 @@ class Crossing(RuleBasedStateMachine):
     @invariant()
     def nothing_is_remembered_of_reads_that_are_over(self) -> None:
         if self.under_way == 0:
-            assert not any(view.changed_at for view in self.cache._views.values())
+            assert not any(view.changed_at for view in views(self.cache))
 
 
 TestCrossing = Crossing.TestCase
@@ -183,11 +193,11 @@ def test_it_is_off_until_changes_are_told_and_after() -> None:
     cache = NearCache(1 << 20, MAX_AGE_S, Clock())
     assert not cache.on
     assert cache.begin(SPACE, CODEC) is None
-    assert repr(cache) == f"<NearCache off views=0 rows=0 bytes=0/{1 << 20}>"
+    assert repr(cache) == f"<NearCache off entity_types=0 ids=0 bytes=0/{1 << 20}>"
     cache.connected(PREFIXES)
     fill(cache, {"a": row(1), "none": None})
     assert look(cache, ["none", "a", "b"]) == ["miss", 1, "unknown"]
-    assert repr(cache).startswith("<NearCache on views=1 rows=2 bytes=")
+    assert repr(cache).startswith("<NearCache on entity_types=1 ids=2 bytes=")
     cache.disconnected()
     assert (cache.on, cache.size_bytes) == (False, 0)
     cache.connected(PREFIXES)
@@ -225,11 +235,11 @@ def test_a_read_that_outlived_everything_is_not_kept(end_of_an_era: object) -> N
 def test_found_rows_stay_what_they_were_while_the_caller_waits() -> None:
     cache = cache_of()
     fill(cache, {"a": row(1)})
-    found = cache.find(SPACE, CODEC, ["a", "b"])
+    found = find(cache, ["a", "b"])
     assert found is not None
     cache.changed(SPACE.keys(["a"]))
-    fill(cache, {"b": row(2)})  # takes the slot that came free
-    assert header(found[0])["sequence"].tolist() == [1]
+    fill(cache, {"a": row(2), "b": row(3)})
+    assert header(found.rows)["sequence"].tolist() == [1]
 
 
 def test_views_are_kept_apart() -> None:
@@ -258,7 +268,7 @@ def test_rows_of_another_schema_or_damaged_are_not_kept(bad: bytes) -> None:
 def test_schemas_are_kept_apart() -> None:
     cache = cache_of()
     fill(cache, {"a": row(1)})
-    assert cache.find(SPACE, OTHER_SCHEMA, ["a"]) is None
+    assert find(cache, ["a"], codec=OTHER_SCHEMA) is None
 
 
 def test_rows_and_misses_grow_old() -> None:
@@ -300,16 +310,16 @@ def test_changes_remembered_for_reads_under_way_count_towards_the_bound() -> Non
     for start in range(0, 5_000, 100):
         cache.changed(SPACE.keys([f"i{start + n}" for n in range(100)]))
         fill(cache, {"a": None})
-        assert sum(len(view.changed_at) for view in cache._views.values()) < 500
+        assert sum(len(view.changed_at) for view in views(cache)) < 500
 
 
-def test_freed_slots_are_used_again() -> None:
+def test_an_id_keeps_its_slot_through_changes() -> None:
     cache = cache_of()
     sizes: Counter[int] = Counter()
     for turn in range(3_000):
         fill(cache, {f"i{turn % 7}": row(turn)})
         cache.changed(SPACE.keys([f"i{(turn + 3) % 7}"]))
-        [view] = cache._views.values()
+        [view] = views(cache)
         sizes[len(view.rows)] += 1
     assert list(sizes) == [1024]
 
@@ -318,3 +328,40 @@ def test_rows_outlive_growth() -> None:
     cache = cache_of()
     fill(cache, {f"i{n}": row(n) for n in range(3_000)})
     assert look(cache, [f"i{n}" for n in range(2_999, -1, -1)]) == list(range(2_999, -1, -1))
+
+
+def test_views_of_an_entity_share_slots_and_nothing_else() -> None:
+    cache = cache_of()
+    fill(cache, {f"i{n}": row(n) for n in range(1_500)})
+    fill(cache, {"new": row(7), "i3": None}, OTHER_VIEW)
+    assert look(cache, ["new", "i3", "i4"]) == ["unknown", 3, 4]
+    assert look(cache, ["new", "i3", "i4"], OTHER_VIEW) == [7, "miss", "unknown"]
+
+
+def blank(**changes: int) -> bytes:
+    block = CODEC.blank(1)
+    CODEC.set_nulls(block, np.zeros((1, 1), np.bool_))
+    for name, value in changes.items():
+        header(block)[name] = value
+    return split(block)[0]
+
+
+@pytest.mark.parametrize(
+    ("kept", "clean"),
+    [
+        (blank(), True),
+        (blank(expires_us=NOW_US + 1), True),
+        (blank(expires_us=NOW_US), False),
+        (blank(expires_us=1), False),
+        (blank(flags=1), False),
+        (row(0), False),  # its column is null
+    ],
+)
+def test_clean_means_that_nothing_needs_to_be_looked_at(kept: bytes, clean: bool) -> None:
+    cache = cache_of()
+    fill(cache, {"good": blank(), "kept": kept})
+    for ids, expected in ((["good"], True), (["good", "kept"], clean), (["good", "stranger"], False)):
+        found = find(cache, ids)
+        assert found is not None
+        assert found.clean == expected
+    assert len(found.rows) == 1  # type: ignore[union-attr]

@@ -372,7 +372,7 @@ async def test_with_the_store_away_answers_are_defaults_that_say_so() -> None:
         assert {*statuses(answer, "stats"), *statuses(answer, "content"), *statuses(answer, "profile")} == {"UNAVAILABLE"}
         np.testing.assert_array_equal(tensor(answer, "item"), [[np.nan, 7, 1.5, -1]] * 2)
         assert tensor(answer, "user").tolist() == [[30]]
-        assert len([v for v in w.cache._views.values() if v.index]) == 0  # "not there" was not learnt from it
+        assert not any(entity.index for entity in w.cache._entities.values())  # "not there" was not learnt from it
         with pytest.raises(Unavailable) as caught:
             await w.read(item=["i"], policy=types_pb2.MISSING_POLICY_FAIL)
         assert (caught.value.reason, caught.value.retry_after_s) == ("STORE_UNAVAILABLE", 0.25)
@@ -422,14 +422,14 @@ async def test_a_caller_that_leaves_hurts_nobody(store: Slow) -> None:
     assert statuses(await staying, "stats") == ["PRESENT"]
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    assert [view.readings for view in w.cache._views.values()] == [0]
+    assert [view.readings for view in [v for entity in w.cache._entities.values() for v in entity.views.values()]] == [0]
 
 
 async def test_a_refused_request_leaves_no_read_under_way(store: Slow) -> None:
     w = World(store, near_cache=True)
     with pytest.raises(InvalidArgument):
         await w.read("all", user=[1], item=["x" * 257])
-    assert all(view.readings == 0 for view in w.cache._views.values())
+    assert all(view.readings == 0 for view in [v for entity in w.cache._entities.values() for v in entity.views.values()])
     assert store.asked == []
 
 
