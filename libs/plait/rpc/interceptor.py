@@ -98,6 +98,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def behaviour(request: Any, context: Any) -> Any:
             started = time.perf_counter()
             self._in_flight += 1
+            later = asyncio.get_running_loop().call_soon  # the caller waits for the answer, nobody for the counters
             try:
                 self._admit(context, method, scope)
                 if request is MALFORMED:
@@ -106,11 +107,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except Exception as error:  # (whatever it is, it must reach the wire as a typed status)
                 await self._fail(context, method, error)
             else:
-                handled_ok.inc()
+                later(handled_ok.inc)
                 return response
             finally:
                 self._in_flight -= 1
-                seconds.observe(time.perf_counter() - started)
+                later(seconds.observe, time.perf_counter() - started)
 
         return behaviour
 

@@ -120,12 +120,13 @@ class Places:
 class Found:
     """What is held of some ids. `rows` [hits, row_bytes] are a copy: the caller may wait for others, and meanwhile rows change.
 
-    `codes` [ids]: UNKNOWN, MISS, or a hit (0 or more). `clean`: every id is a hit and every row is simply good.
+    `codes` [ids]: UNKNOWN, MISS, or a hit (0 or more). `clean`: every id is a hit and every row is simply good until `until_us`.
     """
 
     rows: Bytes2D
     codes: Codes
     clean: bool
+    until_us: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,11 +213,12 @@ class NearCache(Listener):
         view.reserve(len(places.entity.index))
         slots = places.slots
         codes = view.codes[slots]
-        if places.complete and codes.min(initial=_CLEAN_FOR_EVER) > now_us:
-            return Found(view.rows[slots], codes, clean=True)
+        until_us = int(codes.min(initial=_CLEAN_FOR_EVER))
+        if places.complete and until_us > now_us:
+            return Found(view.rows[slots], codes, clean=True, until_us=until_us)
         if not places.complete:
             codes[slots < 0] = UNKNOWN
-        return Found(view.rows[slots[codes >= 0]], codes, clean=False)
+        return Found(view.rows[slots[codes >= 0]], codes, clean=False, until_us=0)
 
     def begin(self, space: KeySpace, codec: RowCodec) -> Reading | None:
         """Note that a read begins, to be ended by `end`; None while nothing may be kept."""

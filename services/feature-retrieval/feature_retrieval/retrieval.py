@@ -211,7 +211,7 @@ def _unique(ids: Sequence[Id]) -> tuple[Sequence[Id], Index | None]:
 def _place_clean(read: _Read, tensors: Sequence[Tensor | None], now_us: int) -> _Placed | None:
     """The common case: every row came from the near cache and is simply good. Copy them; None where it is not so."""
     found, view = read.found, read.view
-    if found is None or not found.clean or found.codes.min(initial=now_us + 1) <= now_us:
+    if found is None or not found.clean or now_us >= found.until_us:
         return None
     times = header(found.rows)["event_time_us"]
     if view.view.max_age_s > 0 and times.min(initial=now_us) < now_us - int(view.view.max_age_s * 1e6):

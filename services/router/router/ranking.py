@@ -7,11 +7,12 @@ Rank and Predict differ in what they are asked and how they answer; the road bet
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -134,7 +135,7 @@ class Ranking:
         order = best_first(scores, request.top_k)
 
         response = pb.RankResponse(tier=TIER_FULL)
-        items = [candidates[index] for index in order.tolist()]
+        items: list[Any] = list(map(candidates.__getitem__, order.tolist()))
         if request.candidates.string_ids:
             response.item_ids.string_ids.extend(items)
         else:
@@ -144,7 +145,7 @@ class Ranking:
         if request.explain:
             degradation.report(features.views, response.feature_report)
             watch.write(response.timings, answer, features.store_us)
-        self._account(question, len(candidates), reasons, watch)
+        self._account_later(question, len(candidates), reasons, watch)
         return response
 
     async def _predict(self, request: pb.PredictRequest, call: Call, watch: Stopwatch) -> pb.PredictResponse:
@@ -170,7 +171,7 @@ class Ranking:
         if request.explain:
             degradation.report(features.views, response.feature_report)
             watch.write(response.timings, answer, features.store_us)
-        self._account(question, max(map(len, rows.values()), default=0), reasons, watch)
+        self._account_later(question, max(map(len, rows.values()), default=0), reasons, watch)
         return response
 
     def _question(
@@ -254,6 +255,11 @@ class Ranking:
         response.request_id = question.request_id
         response.registry_revision = revision
         response.degraded_reasons.extend(reasons)
+
+    def _account_later(self, question: _Question, rows: int, reasons: list[str], watch: Stopwatch) -> None:
+        """Count the answer once it is on its way: the caller waits for it, nobody waits for the counters."""
+        watch.done = watch.stamp()
+        asyncio.get_running_loop().call_soon(self._account, question, rows, reasons, watch)
 
     def _account(self, question: _Question, rows: int, reasons: list[str], watch: Stopwatch) -> None:
         """Count the answer, and log it where somebody looks: a log line costs as much as a stage."""

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 class Stopwatch:
     """Moments of one request, in seconds of `time.perf_counter`; a stage that was skipped took no time."""
 
-    __slots__ = ("admitted", "featured", "predicted", "resolved", "started")
+    __slots__ = ("admitted", "done", "featured", "predicted", "resolved", "started")
 
     def __init__(self) -> None:
-        self.started = self.admitted = self.resolved = self.featured = self.predicted = time.perf_counter()
+        self.started = self.admitted = self.resolved = self.featured = self.predicted = self.done = time.perf_counter()
 
     def stamp(self) -> float:
         """Return now."""
@@ -54,7 +54,7 @@ class RankingMetrics:
         for reason in reasons:
             self._degraded.labels(route, reason).inc()
         behind_s = watch.predicted - watch.resolved
-        self._own.observe(watch.stamp() - watch.started - behind_s)
+        self._own.observe(watch.done - watch.started - behind_s)
         self._features.observe(watch.featured - watch.resolved)
         self._predict.observe(watch.predicted - watch.featured)
 

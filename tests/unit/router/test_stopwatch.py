@@ -64,8 +64,11 @@ def test_a_stage_that_was_skipped_took_no_time(clock: Clock) -> None:
 def test_answers_are_counted_by_route_variant_reason_and_stage(clock: Clock) -> None:
     metrics = Metrics()
     counted = RankingMetrics(metrics)
-    counted.answered("home", "a", ["features_stale", "scores_not_finite"], a_request(clock))
-    counted.answered("home", "b", [], a_request(clock))
+    for variant, reasons in (("a", ["features_stale", "scores_not_finite"]), ("b", [])):
+        watch = a_request(clock)
+        watch.done = watch.stamp()
+        clock.now_s += 100  # counted later, of which nothing may be seen
+        counted.answered("home", variant, reasons, watch)
     value = metrics.registry.get_sample_value
     assert value("plait_router_answers_total", {"route": "home", "variant": "a"}) == 1
     assert value("plait_router_answers_total", {"route": "home", "variant": "b"}) == 1
