@@ -7,6 +7,7 @@ PACKAGES := libs services/router services/feature-retrieval services/model-worke
 BASELINE := tests/contracts/released.binpb
 SETUP := $(VENV)/.complete
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PLAIT_CACHE ?= $(CURDIR)/.cache/plait
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
