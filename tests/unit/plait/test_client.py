@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.fakes.router import FakeRouter
@@ -100,12 +101,13 @@ def nobody() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed certificate for plait.test and its key."""
+    """A certificate for plait.test, of an authority of its own, and its key; the first file also holds the authority's."""
     folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    made = authority.issue_cert(SERVER_NAME)
     cert, key = folder / "cert.pem", folder / "key.pem"
-    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1"]
-    names = ["-subj", f"/CN={SERVER_NAME}", "-addext", f"subjectAltName=DNS:{SERVER_NAME}"]
-    subprocess.run([*new, *names, "-out", cert, "-keyout", key], check=True, capture_output=True)
+    cert.write_bytes(b"".join(blob.bytes() for blob in (*made.cert_chain_pems, authority.cert_pem)))
+    key.write_bytes(made.private_key_pem.bytes())
     return cert, key
 
 
