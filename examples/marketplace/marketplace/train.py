@@ -28,8 +28,6 @@ EPOCHS: Final = 4
 BATCH: Final = 256  # likes
 SEED: Final = 7
 
-Floats = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:

@@ -6,6 +6,7 @@ no behaviour beyond look-ups; `manifests` validates into them, `store` writes th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,6 +30,13 @@ class Feature:
     dtype: FeatureDType = "float32"
     default: float | int | bool | None = None
     description: str = ""
+
+    @property
+    def stand_in(self) -> float | int:
+        """What takes the place of an unknown value: the declared default, else NaN for floats and 0 for the rest."""
+        if self.default is not None:
+            return self.default
+        return math.nan if self.dtype.startswith("float") else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

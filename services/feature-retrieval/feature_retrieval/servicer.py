@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.retrieval import Retrieval
-from feature_retrieval.views import Plan, Plans, default_of
+from feature_retrieval.views import Plan, Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.dtypes import BY_NAME
@@ -123,7 +123,7 @@ def _describe(plan: Plan, plans: Plans, response: Any) -> None:
                 feature_view=view_name,
                 feature=name,
                 stored_dtype=BY_NAME[feature.dtype].number,
-                default_value=None if feature.default is None else float(default_of(feature)),
+                default_value=None if feature.default is None else float(feature.default),
                 max_age_s=view.max_age_s,
                 description=feature.description,
             )

@@ -16,7 +16,7 @@ from feature_retrieval.row_codec import Bytes2D, KeySpace, RowCodec
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound
 from plait.registry.explain import suggestion
-from plait.registry.records import Feature, FeatureSchema, FeatureSet, FeatureView, ModelInput, Snapshot
+from plait.registry.records import FeatureSchema, FeatureSet, FeatureView, ModelInput, Snapshot
 
 _MAX_SPACES: Final = 1024  # tenants, per view
 
@@ -183,16 +183,9 @@ def _view(
         pictures=pictures,
         cells={at: np.array([column for column, _ in wanted], np.intp) for at, wanted in cells.items()},
         names={at: tuple(name for _, name in wanted) for at, wanted in cells.items()},
-        defaults={at: np.array([default_of(features[name]) for _, name in wanted]).astype(dtypes[at]) for at, wanted in cells.items()},
+        defaults={at: np.array([features[name].stand_in for _, name in wanted]).astype(dtypes[at]) for at, wanted in cells.items()},
         has_all_defaults=all(features[name].default is not None for name in asked),
     )
-
-
-def default_of(feature: Feature) -> float | int:
-    """Return what stands in for an unknown value: the declared default, else NaN for floats and 0 for the rest."""
-    if feature.default is not None:
-        return feature.default
-    return float("nan") if feature.dtype.startswith("float") else 0
 
 
 def _picture(schema: FeatureSchema, cells: dict[int, list[tuple[int, str]]]) -> Picture:

@@ -17,7 +17,7 @@ from plait.api.types.v1 import types_pb2
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, NotFound, PermissionDenied
 from plait.registry.crosschecks import misfits
-from plait.registry.records import EMPTY, Feature, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
+from plait.registry.records import EMPTY, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
 from router.experiments import assign
 
 KeyKind = Literal["string", "int64"]
@@ -227,14 +227,8 @@ def _default_row(item: ModelInput, dtype: str, snapshot: Snapshot) -> bytes:
     defaults = []
     for reference in item.features:
         view, _, name = reference.partition(":")
-        defaults.append(_default_of(next(f for f in snapshot.feature_views[view].features if f.name == name)))
+        defaults.append(next(f.stand_in for f in snapshot.feature_views[view].features if f.name == name))
     return np.array(defaults).astype(dtype).tobytes()
-
-
-def _default_of(feature: Feature) -> float | int:
-    if feature.default is not None:
-        return feature.default
-    return math.nan if feature.dtype.startswith("float") else 0
 
 
 def _key_kinds(signature: Signature, snapshot: Snapshot) -> Mapping[str, KeyKind]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 
 from feature_retrieval.row_codec import KeySpace
-from feature_retrieval.views import Plan, Plans, Run, compile_plan, default_of, schemas_of
+from feature_retrieval.views import Plan, Plans, Run, compile_plan, schemas_of
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound
 from plait.registry.records import Entity, Feature, FeatureSchema, FeatureSet, FeatureView, ModelInput, Snapshot
 
@@ -108,22 +107,6 @@ def test_only_the_asked_inputs_are_compiled_in_the_set_s_order() -> None:
     plan = plan_of(*inputs, wanted=("content", "user"))
     assert [t.name for t in plan.tensors] == ["user", "content"]
     assert [v.view.name for e in plan.entities for v in e.views] == ["profile", "content"]
-
-
-@pytest.mark.parametrize(
-    ("feature", "expected"),
-    [
-        (Feature(name="a", default=2.5), 2.5),
-        (Feature(name="a", default=0), 0),
-        (Feature(name="a", dtype="bool", default=True), 1),
-        (Feature(name="a"), math.nan),
-        (Feature(name="a", dtype="float16"), math.nan),
-        (Feature(name="a", dtype="int64"), 0),
-        (Feature(name="a", dtype="bool"), 0),
-    ],
-)
-def test_what_stands_in_for_an_unknown_value(feature: Feature, expected: float) -> None:
-    np.testing.assert_equal(float(default_of(feature)), float(expected))
 
 
 def test_defaults_are_cast_to_the_tensor_and_nan_where_there_is_none() -> None:

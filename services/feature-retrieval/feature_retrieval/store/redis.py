@@ -135,12 +135,6 @@ class RedisStore:
             raise _unavailable() from error
         return applied
 
-    async def ping(self) -> None:
-        """Raise Unavailable unless Redis answers."""
-        async with self._connection() as connection:
-            await connection.send_packed_command([_pack(b"PING", [])], check_health=False)
-            await connection.read_response()
-
     async def watch(self, prefixes: Callable[[], Sequence[bytes]], listener: Listener) -> None:
         """Tell `listener` of every key that changes, until the connection breaks or the prefixes change; then return or raise Unavailable.
 
