@@ -345,7 +345,7 @@ class RankingClient(_Client):
                 try:
                     return await call(request, timeout=tries.left_s(), metadata=self._metadata)
                 except grpc.RpcError as error:
-                    failure = from_rpc_error(error)
+                    failure = from_rpc_error(error) if self._closed.is_set() else _failure(error)
                     pause_s = tries.pause_s(failure)
                     if pause_s is None:
                         raise failure from error
@@ -423,7 +423,7 @@ class SyncRankingClient(_Client):
                 try:
                     return call(request, timeout=tries.left_s(), metadata=self._metadata)
                 except grpc.RpcError as error:
-                    failure = self._cancelled() if self._closed.is_set() else from_rpc_error(error)
+                    failure = self._cancelled() if self._closed.is_set() else _failure(error)
                     pause_s = tries.pause_s(failure)
                     if pause_s is None:
                         raise failure from error
@@ -519,6 +519,17 @@ def _fill(message: types_pb2.EntityIds, ids: Iterable[Id], name: str) -> None:
 
 def _wrong_ids(name: str, description: str) -> InvalidArgument:
     return InvalidArgument("the ids cannot be sent", violations=[Violation(name, description)])
+
+
+def _failure(error: grpc.RpcError) -> PlaitError:
+    """Return what a call that nobody here cancelled failed with.
+
+    A gRPC server that shuts down cancels the calls that had arrived and not begun, which is worth trying again like an UNAVAILABLE.
+    """
+    failure = from_rpc_error(error)
+    if isinstance(failure, Cancelled):
+        return Unavailable("the router ended the call before it answered: retry", reason="CONNECTION_LOST", retry_after_s=0.05)
+    return failure
 
 
 def _ids(message: types_pb2.EntityIds) -> list[str] | list[int]:

@@ -202,6 +202,17 @@ async def test_the_api_key_goes_as_a_bearer_token(make: Make, router: FakeRouter
 # --- failures
 
 
+async def test_a_call_that_a_stopping_server_cancelled_is_tried_again(client: Any, make: Make, router: FakeRouter) -> None:
+    router.errors = [Cancelled("the server shuts down")]
+    assert (await client.rank("home", "ann", ["a"])).model == "ranker"
+    assert len(router.requests) == 2
+    router.errors = [Cancelled("the server shuts down")]
+    async with make(router.address, retries=0) as once:
+        with pytest.raises(Unavailable) as caught:
+            await once.rank("home", "ann", ["a"])
+    assert caught.value.reason == "CONNECTION_LOST"
+
+
 @pytest.mark.parametrize(
     "error",
     [
