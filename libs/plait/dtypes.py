@@ -14,7 +14,7 @@ from typing import Final
 class DType:
     """One element type. `name` is used in manifests, `oip` on the Open Inference wire, `number` in `plait.api.types.v1.DataType`.
 
-    `numpy` is a little-endian numpy dtype string; `size_bytes` is 0 for variable-length elements.
+    `numpy` is a little-endian numpy dtype string ("bfloat16" is one only where ml_dtypes was imported); `size_bytes` is 0 for variable-length elements.
     """
 
     name: str
@@ -38,6 +38,7 @@ _TABLE: Final = (
     DType(name="float32", oip="FP32", number=11, numpy="<f4", size_bytes=4),
     DType(name="float64", oip="FP64", number=12, numpy="<f8", size_bytes=8),
     DType(name="bytes", oip="BYTES", number=13, numpy="|O", size_bytes=0),
+    DType(name="bfloat16", oip="BF16", number=14, numpy="bfloat16", size_bytes=2),
 )
 
 BY_NAME: Final = MappingProxyType({d.name: d for d in _TABLE})

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import threading
 import warnings
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -195,16 +195,26 @@ class Gate:
         """Let them through."""
         self._open.set()
 
-    def before(self, run: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], Any]:
-        """Return `run`, behind this gate."""
+    def wait(self, inputs: Sequence[Any]) -> None:
+        """Note a pass and hold it while closed."""
+        self.arrived.append(len(inputs[1] if len(inputs) > 1 else inputs[0]))
+        if not self._open.wait(60):
+            raise TimeoutError("a test left its gate closed")
 
-        def gated(inputs: Sequence[Any]) -> Any:
-            self.arrived.append(len(inputs[1] if len(inputs) > 1 else inputs[0]))
-            if not self._open.wait(60):
-                raise TimeoutError("a test left its gate closed")
-            return run(inputs)
 
-        return gated
+class GatedModel:
+    """A loaded model behind a gate."""
+
+    def __init__(self, model: Any, gate: Gate) -> None:
+        self._model = model
+        self._gate = gate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, inputs: Sequence[Any]) -> Any:
+        self._gate.wait(inputs)
+        return self._model(inputs)
 
 
 class GatedLoader(Loader):
@@ -222,7 +232,7 @@ class GatedLoader(Loader):
         return super().prepare(version)
 
     def serve(self, model: str, version: str, prepared: Prepared) -> Served:
-        return super().serve(model, version, dataclasses.replace(prepared, model=self.gate.before(prepared.model)))
+        return super().serve(model, version, dataclasses.replace(prepared, model=GatedModel(prepared.model, self.gate)))
 
 
 class WorkerWorld:

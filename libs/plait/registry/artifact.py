@@ -19,7 +19,7 @@ from plait.errors import FailedPrecondition, InvalidArgument
 from plait.registry import rules
 from plait.registry.decode import API_VERSION, Report, header, validated
 from plait.registry.problems import Problem, refusal
-from plait.registry.records import Batching, Signature, TensorSpec
+from plait.registry.records import Batching, Execution, Signature, TensorSpec
 from plait.registry.specs import Validator, to_plain
 from plait.registry.yaml_tree import Node, YamlProblem, documents, dump
 
@@ -29,10 +29,11 @@ MAX_BYTES: Final = 1024 * 1024  # of model.yaml
 _CHUNK_BYTES: Final = 1024 * 1024
 _SHA256: Final = re.compile(r"[0-9a-f]{64}\Z")
 _FIELDS: Final = (
-    "apiVersion", "kind", "name", "format", "entry", "feature_set", "inputs", "outputs", "batching", "self_test", "files",
+    "apiVersion", "kind", "name", "format", "entry", "architecture", "feature_set", "inputs", "outputs", "batching", "execution", "labels",
+    "self_test", "files",
 )  # fmt: skip
 
-Format = Literal["torchscript", "torch_export"]
+Format = Literal["torchscript", "torch_export", "aotinductor", "onnx", "safetensors"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +56,19 @@ class SelfTest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """Which class of the worker's explicit registry holds the weights of a safetensors file, and the arguments to make it with."""
+
+    name: str
+    config: Mapping[str, int | float | bool | str | tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArtifactManifest:
-    """A published model: how to load it (`format`, `entry`), its signature, how to batch and test it, and the digest of each file."""
+    """A published model: how to load it (`format`, `entry`), its signature, how to batch, run and test it, and the digest of each file.
+
+    `architecture` is for safetensors alone. `labels`: per output a text file with one class name a line, for the classification extension.
+    """
 
     name: str
     format: Format
@@ -65,6 +77,9 @@ class ArtifactManifest:
     outputs: tuple[TensorSpec, ...]
     feature_set: str = ""
     batching: Batching = field(default_factory=Batching)
+    execution: Execution = field(default_factory=Execution)
+    architecture: Architecture | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
     self_test: SelfTest | None = None
     files: Mapping[str, FileDigest] = field(default_factory=dict)
 

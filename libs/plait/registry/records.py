@@ -15,8 +15,9 @@ Name = str  # [a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?  checked by `manifests`
 
 FeatureDType = Literal["bool", "int8", "int16", "int32", "int64", "float16", "float32", "float64"]
 TensorDType = Literal[
-    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64", "bytes"
-]
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
+    "bfloat16", "bytes",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,12 +117,46 @@ class Batching:
 
     `row_splits`: name of the extra int64 [requests + 1] input through which a model with per-request inputs learns which rows
     belong to which request (as in RaggedTensor); empty for a model whose inputs are all per row.
+    `max_bytes`: most bytes of input tensors in one batch. `preferred_rows`: sizes at which a batch goes although company may still come.
+    `buckets`: ascending sizes up to which a batch is padded, for models that are fast at fixed shapes (CUDA graphs).
+    `max_queue_delay_ms`: the longest a batch waits for company that is predicted to come; a lone caller never waits.
     """
 
     max_rows: int = 4096
     max_queue_rows: int = 32768
     max_queue_delay_ms: float = 2.0
     row_splits: str = ""
+    max_bytes: int = 64 * 1024 * 1024
+    preferred_rows: tuple[int, ...] = ()
+    buckets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """How one version is run; what a worker's settings say comes first.
+
+    `instances` compute side by side, in threads (one copy of the weights) or in processes (one copy each; a crash or a hang stays theirs).
+    `autocast`: compute in this type where the device is faster at it. `timeout_ms`: budget of one forward pass, after which the instance is
+    taken for hung (0 = the worker's setting). `finite`: refuse to answer NaN or infinity.
+    """
+
+    instances: int = 1
+    kind: Literal["thread", "process"] = "thread"
+    autocast: Literal["", "float16", "bfloat16"] = ""
+    timeout_ms: float = 0.0
+    finite: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionPolicy:
+    """Which versions of a model a worker holds besides those that routes and aliases refer to: the `latest` n, the `specific` ones, or `all`.
+
+    As Triton's version_policy (https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/model_configuration.html#version-policy).
+    """
+
+    latest: int = 1
+    specific: tuple[str, ...] = ()
+    all: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +191,7 @@ class Model:
     name: Name
     versions: tuple[ModelVersion, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    version_policy: VersionPolicy = field(default_factory=VersionPolicy)
     description: str = ""
 
     def resolve(self, reference: str) -> ModelVersion | None:

@@ -32,11 +32,15 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """A version's manifest, the bytes of its entry file, and a sample request."""
+    """A version's manifest, the folder that holds its verified files, and a sample request."""
 
     manifest: ArtifactManifest
-    content: bytes
+    folder: Path
     sample: Sample
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes, checked again: what is hashed is what is used. Raises FailedPrecondition (ARTIFACT_CORRUPT)."""
+        return _read(self.folder, self.manifest, name)
 
 
 def fetch(version: ModelVersion, root: Path | None) -> Artifact:
@@ -50,7 +54,7 @@ def fetch(version: ModelVersion, root: Path | None) -> Artifact:
         raise FailedPrecondition("the artifact lies outside of this worker's artifact root", reason="ARTIFACT_OUTSIDE_ROOT")
     manifest = artifact.read_pinned(folder, version.digest)
     artifact.verify_files(folder, manifest)
-    return Artifact(manifest=manifest, content=_read(folder, manifest, manifest.entry), sample=_sample(folder, manifest))
+    return Artifact(manifest=manifest, folder=folder, sample=_sample(folder, manifest))
 
 
 def _read(folder: Path, manifest: ArtifactManifest, name: str) -> bytes:

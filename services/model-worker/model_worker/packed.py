@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import ml_dtypes  # noqa: F401 - makes "bfloat16" a dtype of numpy
 import numpy as np
 import numpy.typing as npt
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-from model_worker import artifacts
-from model_worker.backends import torch as torch_backend
-from model_worker.batcher import Batcher, Model, Request
+from model_worker import artifacts, backends
+from model_worker.backends import LoadOptions, Model
+from model_worker.batcher import Batcher, Request
 from model_worker.instruments import Instruments
 from model_worker.proof import Proven, prove
 from model_worker.ragged import Layout
@@ -19,8 +17,6 @@ from model_worker.settings import BatchingSettings, ModelSettings
 from model_worker.tensors import Codec
 from plait.registry.artifact import ArtifactManifest
 from plait.registry.records import ModelVersion
-
-_PLATFORM: Final = {"torchscript": "pytorch_torchscript", "torch_export": "pytorch_export"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +28,6 @@ class Prepared:
     layout: Layout
     proven: Proven
     limits: Limits
-    prepare_thread: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +59,9 @@ class Loader:
 
     def prepare(self, version: ModelVersion) -> Prepared:
         """Load one version. Blocks: run it in a thread. Raises PlaitError with the reason it cannot be served."""
-        prepare_thread = torch_backend.prepare_thread(self._models.num_threads)
-        prepare_thread()
         artifact = artifacts.fetch(version, self._root)
         manifest = artifact.manifest
-        model = torch_backend.load(artifact.content, manifest.format, manifest.signature)
+        model = backends.load(artifact, LoadOptions(num_threads=self._models.num_threads))
         layout = Layout.of(manifest.signature, manifest.batching)
         max_rows = self._batching.max_rows or manifest.batching.max_rows
         proven = prove(model, layout, artifact, max_rows)
@@ -79,18 +72,18 @@ class Loader:
             joins=proven.joins,
             splits=proven.splits,
         )
-        return Prepared(manifest=manifest, model=model, layout=layout, proven=proven, limits=limits, prepare_thread=prepare_thread)
+        return Prepared(manifest=manifest, model=model, layout=layout, proven=proven, limits=limits)
 
     def serve(self, model: str, version: str, prepared: Prepared) -> Served:
         """Give a prepared version its batcher and thread. On the event loop."""
         name = f"{model}/{version}"
-        runner = Runner(f"model {name}", prepared.prepare_thread)
+        runner = Runner(f"model {name}", prepared.model.prepare_thread)
         schedule: Schedule[Request] = Schedule(prepared.limits, prepared.proven.latency)
         batcher = Batcher(name, prepared.model, prepared.layout, schedule, runner, self._instruments.of(model, version))
         return Served(
             model=model,
             version=version,
-            platform=_PLATFORM[prepared.manifest.format],
+            platform=prepared.model.platform,
             manifest=prepared.manifest,
             limits=prepared.limits,
             codec=Codec(prepared.manifest.signature),

@@ -53,7 +53,7 @@ def reason(version: ModelVersion, root: Path | None = None) -> str:
 
 def test_what_was_published_is_read(tmp_path: Path) -> None:
     found = artifacts.fetch(publish(tmp_path / "m", GOOD), None)
-    assert found.content == b"weights"
+    assert found.read("model.pt") == b"weights"
     assert found.manifest.name == "m"
     assert [a.tolist() for a in found.sample.inputs] == [GOOD["input.user"].tolist(), GOOD["input.item"].tolist()]
     assert found.sample.outputs is not None
@@ -100,7 +100,9 @@ def test_bytes_that_change_between_check_and_use_are_noticed(tmp_path: Path, mon
         (tmp_path / "m" / "model.pt").write_bytes(b"weightz")
 
     monkeypatch.setattr(artifact, "verify_files", check_then_change)
-    assert reason(version) == "ARTIFACT_CORRUPT"
+    with pytest.raises(FailedPrecondition) as refused:
+        artifacts.fetch(version, None).read("model.pt")
+    assert refused.value.reason == "ARTIFACT_CORRUPT"
 
 
 def test_nothing_outside_of_the_root_is_opened(tmp_path: Path) -> None:

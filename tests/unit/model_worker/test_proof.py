@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def show(
     manifest = ArtifactManifest(name="m", format="torchscript", entry="model.pt", inputs=(x,), outputs=(y,))
     sample = Sample(inputs=(ROWS,), outputs=None if outputs is None else (np.array(outputs, np.float32),), tolerance=tolerance)
     layout = Layout.of(manifest.signature, manifest.batching)
-    return prove(model, layout, Artifact(manifest=manifest, content=b"", sample=sample), max_rows)
+    return prove(model, layout, Artifact(manifest=manifest, folder=Path(), sample=sample), max_rows)
 
 
 def sums(inputs: Arrays) -> list[Any]:

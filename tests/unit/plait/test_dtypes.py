@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes  # noqa: F401 - makes "bfloat16" a dtype of numpy
 import numpy as np
 
 from plait.api.types.v1 import types_pb2

@@ -10,14 +10,15 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from model_worker.backends import export_guard, script_guard
+from model_worker.artifacts import Artifact
+from model_worker.backends import LoadOptions, export_guard, script_guard
 from model_worker.packed import Array
 from plait.errors import FailedPrecondition
-from plait.registry.records import Signature
 
 # TorchScript that reads or writes files or talks; a model that is handed over has no business doing so. (aten::warn is let through: torch's
 # own EmbeddingBag and TransformerEncoder hold it, for arguments that are deprecated.)
 _FORBIDDEN_OPS: Final = frozenset({"aten::from_file", "aten::save", "prim::Print", "prim::PythonOp"})
+_PLATFORM: Final = {"torchscript": "pytorch_torchscript", "torch_export": "pytorch_export"}
 _COPY_BELOW_BYTES: Final = 16_384  # copying is as cheap as borrowing up to there, and CPython shares its one-byte `bytes` objects
 
 
@@ -36,9 +37,21 @@ class _Borrowed:
 class TorchModel:
     """A loaded model, called with arrays in the signature's order (row splits last), answering arrays in the signature's order."""
 
-    def __init__(self, module: Callable[..., Any], output_names: Sequence[str]) -> None:
+    def __init__(
+        self, module: Callable[..., Any], output_names: Sequence[str], *, platform: str, memory_bytes: int, num_threads: int
+    ) -> None:
         self._module = module
         self._output_names = tuple(output_names)
+        self._num_threads = num_threads
+        self.platform = platform
+        self.memory_bytes = memory_bytes
+
+    def prepare_thread(self) -> None:
+        """Set how many threads one operator may use, which torch keeps per thread."""
+        torch.set_num_threads(self._num_threads)
+
+    def close(self) -> None:
+        """Nothing but memory is held."""
 
     def __call__(self, inputs: Sequence[Array]) -> list[Array]:
         """Run one forward pass; raises whatever the model raises, TypeError where its answer is not tensors."""
@@ -52,31 +65,33 @@ class TorchModel:
         return answer if isinstance(answer, tuple | list) else (answer,)
 
 
-def prepare_thread(num_threads: int) -> Callable[[], None]:
-    """Return what a thread that computes runs first: `num_threads` for the parts of one operator."""
-    return lambda: torch.set_num_threads(num_threads)
-
-
-def load(content: bytes, format_: str, signature: Signature) -> TorchModel:
+def load(artifact: Artifact, options: LoadOptions) -> TorchModel:
     """Load a model from the verified bytes of its file.
 
     Raises FailedPrecondition: ARTIFACT_INVALID (torch cannot load it), ARTIFACT_UNSAFE, MODEL_UNSUPPORTED.
     """
-    if any(t.dtype == "bytes" for t in (*signature.inputs, *signature.outputs)):
+    manifest = artifact.manifest
+    if any(t.dtype == "bytes" for t in (*manifest.inputs, *manifest.outputs)):
         raise FailedPrecondition("torch has no BYTES tensors: encode them before the model", reason="MODEL_UNSUPPORTED")
-    loader = {"torchscript": _load_torchscript, "torch_export": _load_export}.get(format_)
-    if loader is None:
-        raise FailedPrecondition(f"the format {format_!r} is not served: use torchscript or torch_export", reason="MODEL_UNSUPPORTED")
+    loader = {"torchscript": _load_torchscript, "torch_export": _load_export}[manifest.format]
+    torch.set_num_threads(options.num_threads)
+    content = artifact.read(manifest.entry)
     try:
         module = loader(content)
     except FailedPrecondition:
         raise
     except Exception as error:
         raise FailedPrecondition(
-            f"torch {torch.__version__} cannot load it as {format_} ({type(error).__name__}): export it again with this torch",
+            f"torch {torch.__version__} cannot load it as {manifest.format} ({type(error).__name__}): export it again with this torch",
             reason="ARTIFACT_INVALID",
         ) from error
-    return TorchModel(module, [t.name for t in signature.outputs])
+    return TorchModel(
+        module,
+        [t.name for t in manifest.outputs],
+        platform=_PLATFORM[manifest.format],
+        memory_bytes=len(content),
+        num_threads=options.num_threads,
+    )
 
 
 def tensor(array: Array) -> torch.Tensor:

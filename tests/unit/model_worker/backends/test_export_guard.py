@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.fakes.artifacts import load
 from torch import Tensor, nn
 
 from model_worker.backends import export_guard
-from model_worker.backends.torch import load
 from plait.errors import FailedPrecondition
 from plait.registry.records import Signature, TensorSpec
 

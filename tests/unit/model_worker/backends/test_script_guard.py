@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.fakes.artifacts import load
 from tests.fakes.worker_world import scripted
 from torch import Tensor, nn
 
 from model_worker.backends import script_guard
-from model_worker.backends.torch import load
 from plait.errors import FailedPrecondition
 from plait.registry.records import Signature, TensorSpec
 

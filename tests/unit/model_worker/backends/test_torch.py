@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.fakes.artifacts import load
 from tests.fakes.worker_world import scripted
 from torch import Tensor, nn
 
@@ -80,7 +81,7 @@ class Counts(nn.Module):
 
 
 def run(module: nn.Module, spec: Signature | None = None) -> list[list[Any]]:
-    model = backend.load(saved(module), "torchscript", spec or signature())
+    model = load(saved(module), "torchscript", spec or signature())
     return [output.tolist() for output in model([np.array([1, 2, 3, 4], np.float32)])]
 
 
@@ -94,7 +95,7 @@ def test_a_model_is_switched_to_inference() -> None:
 
 
 def test_answers_that_are_not_contiguous_are_straightened() -> None:
-    model = backend.load(saved(Strided()), "torchscript", signature())
+    model = load(saved(Strided()), "torchscript", signature())
     [answer] = model([np.array([1, 2, 3, 4], np.float32)])
     assert answer.flags.c_contiguous
     assert answer.tolist() == [1, 3]
@@ -104,7 +105,7 @@ def test_answers_that_are_not_contiguous_are_straightened() -> None:
 def test_torchscript_that_touches_files_or_talks_is_refused(module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FailedPrecondition) as refused:
-        backend.load(saved(module), "torchscript", signature())
+        load(saved(module), "torchscript", signature())
     assert refused.value.reason == "ARTIFACT_UNSAFE"
     assert not list(tmp_path.iterdir())
 
@@ -138,13 +139,13 @@ def test_what_teams_hand_over_is_loaded_and_answers_the_same(name: str, how: str
         made = scripted(module) if how == "scripted" else torch.jit.trace(module.eval(), example, check_trace=False)
         content = io.BytesIO()
         torch.jit.save(made, content)
-    [answer] = backend.load(content.getvalue(), "torchscript", signature())([example.numpy()])
+    [answer] = load(content.getvalue(), "torchscript", signature())([example.numpy()])
     with torch.inference_mode():
         np.testing.assert_allclose(answer, module.eval()(example).numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_an_answer_that_is_no_tensor_is_an_error() -> None:
-    model = backend.load(saved(Counts()), "torchscript", signature())
+    model = load(saved(Counts()), "torchscript", signature())
     with pytest.raises(TypeError):
         model([np.ones(3, np.float32)])
 
@@ -153,14 +154,14 @@ def test_an_answer_that_is_no_tensor_is_an_error() -> None:
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x05\x06" + bytes(18)])
 def test_what_torch_cannot_load_is_named(format_: str, content: bytes) -> None:
     with pytest.raises(FailedPrecondition) as refused:
-        backend.load(content, format_, signature())
+        load(content, format_, signature())
     assert refused.value.reason == "ARTIFACT_INVALID"
 
 
 def test_what_torch_has_no_word_for_is_refused() -> None:
     for spec, format_ in ((signature("bytes"), "torchscript"), (signature(), "onnx")):
         with pytest.raises(FailedPrecondition) as refused:
-            backend.load(b"", format_, spec)
+            load(b"", format_, spec)
         assert refused.value.reason == "MODEL_UNSUPPORTED"
 
 
@@ -185,7 +186,7 @@ def test_a_borrowed_arrays_memory_outlives_the_array() -> None:
 def test_a_thread_is_given_its_number_of_threads() -> None:
     before = torch.get_num_threads()
     try:
-        backend.prepare_thread(2)()
+        load(saved(Several()), "torchscript", signature("float32", "a", "b"), num_threads=2).prepare_thread()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

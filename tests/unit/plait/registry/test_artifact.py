@@ -120,7 +120,7 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path_factory: pyt
 @pytest.mark.parametrize(
     ("change", "field", "part"),
     [
-        ({"format": "pickle"}, "format", "expected one of torchscript or torch_export, found 'pickle'"),
+        ({"format": "pickle"}, "format", "expected one of torchscript, torch_export, aotinductor, onnx or safetensors, found 'pickle'"),
         ({"kind": "Model"}, "kind", "expected ModelArtifact, found 'Model'"),
         ({"entry": "other.pt"}, "entry", "not listed under files"),
         ({"self_test": {"file": "x.npz"}}, "self_test.file", "not listed under files"),

@@ -39,6 +39,7 @@ class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.Val
     DATA_TYPE_FLOAT32: _DataType.ValueType  # 11
     DATA_TYPE_FLOAT64: _DataType.ValueType  # 12
     DATA_TYPE_BYTES: _DataType.ValueType  # 13
+    DATA_TYPE_BFLOAT16: _DataType.ValueType  # 14
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
     """Element types. The numbers are stable; names follow numpy."""
@@ -57,6 +58,7 @@ DATA_TYPE_FLOAT16: DataType.ValueType  # 10
 DATA_TYPE_FLOAT32: DataType.ValueType  # 11
 DATA_TYPE_FLOAT64: DataType.ValueType  # 12
 DATA_TYPE_BYTES: DataType.ValueType  # 13
+DATA_TYPE_BFLOAT16: DataType.ValueType  # 14
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 class _RowStatus:
