@@ -43,6 +43,9 @@ class RpcSettings(Group):
     settle_s: float = Field(
         0.0, ge=0, le=60, description="time between NOT_SERVING and refusing new calls, so that balancers notice, seconds"
     )
+    server: Literal["core", "aio"] = Field(
+        "core", description="what takes calls: plait's own loop on gRPC's core, or grpc.aio, which needs several times the CPU per call"
+    )
     require_auth: bool = Field(True, description="refuse calls without an API key or service token (health and reflection stay open)")
     allow_insecure: bool = Field(
         False, description="listen beyond loopback although require_auth is off, because something else guards the port"

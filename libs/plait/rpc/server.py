@@ -1,4 +1,4 @@
-"""A grpc.aio server the way every plait service runs one: health, reflection, channelz, limits, TLS, drain."""
+"""A gRPC server the way every plait service runs one: health, reflection, channelz, limits, TLS, drain."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
-from grpc_channelz.v1 import channelz, channelz_pb2
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
+from grpc_channelz.v1._async import ChannelzServicer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_reflection.v1alpha._async import ReflectionServicer
 
+from plait.rpc.core_server import CoreServer
 from plait.rpc.credentials import Authenticator, server_credentials
 from plait.rpc.interceptor import CallInterceptor
 from plait.settings import RpcSettings
@@ -40,7 +43,7 @@ class RpcServer:
             default_timeout_s=settings.default_timeout_s,
         )
         self._health = HealthServicer()
-        self._server = grpc.aio.server(
+        self._server: Any = (CoreServer if settings.server == "core" else grpc.aio.server)(
             interceptors=[*self.tracing.server_interceptors(), self._interceptor],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
@@ -63,10 +66,10 @@ class RpcServer:
     async def start(self) -> None:
         """Listen and answer, with health SERVING."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        channelz.add_channelz_servicer(self._server)
+        channelz_pb2_grpc.add_ChannelzServicer_to_server(ChannelzServicer(), self._server)
         names = [*self._scopes, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
         names += [channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(names, self._server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionServicer(names), self._server)  # type: ignore[no-untyped-call]
         self.address = f"{self._settings.host}:{self._listen()}"
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -82,8 +85,8 @@ class RpcServer:
         target = f"{self._settings.host}:{self._settings.port}"
         if self._settings.tls_cert and self._settings.tls_key:
             credentials = server_credentials(self._settings.tls_cert, self._settings.tls_key, self._settings.tls_client_ca)
-            return self._server.add_secure_port(target, credentials)
-        return self._server.add_insecure_port(target)
+            return int(self._server.add_secure_port(target, credentials))
+        return int(self._server.add_insecure_port(target))
 
     async def _set_health(self, status: int) -> None:
         for name in ("", *self._scopes):
