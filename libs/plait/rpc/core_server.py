@@ -124,7 +124,12 @@ class CoreServer:
     def _poll(self) -> None:
         while not self._stopped:
             event = self._queue.poll()
-            event.tag(event)
+            try:
+                event.tag(event)
+            except Exception as error:  # a fault here must not leave a process that listens and never answers
+                log.critical("the polling thread failed on a call", exc_info=error)
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(self._fault, error)
             event = None  # an event holds its call, and the core waits for calls to be let go
         while (event := self._queue.poll(time.time())).completion_type != cygrpc.CompletionType.queue_timeout:
             event.tag(event)
@@ -149,6 +154,9 @@ class CoreServer:
         if handler is None or handler.request_streaming:
             self.post(self._begin, rpc)
         rpc._receive()  # noqa: SLF001
+
+    def _fault(self, error: BaseException) -> None:
+        self._loop.call_exception_handler({"message": "the polling thread failed on a call", "exception": error})
 
     def post(self, callback: Callable[[Any], None], argument: Any) -> None:
         """Call back on the event loop, together with whatever else has gathered."""
@@ -238,8 +246,10 @@ class Rpc:
         "_deadline_s",
         "_details",
         "_ended",
+        "_heard",
         "_inbox",
         "_initial_sent",
+        "_last",
         "_loop",
         "_metadata",
         "_reader",
