@@ -283,13 +283,14 @@ async def worker_world(
     models: Mapping[str, Any] | None = None,
     batching: Mapping[str, Any] | None = None,
     protocol: Mapping[str, Any] | None = None,
+    loader_type: type[GatedLoader] = GatedLoader,
     **rpc: Any,
 ) -> AsyncIterator[WorkerWorld]:
     """Run the service on a free port, and return it when every model of `world` was loaded or has failed."""
     metrics = Metrics()
     instruments = Instruments(metrics)
     model_settings = ModelSettings(**(models or {}))
-    loader = GatedLoader(model_settings, BatchingSettings(**(batching or {})), instruments)
+    loader = loader_type(model_settings, BatchingSettings(**(batching or {})), instruments)
     held = Models(model_settings, loader, instruments)
     held.adopt(world)
     follower = asyncio.create_task(held.run())
