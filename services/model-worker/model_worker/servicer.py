@@ -34,6 +34,7 @@ log = get_logger(__name__)
 
 _NAME: Final = "plait-model-worker"
 _EXTENSIONS: Final = ("classification", "logging", "model_configuration", "model_repository", "statistics", "trace")
+_STRICT: Final = ("triton_grpc_error", "true")  # Triton's header for errors as status codes
 _INFER: Final = "inference.GRPCInferenceService/ModelInfer"
 
 
@@ -99,20 +100,23 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return response
 
     async def ModelStreamInfer(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]  # it writes to the context
-        """Answer each request in its turn; what is wrong with one is its answer."""
+        """Answer each request in its turn; what is wrong with one is its answer, or the end of the stream for who asks for that."""
         deadline = Deadline.never() if context.time_remaining() is None else current().deadline
-        answer = partial(self._answer_on_stream, deadline)
+        strict = _STRICT in (context.invocation_metadata() or ())
+        answer = partial(self._answer_on_stream, deadline, strict)
         async with aclosing(answers(request_iterator, answer, max_in_flight=self._max_in_flight)) as found:
             async for message in found:
                 await context.write(message)
 
-    async def _answer_on_stream(self, deadline: Deadline, request: Any) -> Any:
+    async def _answer_on_stream(self, deadline: Deadline, strict: bool, request: Any) -> Any:
         enter(dataclasses.replace(current(), deadline=deadline.at_most(self._default_timeout_s)))
         answer = pb.ModelStreamInferResponse()
         try:
             with self._tracing.span(_INFER, kind=SpanKind.SERVER):
                 await self._inference.infer(request, answer.infer_response)
         except Exception as error:  # (whatever it is, the stream goes on for the other requests)
+            if strict:
+                raise
             return _failure(request, error)
         answer.infer_response.parameters["triton_final_response"].bool_param = True
         return answer

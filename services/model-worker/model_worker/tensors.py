@@ -25,7 +25,8 @@ from plait.errors import InvalidArgument, Violation
 from plait.registry.records import Signature, TensorSpec
 
 _MAX_REMEMBERED: Final = 1024  # shapes, of which a model sees few
-_MAX_VIOLATIONS: Final = 16  # they travel in a header, and clients take 8 KiB of those
+_MAX_VIOLATIONS: Final = 16
+_MAX_VIOLATION_CHARS: Final = 3000  # altogether: they travel in a header, and clients take 8 KiB of those
 _MAX_NAMES: Final = 10
 _SHOWN_CHARS: Final = 32
 
@@ -241,6 +242,7 @@ class _Reader:
         self.violations: list[Violation] = []
         self._raw = request.raw_input_contents
         self._found = 0
+        self._chars = 0
         self.typed = not self._raw and bool(request.inputs)
         if self._raw and len(self._raw) != len(request.inputs):
             self.wrong("raw_input_contents", f"expected one entry per input ({len(request.inputs)}), found {len(self._raw)}")
@@ -251,7 +253,8 @@ class _Reader:
     def add(self, problems: Iterable[Violation]) -> None:
         for problem in problems:
             self._found += 1
-            if len(self.violations) < _MAX_VIOLATIONS:
+            self._chars += len(problem.field) + len(problem.description)
+            if len(self.violations) < _MAX_VIOLATIONS and (self._chars <= _MAX_VIOLATION_CHARS or not self.violations):
                 self.violations.append(problem)
 
     def raise_if_wrong(self) -> None:

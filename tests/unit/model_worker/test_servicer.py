@@ -74,9 +74,13 @@ async def _refuse(request: Any, response: Any) -> None:
 class StreamContext:
     """A stream's context: has so much time, remembers what was written."""
 
-    def __init__(self, left_s: float | None) -> None:
+    def __init__(self, left_s: float | None, metadata: Any) -> None:
         self._left_s = left_s
+        self.metadata = metadata
         self.written: list[Any] = []
+
+    def invocation_metadata(self) -> Any:
+        return self.metadata
 
     def time_remaining(self) -> float | None:
         return self._left_s
@@ -85,13 +89,13 @@ class StreamContext:
         self.written.append(message)
 
 
-async def streamed(left_s: float | None, *ids: str) -> list[Any]:
+async def streamed(left_s: float | None, *ids: str, metadata: Any = ()) -> list[Any]:
     async def requests() -> AsyncIterator[Any]:
         for request_id in ids:
             yield pb.ModelInferRequest(id=request_id)
 
     enter(Call(method="m", tenant="t", deadline=Deadline.after(1.0 if left_s is None else left_s)))
-    context = StreamContext(left_s)
+    context = StreamContext(left_s, metadata)
     await servicer(StubModels()).ModelStreamInfer(requests(), context)
     return context.written
 
@@ -109,6 +113,11 @@ async def test_a_failed_request_of_a_stream_is_answered_with_its_id_and_the_stre
 async def test_a_request_of_a_stream_has_the_default_time_and_never_more_than_the_stream(left_s: float | None, expected: str) -> None:
     [answer] = await streamed(left_s, "left")
     assert answer.error_message == expected
+
+
+async def test_who_asks_for_it_gets_the_status_of_a_failed_request_and_no_more() -> None:
+    with pytest.raises(InvalidArgument):
+        await streamed(None, "left", "a", metadata=(("triton_grpc_error", "true"),))
 
 
 @pytest.mark.parametrize("kind", ["System", "Cuda"])

@@ -231,7 +231,17 @@ def test_many_problems_are_counted_and_the_first_ones_named() -> None:
         Codec(RANKER).decode(request)
     assert len(caught.value.violations) == 16
     assert "(and 1001 more)" in caught.value.message
-    assert len(caught.value.to_status().SerializeToString()) < 4096
+
+
+def test_what_is_named_fits_a_header_however_long_the_names_are() -> None:
+    inputs = tuple(TensorSpec(name=f"{i:03}{'n' * 97}", dtype="float32", shape=(-1,)) for i in range(100))
+    request = pb.ModelInferRequest()
+    for _ in range(1000):
+        request.inputs.add(name="x")
+    with pytest.raises(InvalidArgument) as caught:
+        Codec(Signature(inputs=inputs, outputs=RANKER.outputs)).decode(request)
+    assert len(caught.value.violations) > 1
+    assert len(caught.value.to_status().SerializeToString()) * 4 / 3 < 6000
 
 
 def test_a_boolean_is_one_byte_of_0_or_1() -> None:

@@ -196,7 +196,8 @@ class GRPCInferenceServiceServicer:
 
     def ModelStreamInfer(self, request_iterator, context):
         """Many ModelInfer calls over one stream, computed side by side and answered in the order asked, as Triton does for models that are not
-        decoupled: its clients get an error without an id. What fails is answered with error_message and leaves the stream open. A call has
+        decoupled: its clients get an error without an id. What fails is answered with error_message and leaves the stream open, or, with the
+        header `triton_grpc_error: true`, ends it with the status ModelInfer would have. A call has
         the stream's deadline, and never more than the server's default.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

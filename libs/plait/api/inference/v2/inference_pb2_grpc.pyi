@@ -59,7 +59,8 @@ class GRPCInferenceServiceStub:
     """
     ModelStreamInfer: _grpc.StreamStreamMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelStreamInferResponse]
     """Many ModelInfer calls over one stream, computed side by side and answered in the order asked, as Triton does for models that are not
-    decoupled: its clients get an error without an id. What fails is answered with error_message and leaves the stream open. A call has
+    decoupled: its clients get an error without an id. What fails is answered with error_message and leaves the stream open, or, with the
+    header `triton_grpc_error: true`, ends it with the status ModelInfer would have. A call has
     the stream's deadline, and never more than the server's default.
     """
     ModelConfig: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelConfigRequest, _inference_pb2.ModelConfigResponse]
@@ -120,7 +121,8 @@ class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
     """
     ModelStreamInfer: _aio.StreamStreamMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelStreamInferResponse]  # type: ignore[assignment]
     """Many ModelInfer calls over one stream, computed side by side and answered in the order asked, as Triton does for models that are not
-    decoupled: its clients get an error without an id. What fails is answered with error_message and leaves the stream open. A call has
+    decoupled: its clients get an error without an id. What fails is answered with error_message and leaves the stream open, or, with the
+    header `triton_grpc_error: true`, ends it with the status ModelInfer would have. A call has
     the stream's deadline, and never more than the server's default.
     """
     ModelConfig: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelConfigRequest, _inference_pb2.ModelConfigResponse]  # type: ignore[assignment]
@@ -220,7 +222,8 @@ class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.ModelStreamInferResponse], _abc.AsyncIterator[_inference_pb2.ModelStreamInferResponse]]:
         """Many ModelInfer calls over one stream, computed side by side and answered in the order asked, as Triton does for models that are not
-        decoupled: its clients get an error without an id. What fails is answered with error_message and leaves the stream open. A call has
+        decoupled: its clients get an error without an id. What fails is answered with error_message and leaves the stream open, or, with the
+        header `triton_grpc_error: true`, ends it with the status ModelInfer would have. A call has
         the stream's deadline, and never more than the server's default.
         """
 
