@@ -153,7 +153,7 @@ def _outputs(chance: random.Random, request: pb.ModelInferRequest) -> None:
 def _count(chance: random.Random, request: pb.ModelInferRequest) -> None:
     tensor = pb.ModelInferRequest.InferInputTensor()
     tensor.CopyFrom(_tensor(chance, request))
-    how_many = chance.choice((1, 2, 2000))
+    how_many = chance.choice((1, 2, 90, 2000))
     request.inputs.extend([tensor] * how_many)
     if chance.random() < 0.5:
         request.raw_input_contents.extend([b""] * how_many)

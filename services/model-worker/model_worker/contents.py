@@ -92,6 +92,8 @@ class Contents:
         """BYTES: per element a 4-byte little-endian length, then that many bytes."""
         count = self._count
         elements: list[bytes] = []
+        if count * _LENGTH.size > len(content):
+            raise ValueError(f"{count} elements take at least {count * _LENGTH.size} bytes, found {len(content)}")
         at = 0
         while at + _LENGTH.size <= len(content) and len(elements) <= count:
             (length,) = _LENGTH.unpack_from(content, at)

@@ -3,8 +3,7 @@
 Names and types are Triton's (schedule policy, sequence and decoupled extensions):
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_schedule_policy.md
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_sequence.md
-`sequence_*` are checked and otherwise ignored: no model here has state, so a sequence's requests are answered like any others (as Triton
-answers them for a model without sequence batching).
+`sequence_*` are checked and otherwise ignored: no model here has state, so a sequence's requests are answered like any others.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from plait.api.inference.v2 import inference_pb2_grpc as pb_grpc
 from plait.api.model_worker.v1 import model_worker_service_pb2 as stream_pb
 from plait.api.model_worker.v1 import model_worker_service_pb2_grpc as stream_pb_grpc
 from plait.dtypes import BY_NAME
-from plait.errors import FailedPrecondition, Internal, PermissionDenied, PlaitError, Unavailable, Unimplemented
+from plait.errors import FailedPrecondition, Internal, InvalidArgument, PermissionDenied, PlaitError, Unavailable, Unimplemented
 from plait.registry.records import TensorSpec
 from plait.rpc import multiplex
 from plait.rpc.call import current, enter
@@ -187,7 +187,10 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return response
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
-        """Follow the registry for this model again."""
+        """Follow the registry for this model again. What it is made of is the registry's to say, so nothing of that can be given here."""
+        if request.parameters:
+            given = ", ".join(sorted(request.parameters)[:5])[:80]
+            raise InvalidArgument(f"a model is loaded as the registry has it: leave out the parameters {given}", reason="LOAD_PARAMETERS")
         self._models.resume(request.model_name or request.repository_name)
         return pb.RepositoryModelLoadResponse()
 

@@ -28,6 +28,8 @@ _MAX_REMEMBERED: Final = 1024  # shapes, of which a model sees few
 _MAX_VIOLATIONS: Final = 16
 _MAX_VIOLATION_CHARS: Final = 3000  # altogether: they travel in a header, and clients take 8 KiB of those
 _MAX_NAMES: Final = 10
+_MAX_SPARE_TENSORS: Final = 100  # beyond what a model has; those up to here are named one by one
+_SHOWN_DIMENSIONS: Final = 16
 _SHOWN_CHARS: Final = 32
 
 Shape = tuple[int, ...]
@@ -133,7 +135,10 @@ class Codec:
             tensor, content = tensors[i], raw[i]
             if not known.plain or tensor.name != known.spec.name or tensor.datatype != known.dtype.oip or tensor.HasField("contents"):
                 return None
-            shape = tuple(tensor.shape[:])
+            sizes = tensor.shape
+            if len(sizes) != len(known.spec.shape):
+                return None
+            shape = tuple(sizes[:])
             if known.size(shape) != len(content):
                 return None
             if known.by_row and rows not in (0, rows := shape[0]):
@@ -143,6 +148,7 @@ class Codec:
 
     def _decode_with_care(self, request: pb.ModelInferRequest) -> Query:
         reader = _Reader(request)
+        self._check_counts(request, reader)
         arrays: list[Array | None] = [None] * len(self._inputs)
         for i, tensor in enumerate(request.inputs):
             position = self._position.get(tensor.name)
@@ -167,6 +173,13 @@ class Codec:
             priority=priority,
             timeout_s=timeout_s,
         )
+
+    def _check_counts(self, request: pb.ModelInferRequest, reader: _Reader) -> None:
+        """Refuse a message of millions of tensors before each of them is looked at: others wait for the event loop."""
+        for name, given, known in (("inputs", request.inputs, self._inputs), ("outputs", request.outputs, self._outputs)):
+            if len(given) > _MAX_SPARE_TENSORS + len(known):
+                reader.wrong(name, f"{len(given)} are given; the model has {len(known)}")
+                reader.raise_if_wrong()
 
     def _check_complete(self, request: pb.ModelInferRequest, reader: _Reader) -> None:
         given = {tensor.name for tensor in request.inputs}
@@ -271,9 +284,10 @@ class _Reader:
         before, spec, dtype = self._found, known.spec, known.dtype
         if tensor.datatype != dtype.oip:
             self.wrong(f"inputs[{i}].datatype", f"{spec.name!r} is {dtype.oip}, found {tensor.datatype[:16]!r}")
-        shape = tuple(tensor.shape)
+        shape = tuple(tensor.shape[: len(spec.shape) + _SHOWN_DIMENSIONS])
         if not fits(shape, spec):
-            self.wrong(f"inputs[{i}].shape", f"{spec.name!r} is {list(spec.shape)} (-1 is 1 or more), found {list(shape)[:16]}")
+            shown = list(shape[:_SHOWN_DIMENSIONS])
+            self.wrong(f"inputs[{i}].shape", f"{spec.name!r} is {list(spec.shape)} (-1 is 1 or more), found {shown}")
         if self._raw and tensor.HasField("contents"):
             self.wrong(f"inputs[{i}].contents", "raw and typed contents are never mixed: send one of them")
         self.add(parameters.shared_memory(tensor.parameters, f"inputs[{i}]"))

@@ -159,6 +159,19 @@ async def test_the_models_name_may_come_in_either_field() -> None:
     assert models.told == [("resume", "kserve"), ("resume", "triton"), ("pause", "triton")]
 
 
+async def test_a_model_is_loaded_as_the_registry_has_it() -> None:
+    models = StubModels()
+    request = pb.RepositoryModelLoadRequest(model_name="a")
+    request.parameters["config"].string_param = "{}"
+    with pytest.raises(InvalidArgument):
+        await servicer(models).RepositoryModelLoad(request, None)
+    assert models.told == []
+    unload = pb.RepositoryModelUnloadRequest(model_name="a")
+    unload.parameters["unload_dependents"].bool_param = False  # tritonclient always says so
+    await servicer(models).RepositoryModelUnload(unload, None)
+    assert models.told == [("pause", "a")]
+
+
 async def test_streams_are_for_services() -> None:
     enter(Call(method="m", tenant="t", deadline=Deadline.never()))
     with pytest.raises(PermissionDenied):

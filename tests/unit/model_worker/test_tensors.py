@@ -225,18 +225,18 @@ def test_whatever_arrives_is_answered_or_refused(noise: bytes) -> None:
 
 def test_many_problems_are_counted_and_the_first_ones_named() -> None:
     request = pb.ModelInferRequest()
-    for _ in range(1000):
+    for _ in range(100):
         request.inputs.add(name="n" * 100)
     with pytest.raises(InvalidArgument) as caught:
         Codec(RANKER).decode(request)
     assert len(caught.value.violations) == 16
-    assert "(and 1001 more)" in caught.value.message
+    assert "(and 101 more)" in caught.value.message
 
 
 def test_what_is_named_fits_a_header_however_long_the_names_are() -> None:
     inputs = tuple(TensorSpec(name=f"{i:03}{'n' * 97}", dtype="float32", shape=(-1,)) for i in range(100))
     request = pb.ModelInferRequest()
-    for _ in range(1000):
+    for _ in range(100):
         request.inputs.add(name="x")
     with pytest.raises(InvalidArgument) as caught:
         Codec(Signature(inputs=inputs, outputs=RANKER.outputs)).decode(request)
@@ -347,3 +347,22 @@ def test_the_short_way_and_the_careful_one_agree(
 
 def test_the_usual_request_takes_the_short_way() -> None:
     assert Codec(RANKER)._decode_usual(raw(user=USER, item=ITEM)) is not None
+
+
+@pytest.mark.parametrize("field", ["inputs", "outputs"])
+def test_a_message_of_very_many_tensors_is_refused_before_they_are_read(field: str) -> None:
+    request = raw(user=USER, item=ITEM)
+    getattr(request, field).extend([getattr(request, field).add()] * 100_000)
+    [(path, description)] = [(p, d) for p, d in refused(Codec(RANKER), request).items() if p != "raw_input_contents"]
+    assert (path, description) == (field, f"{len(getattr(request, field))} are given; the model has 2")
+
+
+def test_a_shape_of_very_many_dimensions_is_not_repeated_whole() -> None:
+    request = raw(user=USER, item=ITEM)
+    request.inputs[1].shape[:] = [7] * 1_000_000
+    assert refused(Codec(RANKER), request)["inputs[1].shape"].endswith(f"found {[7] * 16}")
+
+
+def test_a_fixed_dimension_may_be_nothing() -> None:
+    query = one("float32", (-1, 0)).decode(raw(x=np.zeros((2, 0), np.float32)))
+    assert (query.rows, query.inputs[0].shape) == (2, (2, 0))

@@ -226,7 +226,8 @@ class GRPCInferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RepositoryModelLoad(self, request, context):
-        """Load a model the registry knows. NOT_FOUND; PERMISSION_DENIED unless settings allow it.
+        """Load a model the registry knows, as the registry has it. NOT_FOUND; PERMISSION_DENIED unless settings allow it; INVALID_ARGUMENT with
+        parameters, which would say otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

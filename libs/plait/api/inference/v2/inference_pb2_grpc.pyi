@@ -70,7 +70,9 @@ class GRPCInferenceServiceStub:
     RepositoryIndex: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RepositoryIndexRequest, _inference_pb2.RepositoryIndexResponse]
     """Models this worker knows, with state and reason."""
     RepositoryModelLoad: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RepositoryModelLoadRequest, _inference_pb2.RepositoryModelLoadResponse]
-    """Load a model the registry knows. NOT_FOUND; PERMISSION_DENIED unless settings allow it."""
+    """Load a model the registry knows, as the registry has it. NOT_FOUND; PERMISSION_DENIED unless settings allow it; INVALID_ARGUMENT with
+    parameters, which would say otherwise.
+    """
     RepositoryModelUnload: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RepositoryModelUnloadRequest, _inference_pb2.RepositoryModelUnloadResponse]
     """Unload it. NOT_FOUND; PERMISSION_DENIED unless settings allow it."""
     SystemSharedMemoryStatus: _grpc.UnaryUnaryMultiCallable[_inference_pb2.SystemSharedMemoryStatusRequest, _inference_pb2.SystemSharedMemoryStatusResponse]
@@ -132,7 +134,9 @@ class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
     RepositoryIndex: _aio.UnaryUnaryMultiCallable[_inference_pb2.RepositoryIndexRequest, _inference_pb2.RepositoryIndexResponse]  # type: ignore[assignment]
     """Models this worker knows, with state and reason."""
     RepositoryModelLoad: _aio.UnaryUnaryMultiCallable[_inference_pb2.RepositoryModelLoadRequest, _inference_pb2.RepositoryModelLoadResponse]  # type: ignore[assignment]
-    """Load a model the registry knows. NOT_FOUND; PERMISSION_DENIED unless settings allow it."""
+    """Load a model the registry knows, as the registry has it. NOT_FOUND; PERMISSION_DENIED unless settings allow it; INVALID_ARGUMENT with
+    parameters, which would say otherwise.
+    """
     RepositoryModelUnload: _aio.UnaryUnaryMultiCallable[_inference_pb2.RepositoryModelUnloadRequest, _inference_pb2.RepositoryModelUnloadResponse]  # type: ignore[assignment]
     """Unload it. NOT_FOUND; PERMISSION_DENIED unless settings allow it."""
     SystemSharedMemoryStatus: _aio.UnaryUnaryMultiCallable[_inference_pb2.SystemSharedMemoryStatusRequest, _inference_pb2.SystemSharedMemoryStatusResponse]  # type: ignore[assignment]
@@ -257,7 +261,9 @@ class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.RepositoryModelLoadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.RepositoryModelLoadResponse, _abc.Awaitable[_inference_pb2.RepositoryModelLoadResponse]]:
-        """Load a model the registry knows. NOT_FOUND; PERMISSION_DENIED unless settings allow it."""
+        """Load a model the registry knows, as the registry has it. NOT_FOUND; PERMISSION_DENIED unless settings allow it; INVALID_ARGUMENT with
+        parameters, which would say otherwise.
+        """
 
     @_abc_1.abstractmethod
     def RepositoryModelUnload(
