@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from tests.fakes.echo_model import EchoLoader, echo_models
+from tests.fakes.registry_world import eventually
 from tests.fakes.worker_world import Doubler, WorkerWorld, model, publish_ranker, published, scripted, snapshot, worker_world
 
 from plait.dtypes import BY_NAME
@@ -139,7 +140,8 @@ async def test_tritonclient_with_asyncio(ranker: ModelVersion) -> None:
 async def test_tritonclients_stream_is_answered_in_order_whatever_fails_in_between(cats: ModelVersion) -> None:
     async with worker_world(snapshot(model("cats", cats))) as w:
         seen = await run_client(w, "triton_stream.py")
-        assert w.sample("plait_rpc_server_handled_total", method="/inference.GRPCInferenceService/ModelStreamInfer", code="OK") == 1
+        method = "/inference.GRPCInferenceService/ModelStreamInfer"
+        await eventually(lambda: w.sample("plait_rpc_server_handled_total", method=method, code="OK") == 1)
     assert len(seen) == 65
     for n, answer in enumerate(seen[:64]):
         if n in (7, 20, 21):
