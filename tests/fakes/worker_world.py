@@ -17,13 +17,14 @@ import torch
 from tests.fakes.registry_world import eventually
 from torch import Tensor, nn
 
+from model_worker.controls import Controls
 from model_worker.inference import Inference
 from model_worker.instruments import Instruments
 from model_worker.lifecycle import State
 from model_worker.models import Models
 from model_worker.served import Loader, Prepared, Served
 from model_worker.servicer import InferenceServicer, StreamServicer
-from model_worker.settings import BatchingSettings, ModelSettings
+from model_worker.settings import BatchingSettings, ModelSettings, ProtocolSettings
 from plait.api.inference.v2 import inference_pb2 as pb
 from plait.api.inference.v2 import inference_pb2_grpc as pb_grpc
 from plait.api.model_worker.v1 import model_worker_service_pb2 as stream_pb
@@ -277,22 +278,37 @@ class WorkerWorld:
 
 @asynccontextmanager
 async def worker_world(
-    world: Snapshot, *, models: Mapping[str, Any] | None = None, batching: Mapping[str, Any] | None = None, **rpc: Any
+    world: Snapshot,
+    *,
+    models: Mapping[str, Any] | None = None,
+    batching: Mapping[str, Any] | None = None,
+    protocol: Mapping[str, Any] | None = None,
+    loader_type: type[GatedLoader] = GatedLoader,
+    **rpc: Any,
 ) -> AsyncIterator[WorkerWorld]:
     """Run the service on a free port, and return it when every model of `world` was loaded or has failed."""
     metrics = Metrics()
     instruments = Instruments(metrics)
     model_settings = ModelSettings(**(models or {}))
-    loader = GatedLoader(model_settings, BatchingSettings(**(batching or {})), instruments)
+    loader = loader_type(model_settings, BatchingSettings(**(batching or {})), instruments)
     held = Models(model_settings, loader, instruments)
     held.adopt(world)
     follower = asyncio.create_task(held.run())
     settings = RpcSettings(**{"grace_s": 2, **rpc})
     server = RpcServer(settings, authenticator=Authenticator(world.keys.get, service_token=SERVICE_TOKEN), metrics=metrics)
-    inference = Inference(held)
+    inference = Inference(held, instruments.statistics)
     server.add(
         pb_grpc.add_GRPCInferenceServiceServicer_to_server,
-        InferenceServicer(held, inference, version="0"),
+        InferenceServicer(
+            held,
+            inference,
+            instruments.statistics,
+            Controls(ProtocolSettings(**(protocol or {})), off()),
+            version="0",
+            max_in_flight=settings.max_in_flight,
+            default_timeout_s=settings.default_timeout_s,
+            tracing=off(),
+        ),
         "inference.GRPCInferenceService",
         scope="infer",
     )

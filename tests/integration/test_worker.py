@@ -77,7 +77,10 @@ async def test_the_protocol_is_spoken(v1: ModelVersion, doubler: ModelVersion) -
         assert (await w.stub.ModelReady(pb.ModelReadyRequest(name="ranker"), metadata=TOKEN)).ready
         assert (await w.stub.ModelReady(pb.ModelReadyRequest(name="ranker", version="1"), metadata=TOKEN)).ready
         server = await w.stub.ServerMetadata(pb.ServerMetadataRequest(), metadata=TOKEN)
-        assert (server.name, list(server.extensions)) == ("plait-model-worker", ["model_repository"])
+        assert (server.name, list(server.extensions)) == (
+            "plait-model-worker",
+            ["classification", "logging", "model_configuration", "model_repository", "statistics", "trace"],
+        )
         about = await w.stub.ModelMetadata(pb.ModelMetadataRequest(name="ranker"), metadata=TOKEN)
         assert (about.name, list(about.versions), about.platform) == ("ranker", ["1"], "pytorch_torchscript")
         assert [(t.name, t.datatype, list(t.shape)) for t in about.inputs] == [("user", "FP32", [1, 3]), ("item", "FP32", [-1, 3])]

@@ -49,6 +49,16 @@ def configure(settings: TelemetrySettings, service: str) -> None:
     root.setLevel(level)
 
 
+def level() -> str:
+    """Return the least severe level this process logs: debug, info, warning or error."""
+    return logging.getLevelName(logging.getLogger().getEffectiveLevel()).lower()
+
+
+def set_level(name: str) -> None:
+    """Log from this level on, until the process ends or it is set again."""
+    logging.getLogger().setLevel(name.upper())
+
+
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """Return the logger of one part, named like its module."""
     logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from opentelemetry import propagate, trace
@@ -15,7 +15,7 @@ from opentelemetry.instrumentation.grpc import aio_server_interceptor
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, SamplingResult, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind
 from opentelemetry.util.types import AttributeValue
 
@@ -23,7 +23,7 @@ from plait.settings import TelemetrySettings
 
 _NOTHING: Final = nullcontext(trace.INVALID_SPAN)
 # Spans of these would last as long as the process; each call inside them has a span of its own.
-_UNTRACED: Final = ("StreamFeatures", "StreamInfer", "Check", "Watch", "ServerReflectionInfo")
+_UNTRACED: Final = ("StreamFeatures", "StreamInfer", "ModelStreamInfer", "Check", "Watch", "ServerReflectionInfo")
 
 
 class Tracing:
@@ -33,9 +33,10 @@ class Tracing:
         exporter = exporter or _exporter(settings)
         self._provider: TracerProvider | None = None
         self._tracer: trace.Tracer | None = None
+        self._sampler = _Sampler()
         if exporter is not None:
-            sampler = ParentBased(TraceIdRatioBased(settings.trace_sample_ratio))
-            self._provider = TracerProvider(sampler=sampler, resource=Resource.create({"service.name": service}))
+            self._sampler.ratio = settings.trace_sample_ratio
+            self._provider = TracerProvider(sampler=ParentBased(self._sampler), resource=Resource.create({"service.name": service}))
             self._provider.add_span_processor(BatchSpanProcessor(exporter))
             self._tracer = self._provider.get_tracer("plait")
 
@@ -43,6 +44,15 @@ class Tracing:
     def enabled(self) -> bool:
         """Whether spans are made at all."""
         return self._tracer is not None
+
+    @property
+    def ratio(self) -> float:
+        """Share (0..1) of the traces started here that are recorded."""
+        return self._sampler.ratio
+
+    @ratio.setter
+    def ratio(self, ratio: float) -> None:
+        self._sampler.ratio = ratio
 
     def server_interceptors(self) -> list[grpc.aio.ServerInterceptor]:
         """Return what a server needs so that each unary call is a span, child of its caller's."""
@@ -80,6 +90,27 @@ class Tracing:
         """Send what is still held and stop."""
         if self._provider is not None:
             self._provider.shutdown()
+
+
+class _Sampler(Sampler):
+    """Records a share of the traces, which can be changed while spans are made. 0 where nothing is exported."""
+
+    def __init__(self) -> None:
+        self._inner = TraceIdRatioBased(0.0)
+
+    @property
+    def ratio(self) -> float:
+        return self._inner.rate
+
+    @ratio.setter
+    def ratio(self, ratio: float) -> None:
+        self._inner = TraceIdRatioBased(ratio)
+
+    def should_sample(self, *args: Any, **kwargs: Any) -> SamplingResult:
+        return self._inner.should_sample(*args, **kwargs)
+
+    def get_description(self) -> str:
+        return self._inner.get_description()
 
 
 def off() -> Tracing:

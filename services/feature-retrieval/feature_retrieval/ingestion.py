@@ -139,7 +139,7 @@ def _encode_column(column: Any, codec: RowCodec, block: Bytes2D, nulls: npt.NDAr
     seen.update(names)
     columns = [codec.columns[name] for name in names]
     given = BY_NUMBER.get(column.dtype)
-    wrong = [name for name, c in zip(names, columns, strict=True) if given is None or np.dtype(given.numpy) != c.dtype]
+    wrong = [name for name, c in zip(names, columns, strict=True) if given is None or given.name != c.dtype.name]
     if wrong:
         return f"dtype {given.name if given else 'unspecified'} is not the declared dtype of {wrong}"
     width = columns[0].dtype.itemsize

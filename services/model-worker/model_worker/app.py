@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 
+from model_worker.controls import Controls
 from model_worker.inference import Inference
 from model_worker.instruments import Instruments
 from model_worker.models import Models
@@ -44,10 +45,19 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
         required=settings.rpc.require_auth,
     )
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
-    inference = Inference(models)
+    inference = Inference(models, instruments.statistics)
     server.add(
         pb_grpc.add_GRPCInferenceServiceServicer_to_server,
-        InferenceServicer(models, inference, version=version("plait-model-worker")),
+        InferenceServicer(
+            models,
+            inference,
+            instruments.statistics,
+            Controls(settings.protocol, tracing),
+            version=version("plait-model-worker"),
+            max_in_flight=settings.rpc.max_in_flight,
+            default_timeout_s=settings.rpc.default_timeout_s,
+            tracing=tracing,
+        ),
         pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
         scope="infer",
     )

@@ -172,6 +172,7 @@ class Batcher:
     def _measure(self, batch: Batch[Request], compute_s: float) -> None:
         self._instruments.rows.observe(batch.rows)
         self._instruments.compute_s.observe(compute_s)
+        self._instruments.statistics.batch(batch.rows, compute_s)
         for share in batch.shares:
             if share.start == 0:
                 self._instruments.queue_s.observe(batch.started_s - share.ticket.arrived_s)

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import time
+
 from model_worker.models import Models
+from model_worker.served import Served
+from model_worker.statistics import ModelStatistics, Statistics
 from plait.api.inference.v2 import inference_pb2 as pb
 from plait.rpc.call import current
 
 
 class Inference:
-    """Answers ModelInfer requests with the models at hand."""
+    """Answers ModelInfer requests with the models at hand, and counts them."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, statistics: Statistics) -> None:
         self._models = models
+        self._statistics = statistics
 
     async def infer(self, request: pb.ModelInferRequest, response: pb.ModelInferResponse) -> None:
         """Fill `response`. Raises what `Models.get`, `Codec.decode` and `Batcher.submit` raise."""
+        began_s = time.monotonic()
         served = self._models.get(request.model_name, request.model_version)
+        counters = self._statistics.of(served.model, served.version)
+        try:
+            await self._answer(served, request, response, counters, began_s)
+        except BaseException:  # a caller that went away was not answered either
+            counters.failed(time.monotonic() - began_s)
+            raise
+
+    async def _answer(
+        self, served: Served, request: pb.ModelInferRequest, response: pb.ModelInferResponse, counters: ModelStatistics, began_s: float
+    ) -> None:
         query = served.codec.decode(request)
-        answer = await served.batcher.submit(query.inputs, query.rows, current().deadline.at_s)
+        read_s = time.monotonic()
+        deadline_s = current().deadline.at_s
+        if query.timeout_s is not None:
+            deadline_s = min(deadline_s, began_s + query.timeout_s)
+        answer = await served.batcher.submit(query.inputs, query.rows, deadline_s)
+        write_s = time.monotonic()
         response.model_name = served.model
         response.model_version = served.version
         response.id = request.id
@@ -25,3 +46,12 @@ class Inference:
         response.parameters["compute_us"].int64_param = int(answer.compute_s * 1e6)
         response.parameters["batch_rows"].int64_param = answer.batch_rows
         served.codec.encode(query, answer.outputs, response)
+        ended_s = time.monotonic()
+        counters.answered(
+            query.rows,
+            ended_s - began_s,
+            queue_s=answer.queue_s,
+            input_s=read_s - began_s,
+            compute_s=answer.compute_s,
+            output_s=ended_s - write_s,
+        )

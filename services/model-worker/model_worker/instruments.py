@@ -7,6 +7,7 @@ from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from model_worker.statistics import ModelStatistics, Statistics
 from plait.telemetry.metrics import Metrics
 
 _LABELS: Final = ("model", "version")
@@ -23,12 +24,14 @@ class ModelInstruments:
     compute_s: Histogram
     dropped: Counter
     ready: Gauge
+    statistics: ModelStatistics
 
 
 class Instruments:
-    """Families of series, by model and version."""
+    """Families of series, by model and version. `statistics`: what the protocol's ModelStatistics tells, which outlives the series."""
 
     def __init__(self, metrics: Metrics) -> None:
+        self.statistics = Statistics()
         self._rows = metrics.histogram("plait_model_worker_batch_rows", "rows in one forward pass", _LABELS, _ROWS)
         self._queue_s = metrics.histogram(
             "plait_model_worker_queue_seconds", "time a request waited for its batch, seconds", _LABELS, _SECONDS
@@ -48,6 +51,7 @@ class Instruments:
             compute_s=self._compute_s.labels(model, version),
             dropped=self._dropped.labels(model, version),
             ready=self._ready.labels(model, version),
+            statistics=self.statistics.of(model, version),
         )
 
     def forget(self, model: str, version: str) -> None:

@@ -15,12 +15,13 @@ from model_worker.lifecycle import NEVER, Entry, Key, State, next_step, retry_af
 from model_worker.served import Loader, Served
 from model_worker.settings import ModelSettings
 from plait.errors import FailedPrecondition, Internal, NotFound, PermissionDenied, PlaitError, Unavailable
-from plait.registry.records import ModelVersion, Snapshot
+from plait.registry.records import ModelVersion, Snapshot, VersionPolicy
 from plait.telemetry.logging import get_logger
 
 log = get_logger(__name__)
 
 _LOADING_RETRY_S: Final = 0.25
+_SHOWN_CHARS: Final = 80  # of what a caller calls a model: messages travel in headers, which are small
 
 
 class Models:
@@ -67,6 +68,11 @@ class Models:
         """Return the versions of a model that are ready, oldest first."""
         ready = [v.version for v in self._versions(model)]
         return [v for v in ready if (e := self._entries.get((model, v))) is not None and e.state is State.READY]
+
+    def version_policy(self, model: str) -> VersionPolicy:
+        """Return which versions of a model the registry wants held besides those in use."""
+        known = self._snapshot.models.get(model)
+        return known.version_policy if known is not None else VersionPolicy()
 
     @property
     def ready(self) -> bool:
@@ -183,7 +189,8 @@ class Models:
         log.info("a model was unloaded", model=key[0], version=key[1])
 
     def _why_not(self, model: str, version: str) -> PlaitError:
-        name = f"{model} version {version}" if version else model
+        shown = model[:_SHOWN_CHARS]
+        name = f"{shown} version {version[:_SHOWN_CHARS]}" if version else shown
         found = [v for v in self._versions(model) if version in ("", v.version)]
         awaited = [self._entries.get(key) for key in self._wanted() if key[0] == model and version in ("", key[1])]
         errors = [entry.error if entry is not None else None for entry in awaited]
@@ -206,7 +213,7 @@ class Models:
                 reason="REPOSITORY_CONTROL_OFF",
             )
         if model not in self._snapshot.models:
-            raise NotFound(f"Request for unknown model: {model} is not in the registry", reason="MODEL_NOT_FOUND")
+            raise NotFound(f"Request for unknown model: {model[:_SHOWN_CHARS]} is not in the registry", reason="MODEL_NOT_FOUND")
 
 
 def _explained(error: PlaitError) -> PlaitError:

@@ -20,8 +20,10 @@ _LOW7: Final = np.uint64(0x7F)
 _MAX_VARINT_BYTES: Final = 10
 
 
-def payload(message: bytes) -> memoryview:
-    """Return the packed bytes of the one packed field, numbered below 16, that a serialized message starts with."""
+def only(message: bytes, number: int) -> memoryview | None:
+    """Return the packed bytes of field `number` (below 16) of a serialized message that holds nothing else, or None where it does."""
+    if not message or message[0] != number << 3 | 2:
+        return None
     length = shift = 0
     at = 1  # after the tag
     while True:
@@ -30,7 +32,7 @@ def payload(message: bytes) -> memoryview:
         length |= (byte & 0x7F) << shift
         shift += 7
         if byte < _MORE:
-            return memoryview(message)[at : at + length]
+            return memoryview(message)[at:] if at + length == len(message) else None
 
 
 def field(number: int, content: bytes) -> bytes:

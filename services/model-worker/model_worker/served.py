@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_worker import artifacts, backends
+from model_worker import artifacts, backends, classification
 from model_worker.backends import LoadOptions, Model
 from model_worker.batcher import Batcher, Request
+from model_worker.classification import Labels
 from model_worker.instruments import Instruments
 from model_worker.proof import Proven, prove
 from model_worker.ragged import Layout
@@ -28,6 +29,7 @@ class Prepared:
     layout: Layout
     proven: Proven
     limits: Limits
+    labels: Labels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,7 @@ class Loader:
         """Load one version. Blocks: run it in a thread. Raises PlaitError with the reason it cannot be served."""
         artifact = artifacts.fetch(version, self._root)
         manifest = artifact.manifest
+        labels = classification.load_labels(artifact)
         model = backends.load(artifact, LoadOptions(num_threads=self._models.num_threads))
         layout = Layout.of(manifest.signature, manifest.batching)
         max_rows = self._batching.max_rows or manifest.batching.max_rows
@@ -72,7 +75,7 @@ class Loader:
             joins=proven.joins,
             splits=proven.splits,
         )
-        return Prepared(manifest=manifest, model=model, layout=layout, proven=proven, limits=limits)
+        return Prepared(manifest=manifest, model=model, layout=layout, proven=proven, limits=limits, labels=labels)
 
     def serve(self, model: str, version: str, prepared: Prepared) -> Served:
         """Give a prepared version its batcher and thread. On the event loop."""
@@ -86,7 +89,7 @@ class Loader:
             platform=prepared.model.platform,
             manifest=prepared.manifest,
             limits=prepared.limits,
-            codec=Codec(prepared.manifest.signature),
+            codec=Codec(prepared.manifest.signature, prepared.labels),
             batcher=batcher,
             runner=runner,
         )

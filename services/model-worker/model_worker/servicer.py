@@ -2,34 +2,65 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator
+from contextlib import aclosing
+from functools import partial
 from typing import Any, Final
 
+from opentelemetry.trace import SpanKind
+
+from model_worker import model_config
+from model_worker.controls import Controls
 from model_worker.inference import Inference
 from model_worker.lifecycle import State
 from model_worker.models import Models
+from model_worker.ordered_stream import answers
+from model_worker.statistics import Statistics
 from plait.api.inference.v2 import inference_pb2 as pb
 from plait.api.inference.v2 import inference_pb2_grpc as pb_grpc
 from plait.api.model_worker.v1 import model_worker_service_pb2 as stream_pb
 from plait.api.model_worker.v1 import model_worker_service_pb2_grpc as stream_pb_grpc
 from plait.dtypes import BY_NAME
-from plait.errors import FailedPrecondition, PermissionDenied, Unavailable
+from plait.errors import FailedPrecondition, Internal, InvalidArgument, PermissionDenied, PlaitError, Unavailable, Unimplemented
 from plait.registry.records import TensorSpec
 from plait.rpc import multiplex
-from plait.rpc.call import current
+from plait.rpc.call import current, enter
+from plait.rpc.deadline import Deadline
+from plait.telemetry.logging import get_logger
 from plait.telemetry.tracing import Tracing
 
+log = get_logger(__name__)
+
 _NAME: Final = "plait-model-worker"
-_EXTENSIONS: Final = ("model_repository",)
+_EXTENSIONS: Final = ("classification", "logging", "model_configuration", "model_repository", "statistics", "trace")
+_STRICT: Final = ("triton_grpc_error", "true")  # Triton's header for errors as status codes
+_INFER: Final = "inference.GRPCInferenceService/ModelInfer"
 
 
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     """The Open Inference Protocol v2."""
 
-    def __init__(self, models: Models, inference: Inference, *, version: str) -> None:
+    def __init__(
+        self,
+        models: Models,
+        inference: Inference,
+        statistics: Statistics,
+        controls: Controls,
+        *,
+        version: str,
+        max_in_flight: int,
+        default_timeout_s: float,
+        tracing: Tracing,
+    ) -> None:
         self._models = models
         self._inference = inference
+        self._statistics = statistics
+        self._controls = controls
         self._version = version
+        self._max_in_flight = max_in_flight
+        self._default_timeout_s = default_timeout_s
+        self._tracing = tracing
 
     async def ServerLive(self, request: Any, context: Any) -> Any:
         """An answer is the answer."""
@@ -68,6 +99,84 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         await self._inference.infer(request, response)
         return response
 
+    async def ModelStreamInfer(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]  # it writes to the context
+        """Answer each request in its turn; what is wrong with one is its answer, or the end of the stream for who asks for that."""
+        deadline = Deadline.never() if context.time_remaining() is None else current().deadline
+        strict = _STRICT in (context.invocation_metadata() or ())
+        answer = partial(self._answer_on_stream, deadline, strict)
+        async with aclosing(answers(request_iterator, answer, max_in_flight=self._max_in_flight)) as found:
+            async for message in found:
+                await context.write(message)
+
+    async def _answer_on_stream(self, deadline: Deadline, strict: bool, request: Any) -> Any:
+        enter(dataclasses.replace(current(), deadline=deadline.at_most(self._default_timeout_s)))
+        answer = pb.ModelStreamInferResponse()
+        try:
+            with self._tracing.span(_INFER, kind=SpanKind.SERVER):
+                await self._inference.infer(request, answer.infer_response)
+        except Exception as error:  # (whatever it is, the stream goes on for the other requests)
+            if strict:
+                raise
+            return _failure(request, error)
+        answer.infer_response.parameters["triton_final_response"].bool_param = True
+        return answer
+
+    async def ModelConfig(self, request: Any, context: Any) -> Any:
+        """How a version that is ready is run."""
+        served = self._models.get(request.name, request.version)
+        response = pb.ModelConfigResponse()
+        model_config.describe(served, self._models.version_policy(served.model), response.config)
+        return response
+
+    async def ModelStatistics(self, request: Any, context: Any) -> Any:
+        """The counters of the versions that are ready."""
+        response = pb.ModelStatisticsResponse()
+        for model, version in self._asked(request.name, request.version):
+            self._statistics.of(model, version).describe(response.model_stats.add(name=model, version=version))
+        return response
+
+    def _asked(self, name: str, version: str) -> list[tuple[str, str]]:
+        if name:
+            served = self._models.get(name, version)
+            return [(name, v) for v in ([served.version] if version else self._models.serving(name))]
+        return [(model, e.version.version) for model, e in self._models.entries() if e.state is State.READY]
+
+    async def TraceSetting(self, request: Any, context: Any) -> Any:
+        """Show, and perhaps change, the share of traces that is recorded."""
+        response = pb.TraceSettingResponse()
+        self._controls.traces(request, response, lambda model: self._models.get(model))  # noqa: PLW0108  (its version is optional)
+        return response
+
+    async def LogSettings(self, request: Any, context: Any) -> Any:
+        """Show, and perhaps change, what is logged."""
+        response = pb.LogSettingsResponse()
+        self._controls.logs(request, response)
+        return response
+
+    async def SystemSharedMemoryStatus(self, request: Any, context: Any) -> Any:
+        """Not offered."""
+        raise _no_shared_memory()
+
+    async def SystemSharedMemoryRegister(self, request: Any, context: Any) -> Any:
+        """Not offered."""
+        raise _no_shared_memory()
+
+    async def SystemSharedMemoryUnregister(self, request: Any, context: Any) -> Any:
+        """Not offered."""
+        raise _no_shared_memory()
+
+    async def CudaSharedMemoryStatus(self, request: Any, context: Any) -> Any:
+        """Not offered."""
+        raise _no_shared_memory()
+
+    async def CudaSharedMemoryRegister(self, request: Any, context: Any) -> Any:
+        """Not offered."""
+        raise _no_shared_memory()
+
+    async def CudaSharedMemoryUnregister(self, request: Any, context: Any) -> Any:
+        """Not offered."""
+        raise _no_shared_memory()
+
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:
         """What is held, and in which state."""
         response = pb.RepositoryIndexResponse()
@@ -78,7 +187,10 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return response
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
-        """Follow the registry for this model again."""
+        """Follow the registry for this model again. What it is made of is the registry's to say, so nothing of that can be given here."""
+        if request.parameters:
+            given = ", ".join(sorted(request.parameters)[:5])[:80]
+            raise InvalidArgument(f"a model is loaded as the registry has it: leave out the parameters {given}", reason="LOAD_PARAMETERS")
         self._models.resume(request.model_name or request.repository_name)
         return pb.RepositoryModelLoadResponse()
 
@@ -109,6 +221,19 @@ class StreamServicer(stream_pb_grpc.ModelWorkerServiceServicer):
             tracing=self._tracing,
             span_name="inference.GRPCInferenceService/ModelInfer",
         )
+
+
+def _failure(request: Any, error: Exception) -> Any:
+    if not isinstance(error, PlaitError):
+        log.error("a request on a stream failed by a fault of ours", exc_info=error)
+        error = Internal("a fault inside plait; it was logged, please report it with the time of the call")
+    answer = pb.ModelStreamInferResponse(error_message=error.message)
+    answer.infer_response.id = request.id
+    return answer
+
+
+def _no_shared_memory() -> Unimplemented:
+    return Unimplemented("shared memory is not offered here: send tensors in the messages", reason="SHARED_MEMORY_NOT_OFFERED")
 
 
 def _describe(specs: tuple[TensorSpec, ...], tensors: Any) -> None:

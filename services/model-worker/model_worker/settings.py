@@ -37,6 +37,13 @@ class BatchingSettings(Group):
     )
 
 
+class ProtocolSettings(Group):
+    """What callers may change in a running worker (besides models.repository_control)."""
+
+    log_control: bool = Field(False, description="let callers change the log level (LogSettings)")
+    trace_control: bool = Field(False, description="let callers change the share of recorded traces (TraceSetting)")
+
+
 class ModelWorkerSettings(ServiceSettings):
     """All settings of the model-worker."""
 
@@ -44,3 +51,4 @@ class ModelWorkerSettings(ServiceSettings):
 
     models: ModelSettings = Field(default_factory=ModelSettings, description="which models are served, and how")
     batching: BatchingSettings = Field(default_factory=BatchingSettings, description="limits of every model's queue")
+    protocol: ProtocolSettings = Field(default_factory=ProtocolSettings, description="what callers may change in a running worker")

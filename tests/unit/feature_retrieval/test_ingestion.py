@@ -155,7 +155,7 @@ def test_a_column_that_does_not_fit_is_refused(names: list[str], values: Any, dt
     assert "'stats'" in description
 
 
-@pytest.mark.parametrize("number", [0, types_pb2.DATA_TYPE_BYTES, types_pb2.DATA_TYPE_UINT8, 99])
+@pytest.mark.parametrize("number", [0, types_pb2.DATA_TYPE_BYTES, types_pb2.DATA_TYPE_UINT8, types_pb2.DATA_TYPE_BFLOAT16, 99])
 def test_a_dtype_no_feature_can_have_is_refused(number: int) -> None:
     batch = add(batch_of(["x", "y"]), ["a"], [1, 2])
     batch.columns[0].dtype = number

@@ -10,6 +10,7 @@ import pytest
 
 from model_worker.batcher import Answer
 from model_worker.inference import Inference
+from model_worker.statistics import Statistics
 from model_worker.tensors import Codec
 from plait.api.inference.v2 import inference_pb2 as pb
 from plait.errors import InvalidArgument, NotFound
@@ -20,6 +21,7 @@ from plait.rpc.deadline import Deadline
 CODEC = Codec(
     Signature(inputs=(TensorSpec(name="x", dtype="float32", shape=(-1,)),), outputs=(TensorSpec(name="y", dtype="float32", shape=(-1,)),))
 )
+SOME = Deadline(12.5)
 
 
 class Doubling:
@@ -27,6 +29,7 @@ class Doubling:
 
     def __init__(self) -> None:
         self.submitted: list[Any] = []
+        self.statistics = Statistics()
 
     def get(self, model: str, version: str) -> Any:
         if (model, version) not in {("m", ""), ("m", "3")}:
@@ -45,10 +48,10 @@ def request(**more: Any) -> pb.ModelInferRequest:
     return message
 
 
-async def answer(models: Doubling, message: pb.ModelInferRequest) -> pb.ModelInferResponse:
-    enter(Call(method="m", tenant="t", deadline=Deadline(12.5)))
+async def answer(models: Doubling, message: pb.ModelInferRequest, deadline: Deadline = SOME) -> pb.ModelInferResponse:
+    enter(Call(method="m", tenant="t", deadline=deadline))
     response = pb.ModelInferResponse()
-    await Inference(models).infer(message, response)  # type: ignore[arg-type]
+    await Inference(models, models.statistics).infer(message, response)  # type: ignore[arg-type]
     return response
 
 
@@ -70,3 +73,24 @@ async def test_what_is_wrong_never_reaches_the_batcher() -> None:
     with pytest.raises(InvalidArgument):
         await answer(models, wrong)
     assert models.submitted == []
+
+
+async def test_a_requests_own_timeout_shortens_the_calls_deadline_and_never_lengthens_it() -> None:
+    models = Doubling()
+    for timeout_us in (1, 10**15):
+        message = request()
+        message.parameters["timeout"].int64_param = timeout_us
+        await answer(models, message, Deadline.after(60))
+    (_, short), (_, long) = models.submitted
+    assert short < long < short + 61
+
+
+async def test_what_was_answered_and_what_failed_is_counted() -> None:
+    models = Doubling()
+    await answer(models, request())
+    with pytest.raises(InvalidArgument):
+        await answer(models, pb.ModelInferRequest(model_name="m"))
+    counters = models.statistics.of("m", "3")
+    assert (counters.rows, counters.success.count, counters.fail.count) == (2, 1, 1)
+    assert (counters.queue.ns, counters.compute_infer.ns) == (1_500_000, 250_000_000)
+    assert counters.success.ns >= counters.compute_input.ns + counters.compute_output.ns > 0

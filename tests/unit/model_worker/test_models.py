@@ -16,7 +16,7 @@ from model_worker.instruments import Instruments
 from model_worker.models import Models
 from model_worker.settings import ModelSettings
 from plait.errors import FailedPrecondition, NotFound, PermissionDenied, Unavailable, Violation
-from plait.registry.records import Model, ModelVersion, Snapshot
+from plait.registry.records import Model, ModelVersion, Snapshot, VersionPolicy
 from plait.telemetry.metrics import Metrics
 
 V1, V2 = (ModelVersion(version=v, artifact=f"/m/{v}", digest=f"sha256:{v}") for v in "12")
@@ -112,6 +112,7 @@ async def test_what_the_registry_names_is_loaded_and_served() -> None:
         assert w.models.get("b").version == "2"
         assert w.models.get("b", "1").version == "1"
         assert w.models.serving("b") == ["1", "2"]
+        assert (w.models.version_policy("b"), w.models.version_policy("nobody")) == (VersionPolicy(), VersionPolicy())
         assert repr(w.models) == "<Models ready=3/3 revision=1 leaving=0>"
         assert w.metrics.registry.get_sample_value("plait_model_worker_ready", {"model": "b", "version": "2"}) == 1
         assert w.metrics.registry.get_sample_value("plait_model_worker_loads_total", {"model": "b", "outcome": "READY"}) == 2
@@ -309,3 +310,10 @@ async def test_close_during_a_load_serves_nothing_more() -> None:
         await asyncio.sleep(0)
         assert w.states() == {}
         assert len(w.loader.served) == 1
+
+
+async def test_a_very_long_name_is_not_repeated_whole() -> None:
+    async with world() as w:
+        with pytest.raises(NotFound) as refused:
+            w.models.get("n" * 10_000, "v" * 10_000)
+        assert len(refused.value.message) < 500

@@ -6,10 +6,15 @@ https://github.com/triton-inference-server/common/blob/main/protobuf/grpc_servic
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
+from tests.fakes.describe_protos import describe
 
 from plait.api.inference.v2 import inference_pb2 as pb
 
@@ -109,10 +114,7 @@ CONTRACT: dict[str, dict[int, str]] = {
     "RepositoryModelUnloadRequest": {1: "string repository_name", 2: "string model_name", 3: f"{_REPOSITORY_PARAMETERS} parameters"},
     "RepositoryModelUnloadResponse": {},
 }
-METHODS = (
-    "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer",
-    "RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload",
-)  # fmt: skip
+SPECIFICATION_ONLY = ("inference.ModelMetadataResponse.properties", "inference.ModelMetadataResponse.PropertiesEntry")
 
 
 def _type(field: Any) -> str:
@@ -152,15 +154,29 @@ def test_every_field_has_upstreams_number_type_and_name(name: str) -> None:
     assert _described(_messages(pb.DESCRIPTOR.message_types_by_name.values())[name]) == CONTRACT[name]
 
 
-def test_there_are_no_other_messages() -> None:
-    assert set(_messages(pb.DESCRIPTOR.message_types_by_name.values())) == set(CONTRACT)
+@pytest.fixture(scope="module")
+def tritons() -> dict[str, Any]:
+    """What the stock client was generated from, described by a process of its own: its messages have the names of ours."""
+    script = Path(__file__).parents[2] / "fakes" / "describe_protos.py"
+    modules = ("tritonclient.grpc.service_pb2", "tritonclient.grpc.model_config_pb2")
+    done = subprocess.run([sys.executable, script, *modules], capture_output=True, text=True, check=True, timeout=100)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
-def test_every_method_is_unary_and_takes_the_message_named_after_it() -> None:
-    methods = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
-    assert [m.name for m in methods] == list(METHODS)
-    for method in methods:
-        assert method.input_type.full_name == f"inference.{method.name}Request"
-        assert method.output_type.full_name == f"inference.{method.name}Response"
-        assert not method.client_streaming
-        assert not method.server_streaming
+def test_every_message_and_field_is_tritons_too_by_number_type_and_label(tritons: dict[str, Any]) -> None:
+    ours = json.loads(json.dumps(describe(pb.DESCRIPTOR)))
+    wrong = [
+        f"{message}.{field}: {ours['messages'][message][field]} is not {tritons['messages'].get(message, {}).get(field)}"
+        for message, fields in ours["messages"].items()
+        for field in fields
+        if not message.startswith(SPECIFICATION_ONLY) and f"{message}.{field}" not in SPECIFICATION_ONLY
+        if ours["messages"][message][field] != tritons["messages"].get(message, {}).get(field)
+    ]
+    assert wrong == []
+    assert set(ours["messages"]) >= {f"inference.{name}" for name in CONTRACT}
+    assert {name: tritons["enums"].get(name) for name in ours["enums"]} == ours["enums"]
+
+
+def test_every_method_is_tritons_and_none_is_missing(tritons: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(describe(pb.DESCRIPTOR)))["methods"] == tritons["methods"]

@@ -29,7 +29,9 @@ def test_varints_are_read_as_protobuf_wrote_them(name: str, data: st.DataObject)
     values, dtype = FIELDS[name]
     wanted = data.draw(st.lists(values, min_size=1, max_size=200))
     message = pb.InferTensorContents(**{name: wanted})
-    found = packed.decode_varints(packed.payload(message.SerializeToString()))
+    content = packed.only(message.SerializeToString(), NUMBERS[name])
+    assert content is not None
+    found = packed.decode_varints(content)
     signed = found.view(np.int64) if np.dtype(dtype).kind == "i" else found
     assert signed.tolist() == wanted
 
@@ -46,10 +48,18 @@ def test_protobuf_reads_the_varints_we_write(name: str, data: st.DataObject) -> 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=300))
 def test_a_packed_field_of_floats_is_the_array(wanted: list[float]) -> None:
     message = pb.InferTensorContents(fp32_contents=wanted)
-    content = packed.payload(message.SerializeToString())
+    content = packed.only(message.SerializeToString(), NUMBERS["fp32_contents"])
+    assert content is not None
     assert np.frombuffer(content, "<f4").tolist() == wanted
     assert packed.field(NUMBERS["fp32_contents"], bytes(content)) == message.SerializeToString()
 
 
 def test_no_varints_are_no_values() -> None:
     assert packed.decode_varints(memoryview(b"")).tolist() == []
+
+
+def test_nothing_is_read_of_a_message_with_another_field_or_none() -> None:
+    both = pb.InferTensorContents(int_contents=[1], fp32_contents=[1.0]).SerializeToString()
+    assert packed.only(both, NUMBERS["int_contents"]) is None
+    assert packed.only(both, NUMBERS["fp32_contents"]) is None
+    assert packed.only(b"", NUMBERS["int_contents"]) is None

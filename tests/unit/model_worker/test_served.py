@@ -74,3 +74,14 @@ def test_a_model_that_does_not_fit_its_model_yaml_is_not_served(tmp_path: Path) 
     with pytest.raises(FailedPrecondition) as refused:
         loader().prepare(published(tmp_path / "m", manifest))
     assert refused.value.reason == "MODEL_EXECUTION_FAILED"
+
+
+def test_labels_come_with_the_artifact(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "names.txt").write_text("cat\ndog\n")
+    scripted(Doubler()).save(str(tmp_path / "m" / "model.pt"))
+    tensors = [TensorSpec(name=name, dtype="float32", shape=(-1, 2)) for name in "xy"]
+    manifest = ArtifactManifest(
+        name="m", format="torchscript", entry="model.pt", inputs=(tensors[0],), outputs=(tensors[1],), labels={"y": "names.txt"}
+    )
+    assert loader().prepare(published(tmp_path / "m", manifest)).labels == {"y": ("cat", "dog")}

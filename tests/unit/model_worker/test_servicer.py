@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from model_worker.controls import Controls
 from model_worker.lifecycle import Entry, State
 from model_worker.servicer import InferenceServicer, StreamServicer
+from model_worker.settings import ProtocolSettings
+from model_worker.statistics import Statistics
 from plait.api.inference.v2 import inference_pb2 as pb
-from plait.errors import FailedPrecondition, NotFound, PermissionDenied, PlaitError, Unavailable
+from plait.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, PlaitError, Unavailable, Unimplemented
 from plait.registry.records import ModelVersion
-from plait.rpc.call import Call, enter
+from plait.rpc.call import Call, current, enter
 from plait.rpc.deadline import Deadline
 from plait.telemetry.tracing import off
 
@@ -45,7 +49,83 @@ class StubModels:
 
 
 def servicer(models: StubModels) -> InferenceServicer:
-    return InferenceServicer(models, SimpleNamespace(), version="1.2")  # type: ignore[arg-type]
+    return InferenceServicer(
+        models,  # type: ignore[arg-type]
+        SimpleNamespace(infer=_refuse),  # type: ignore[arg-type]
+        Statistics(),
+        Controls(ProtocolSettings(), off()),
+        version="1.2",
+        max_in_flight=2,
+        default_timeout_s=5.0,
+        tracing=off(),
+    )
+
+
+async def _refuse(request: Any, response: Any) -> None:
+    """Fill a part of the response, note how much time there was, and fail as the request's id says."""
+    response.model_name = "m"
+    if request.id == "left":
+        raise InvalidArgument(f"{current().deadline.remaining_s():.0f}")
+    if request.id == "fault":
+        raise ZeroDivisionError
+    response.id = request.id
+
+
+class StreamContext:
+    """A stream's context: has so much time, remembers what was written."""
+
+    def __init__(self, left_s: float | None, metadata: Any) -> None:
+        self._left_s = left_s
+        self.metadata = metadata
+        self.written: list[Any] = []
+
+    def invocation_metadata(self) -> Any:
+        return self.metadata
+
+    def time_remaining(self) -> float | None:
+        return self._left_s
+
+    async def write(self, message: Any) -> None:
+        self.written.append(message)
+
+
+async def streamed(left_s: float | None, *ids: str, metadata: Any = ()) -> list[Any]:
+    async def requests() -> AsyncIterator[Any]:
+        for request_id in ids:
+            yield pb.ModelInferRequest(id=request_id)
+
+    enter(Call(method="m", tenant="t", deadline=Deadline.after(1.0 if left_s is None else left_s)))
+    context = StreamContext(left_s, metadata)
+    await servicer(StubModels()).ModelStreamInfer(requests(), context)
+    return context.written
+
+
+async def test_a_failed_request_of_a_stream_is_answered_with_its_id_and_the_stream_goes_on() -> None:
+    first, fault, last = await streamed(None, "a", "fault", "b")
+    for answer, request_id in ((first, "a"), (last, "b")):
+        assert (answer.error_message, answer.infer_response.id) == ("", request_id)
+        assert answer.infer_response.parameters["triton_final_response"].bool_param
+    assert "a fault inside plait" in fault.error_message
+    assert fault.infer_response == pb.ModelInferResponse(id="fault")
+
+
+@pytest.mark.parametrize(("left_s", "expected"), [(None, "5"), (60.0, "5"), (3.0, "3")])
+async def test_a_request_of_a_stream_has_the_default_time_and_never_more_than_the_stream(left_s: float | None, expected: str) -> None:
+    [answer] = await streamed(left_s, "left")
+    assert answer.error_message == expected
+
+
+async def test_who_asks_for_it_gets_the_status_of_a_failed_request_and_no_more() -> None:
+    with pytest.raises(InvalidArgument):
+        await streamed(None, "left", "a", metadata=(("triton_grpc_error", "true"),))
+
+
+@pytest.mark.parametrize("kind", ["System", "Cuda"])
+@pytest.mark.parametrize("what", ["Status", "Register", "Unregister"])
+async def test_shared_memory_is_not_offered(kind: str, what: str) -> None:
+    with pytest.raises(Unimplemented) as refused:
+        await getattr(servicer(StubModels()), f"{kind}SharedMemory{what}")(None, None)
+    assert refused.value.reason == "SHARED_MEMORY_NOT_OFFERED"
 
 
 @pytest.mark.parametrize(("error", "ready"), [(None, True), (Unavailable("loading"), False), (FailedPrecondition("failed"), False)])
@@ -77,6 +157,19 @@ async def test_the_models_name_may_come_in_either_field() -> None:
         await servicer(models).RepositoryModelLoad(request, None)
     await servicer(models).RepositoryModelUnload(pb.RepositoryModelUnloadRequest(repository_name="r", model_name="triton"), None)
     assert models.told == [("resume", "kserve"), ("resume", "triton"), ("pause", "triton")]
+
+
+async def test_a_model_is_loaded_as_the_registry_has_it() -> None:
+    models = StubModels()
+    request = pb.RepositoryModelLoadRequest(model_name="a")
+    request.parameters["config"].string_param = "{}"
+    with pytest.raises(InvalidArgument):
+        await servicer(models).RepositoryModelLoad(request, None)
+    assert models.told == []
+    unload = pb.RepositoryModelUnloadRequest(model_name="a")
+    unload.parameters["unload_dependents"].bool_param = False  # tritonclient always says so
+    await servicer(models).RepositoryModelUnload(unload, None)
+    assert models.told == [("pause", "a")]
 
 
 async def test_streams_are_for_services() -> None:

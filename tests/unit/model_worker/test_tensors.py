@@ -189,13 +189,13 @@ def test_typed_contents_must_be_in_the_right_field_and_number() -> None:
     assert "belongs in int_contents" in refused(one("int32"), request)["inputs[0].contents"]
     contents.Clear()
     contents.int_contents.extend([1, 2, 3])
-    assert "takes 2 elements, found 3" in refused(one("int32"), request)["inputs[0].contents.int_contents"]
+    assert "takes 2 elements, found 3" in refused(one("int32"), request)["inputs[0].contents"]
 
 
 def test_typed_values_that_do_not_fit_the_type_are_refused() -> None:
     request = pb.ModelInferRequest()
     request.inputs.add(name="x", datatype="INT8", shape=[1]).contents.int_contents.append(128)
-    assert "INT8" in refused(one("int8"), request)["inputs[0].contents.int_contents"]
+    assert "INT8" in refused(one("int8"), request)["inputs[0].contents"]
 
 
 def test_fp16_has_no_typed_contents() -> None:
@@ -221,3 +221,148 @@ def test_whatever_arrives_is_answered_or_refused(noise: bytes) -> None:
         return
     with contextlib.suppress(InvalidArgument):
         Codec(RANKER).decode(request)
+
+
+def test_many_problems_are_counted_and_the_first_ones_named() -> None:
+    request = pb.ModelInferRequest()
+    for _ in range(100):
+        request.inputs.add(name="n" * 100)
+    with pytest.raises(InvalidArgument) as caught:
+        Codec(RANKER).decode(request)
+    assert len(caught.value.violations) == 16
+    assert "(and 101 more)" in caught.value.message
+
+
+def test_what_is_named_fits_a_header_however_long_the_names_are() -> None:
+    inputs = tuple(TensorSpec(name=f"{i:03}{'n' * 97}", dtype="float32", shape=(-1,)) for i in range(100))
+    request = pb.ModelInferRequest()
+    for _ in range(100):
+        request.inputs.add(name="x")
+    with pytest.raises(InvalidArgument) as caught:
+        Codec(Signature(inputs=inputs, outputs=RANKER.outputs)).decode(request)
+    assert len(caught.value.violations) > 1
+    assert len(caught.value.to_status().SerializeToString()) * 4 / 3 < 6000
+
+
+def test_a_boolean_is_one_byte_of_0_or_1() -> None:
+    request = pb.ModelInferRequest(raw_input_contents=[b"\x00\x01\x02"])
+    request.inputs.add(name="x", datatype="BOOL", shape=[3])
+    assert "0 or 1" in refused(one("bool"), request)["raw_input_contents[0]"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_typed_request_for_half_floats_is_answered_raw_as_a_whole(dtype: str) -> None:
+    signature = Signature(
+        inputs=(TensorSpec(name="x", dtype="int32", shape=(-1,)),),
+        outputs=(TensorSpec(name="a", dtype=dtype, shape=(-1,)), TensorSpec(name="b", dtype="int32", shape=(-1,))),  # type: ignore[arg-type]
+    )
+    request = pb.ModelInferRequest()
+    request.inputs.add(name="x", datatype="INT32", shape=[2]).contents.int_contents.extend([1, 2])
+    codec, response = Codec(signature), pb.ModelInferResponse()
+    half = np.array([1, 2]).astype(BY_NAME[dtype].numpy)
+    codec.encode(codec.decode(request), (half, np.array([3, 4], np.int32)), response)
+    assert list(response.raw_output_contents) == [half.tobytes(), np.array([3, 4], np.int32).tobytes()]
+    assert not any(tensor.HasField("contents") for tensor in response.outputs)
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_classes_are_named_instead_of_values_where_asked(typed: bool) -> None:
+    signature = Signature(
+        inputs=(TensorSpec(name="x", dtype="float32", shape=(-1,)),), outputs=(TensorSpec(name="y", dtype="float32", shape=(-1, 3)),)
+    )
+    codec = Codec(signature, {"y": ("cat", "dog", "cow")})
+    request = raw(x=np.array([1, 2], np.float32))
+    if typed:
+        request.ClearField("raw_input_contents")
+        request.inputs[0].contents.fp32_contents.extend([1, 2])
+    request.outputs.add(name="y").parameters["classification"].int64_param = 2
+    query, response = codec.decode(request), pb.ModelInferResponse()
+    assert query.classes == (2,)
+    codec.encode(query, (np.array([[0, 1, 2], [5, 4, 3]], np.float32),), response)
+    assert (response.outputs[0].datatype, list(response.outputs[0].shape)) == ("BYTES", [2, 2])
+    expected = [b"2.000000:2:cow", b"1.000000:1:dog", b"5.000000:0:cat", b"4.000000:1:dog"]
+    if typed:
+        assert list(response.outputs[0].contents.bytes_contents) == expected
+    else:
+        assert response.raw_output_contents[0] == b"".join(struct.pack("<I", len(e)) + e for e in expected)
+
+
+def test_what_has_no_scores_cannot_be_classified() -> None:
+    request = pb.ModelInferRequest(raw_input_contents=[b"\x01"])
+    request.inputs.add(name="x", datatype="BOOL", shape=[1])
+    request.outputs.add(name="y").parameters["classification"].int64_param = 1
+    assert "cannot be classified" in refused(one("bool"), request)["outputs[0]"]
+
+
+def test_parameters_are_handed_on_and_wrong_ones_refused_with_the_rest() -> None:
+    request = raw(user=USER, item=ITEM)
+    request.parameters["priority"].uint64_param = 2
+    request.parameters["timeout"].int64_param = 250_000
+    query = Codec(RANKER).decode(request)
+    assert (query.priority, query.timeout_s) == (2, 0.25)
+    request.parameters["timeout"].string_param = "soon"
+    request.inputs[0].parameters["shared_memory_region"].string_param = "r"
+    assert set(refused(Codec(RANKER), request)) == {"parameters[timeout]", "inputs[0].parameters[shared_memory_region]"}
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.sampled_from(["FP32", "FP64", ""]),
+    st.integers(-1, 1),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_the_short_way_and_the_careful_one_agree(
+    width: int, rows: int, datatype: str, spare: int, swapped: bool, mixed: bool, asked: bool
+) -> None:
+    request = raw(user=USER, item=np.ones((rows, width), np.float32))
+    request.inputs[1].datatype = datatype
+    request.raw_input_contents[1] = (request.raw_input_contents[1] + b"\0")[: rows * width * 4 + spare]
+    if swapped:
+        request.inputs.reverse()  # type: ignore[attr-defined]
+    if mixed:
+        request.inputs[0].contents.fp32_contents.append(1)
+    if asked:
+        request.outputs.add(name="score")
+    codec = Codec(RANKER)
+    for _ in range(2):  # the second time with what was remembered of the first
+        usual = codec._decode_usual(request)
+        try:
+            careful = codec._decode_with_care(request)
+        except InvalidArgument:
+            assert usual is None
+            continue
+        if usual is not None:
+            assert (usual.rows, usual.outputs, usual.typed, usual.classes) == (
+                careful.rows,
+                careful.outputs,
+                careful.typed,
+                careful.classes,
+            )
+            for mine, other in zip(usual.inputs, careful.inputs, strict=True):
+                np.testing.assert_array_equal(mine, other)
+
+
+def test_the_usual_request_takes_the_short_way() -> None:
+    assert Codec(RANKER)._decode_usual(raw(user=USER, item=ITEM)) is not None
+
+
+@pytest.mark.parametrize("field", ["inputs", "outputs"])
+def test_a_message_of_very_many_tensors_is_refused_before_they_are_read(field: str) -> None:
+    request = raw(user=USER, item=ITEM)
+    getattr(request, field).extend([getattr(request, field).add()] * 100_000)
+    [(path, description)] = [(p, d) for p, d in refused(Codec(RANKER), request).items() if p != "raw_input_contents"]
+    assert (path, description) == (field, f"{len(getattr(request, field))} are given; the model has 2")
+
+
+def test_a_shape_of_very_many_dimensions_is_not_repeated_whole() -> None:
+    request = raw(user=USER, item=ITEM)
+    request.inputs[1].shape[:] = [7] * 1_000_000
+    assert refused(Codec(RANKER), request)["inputs[1].shape"].endswith(f"found {[7] * 16}")
+
+
+def test_a_fixed_dimension_may_be_nothing() -> None:
+    query = one("float32", (-1, 0)).decode(raw(x=np.zeros((2, 0), np.float32)))
+    assert (query.rows, query.inputs[0].shape) == (2, (2, 0))

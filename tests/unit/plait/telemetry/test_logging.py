@@ -74,3 +74,15 @@ def test_a_line_inside_a_span_names_its_trace(capsys: pytest.CaptureFixture[str]
     tracing.close()
     [line] = lines(capsys)
     assert line["trace_id"] == f"{span.get_span_context().trace_id:032x}"
+
+
+def test_the_level_can_be_changed_while_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    plait_logging.configure(TelemetrySettings(), "shop")
+    log = plait_logging.get_logger("shop.page")
+    log.debug("before")
+    plait_logging.set_level("debug")
+    log.debug("while")
+    assert plait_logging.level() == "debug"
+    plait_logging.set_level("error")
+    log.warning("after")
+    assert [line["event"] for line in lines(capsys)] == ["while"]

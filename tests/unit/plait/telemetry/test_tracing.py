@@ -46,3 +46,15 @@ def test_unsampled_traces_stay_unsampled_over_the_hop() -> None:
     here.close()
     there.close()
     assert sent.get_finished_spans() == received.get_finished_spans() == ()
+
+
+def test_the_share_of_traces_can_be_changed_while_it_runs() -> None:
+    sent = InMemorySpanExporter()
+    tracing = Tracing(TelemetrySettings(trace_sample_ratio=0), "worker", sent)
+    for ratio in (0.0, 1.0, 0.0):
+        tracing.ratio = ratio
+        with tracing.span(f"at {ratio:g}"):
+            pass
+    tracing.close()
+    assert [span.name for span in sent.get_finished_spans()] == ["at 1"]
+    assert off().ratio == 0

@@ -26,12 +26,10 @@ if _version_not_supported:
 
 
 class GRPCInferenceServiceStub:
-    """Tensors are row-major and little-endian. Empty model_version = the newest ready version. Unknown parameters are ignored.
+    """Tensors are row-major and little-endian; FP16 and BF16 are raw only. Empty model_version = the newest ready version.
 
-    Codes: NOT_FOUND (`Request for unknown model`), UNAVAILABLE with RetryInfo (the model is loading), FAILED_PRECONDITION (it failed
-    to load), INVALID_ARGUMENT with BadRequest (a tensor's name, dtype, shape or byte size; a mix of raw and typed contents),
-    RESOURCE_EXHAUSTED with RetryInfo and trailer grpc-retry-pushback-ms: -1 (the queue is full), DEADLINE_EXCEEDED (the budget is
-    spent, or cannot suffice), UNAUTHENTICATED and PERMISSION_DENIED (scope `infer`).
+    Every call may be answered UNAUTHENTICATED, PERMISSION_DENIED (scope `infer`), RESOURCE_EXHAUSTED (too many calls at once) and
+    INVALID_ARGUMENT (the message cannot be parsed).
     """
 
     def __init__(self, channel):
@@ -70,6 +68,21 @@ class GRPCInferenceServiceStub:
                 request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelInferRequest.SerializeToString,
                 response_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelInferResponse.FromString,
                 _registered_method=True)
+        self.ModelStreamInfer = channel.stream_stream(
+                '/inference.GRPCInferenceService/ModelStreamInfer',
+                request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelInferRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelStreamInferResponse.FromString,
+                _registered_method=True)
+        self.ModelConfig = channel.unary_unary(
+                '/inference.GRPCInferenceService/ModelConfig',
+                request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelConfigRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelConfigResponse.FromString,
+                _registered_method=True)
+        self.ModelStatistics = channel.unary_unary(
+                '/inference.GRPCInferenceService/ModelStatistics',
+                request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelStatisticsRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelStatisticsResponse.FromString,
+                _registered_method=True)
         self.RepositoryIndex = channel.unary_unary(
                 '/inference.GRPCInferenceService/RepositoryIndex',
                 request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.RepositoryIndexRequest.SerializeToString,
@@ -85,15 +98,53 @@ class GRPCInferenceServiceStub:
                 request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.RepositoryModelUnloadRequest.SerializeToString,
                 response_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.RepositoryModelUnloadResponse.FromString,
                 _registered_method=True)
+        self.SystemSharedMemoryStatus = channel.unary_unary(
+                '/inference.GRPCInferenceService/SystemSharedMemoryStatus',
+                request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryStatusRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryStatusResponse.FromString,
+                _registered_method=True)
+        self.SystemSharedMemoryRegister = channel.unary_unary(
+                '/inference.GRPCInferenceService/SystemSharedMemoryRegister',
+                request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryRegisterRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryRegisterResponse.FromString,
+                _registered_method=True)
+        self.SystemSharedMemoryUnregister = channel.unary_unary(
+                '/inference.GRPCInferenceService/SystemSharedMemoryUnregister',
+                request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryUnregisterRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryUnregisterResponse.FromString,
+                _registered_method=True)
+        self.CudaSharedMemoryStatus = channel.unary_unary(
+                '/inference.GRPCInferenceService/CudaSharedMemoryStatus',
+                request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryStatusRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryStatusResponse.FromString,
+                _registered_method=True)
+        self.CudaSharedMemoryRegister = channel.unary_unary(
+                '/inference.GRPCInferenceService/CudaSharedMemoryRegister',
+                request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryRegisterRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryRegisterResponse.FromString,
+                _registered_method=True)
+        self.CudaSharedMemoryUnregister = channel.unary_unary(
+                '/inference.GRPCInferenceService/CudaSharedMemoryUnregister',
+                request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryUnregisterRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryUnregisterResponse.FromString,
+                _registered_method=True)
+        self.TraceSetting = channel.unary_unary(
+                '/inference.GRPCInferenceService/TraceSetting',
+                request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.TraceSettingRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.TraceSettingResponse.FromString,
+                _registered_method=True)
+        self.LogSettings = channel.unary_unary(
+                '/inference.GRPCInferenceService/LogSettings',
+                request_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.LogSettingsRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.LogSettingsResponse.FromString,
+                _registered_method=True)
 
 
 class GRPCInferenceServiceServicer:
-    """Tensors are row-major and little-endian. Empty model_version = the newest ready version. Unknown parameters are ignored.
+    """Tensors are row-major and little-endian; FP16 and BF16 are raw only. Empty model_version = the newest ready version.
 
-    Codes: NOT_FOUND (`Request for unknown model`), UNAVAILABLE with RetryInfo (the model is loading), FAILED_PRECONDITION (it failed
-    to load), INVALID_ARGUMENT with BadRequest (a tensor's name, dtype, shape or byte size; a mix of raw and typed contents),
-    RESOURCE_EXHAUSTED with RetryInfo and trailer grpc-retry-pushback-ms: -1 (the queue is full), DEADLINE_EXCEEDED (the budget is
-    spent, or cannot suffice), UNAUTHENTICATED and PERMISSION_DENIED (scope `infer`).
+    Every call may be answered UNAUTHENTICATED, PERMISSION_DENIED (scope `infer`), RESOURCE_EXHAUSTED (too many calls at once) and
+    INVALID_ARGUMENT (the message cannot be parsed).
     """
 
     def ServerLive(self, request, context):
@@ -111,7 +162,7 @@ class GRPCInferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ModelReady(self, request, context):
-        """Is this model ready? NOT_FOUND when unknown.
+        """Is this model ready? False while it loads, and when it failed to. NOT_FOUND when unknown.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,7 +176,7 @@ class GRPCInferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ModelMetadata(self, request, context):
-        """Inputs, outputs and versions of a model. NOT_FOUND when unknown.
+        """Inputs, outputs and versions of a model. NOT_FOUND when unknown, UNAVAILABLE (loading), FAILED_PRECONDITION (it failed to load).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,6 +184,35 @@ class GRPCInferenceServiceServicer:
 
     def ModelInfer(self, request, context):
         """One forward pass, shared with other callers where that pays. At most 16 MiB unless set otherwise.
+
+        NOT_FOUND (`Request for unknown model`), UNAVAILABLE with RetryInfo (the model is loading), FAILED_PRECONDITION (it failed to load),
+        INVALID_ARGUMENT with BadRequest (a tensor's name, dtype, shape or byte size; a mix of raw and typed contents; a known parameter of
+        the wrong type), RESOURCE_EXHAUSTED with RetryInfo and trailer grpc-retry-pushback-ms: -1 (the queue is full), DEADLINE_EXCEEDED (the
+        budget is spent, or cannot suffice), INTERNAL (the model failed on this request).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ModelStreamInfer(self, request_iterator, context):
+        """Many ModelInfer calls over one stream, computed side by side and answered in the order asked, as Triton does for models that are not
+        decoupled: its clients get an error without an id. What fails is answered with error_message and leaves the stream open, or, with the
+        header `triton_grpc_error: true`, ends it with the status ModelInfer would have. A call has
+        the stream's deadline, and never more than the server's default.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ModelConfig(self, request, context):
+        """How a model is run, in Triton's terms. Codes as ModelMetadata.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ModelStatistics(self, request, context):
+        """What the ready versions of a model (of every model where none is named) have done since the process began. Codes as ModelMetadata.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,14 +226,72 @@ class GRPCInferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RepositoryModelLoad(self, request, context):
-        """Load a model the registry knows. PERMISSION_DENIED unless settings allow it.
+        """Load a model the registry knows, as the registry has it. NOT_FOUND; PERMISSION_DENIED unless settings allow it; INVALID_ARGUMENT with
+        parameters, which would say otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RepositoryModelUnload(self, request, context):
-        """Unload it. PERMISSION_DENIED unless settings allow it.
+        """Unload it. NOT_FOUND; PERMISSION_DENIED unless settings allow it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SystemSharedMemoryStatus(self, request, context):
+        """UNIMPLEMENTED, as are the five below: tensors travel in the messages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SystemSharedMemoryRegister(self, request, context):
+        """UNIMPLEMENTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SystemSharedMemoryUnregister(self, request, context):
+        """UNIMPLEMENTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CudaSharedMemoryStatus(self, request, context):
+        """UNIMPLEMENTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CudaSharedMemoryRegister(self, request, context):
+        """UNIMPLEMENTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CudaSharedMemoryUnregister(self, request, context):
+        """UNIMPLEMENTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TraceSetting(self, request, context):
+        """Show how traces are sampled, and change it where settings allow (else PERMISSION_DENIED). INVALID_ARGUMENT for a setting or value
+        there is not, FAILED_PRECONDITION where the process exports no traces, UNIMPLEMENTED to change one model alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LogSettings(self, request, context):
+        """Show what is logged, and change it where settings allow (else PERMISSION_DENIED). INVALID_ARGUMENT for a setting or value there is not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,6 +330,21 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelInferRequest.FromString,
                     response_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelInferResponse.SerializeToString,
             ),
+            'ModelStreamInfer': grpc.stream_stream_rpc_method_handler(
+                    servicer.ModelStreamInfer,
+                    request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelInferRequest.FromString,
+                    response_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelStreamInferResponse.SerializeToString,
+            ),
+            'ModelConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.ModelConfig,
+                    request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelConfigRequest.FromString,
+                    response_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelConfigResponse.SerializeToString,
+            ),
+            'ModelStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.ModelStatistics,
+                    request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelStatisticsRequest.FromString,
+                    response_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelStatisticsResponse.SerializeToString,
+            ),
             'RepositoryIndex': grpc.unary_unary_rpc_method_handler(
                     servicer.RepositoryIndex,
                     request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.RepositoryIndexRequest.FromString,
@@ -207,6 +360,46 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.RepositoryModelUnloadRequest.FromString,
                     response_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.RepositoryModelUnloadResponse.SerializeToString,
             ),
+            'SystemSharedMemoryStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.SystemSharedMemoryStatus,
+                    request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryStatusRequest.FromString,
+                    response_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryStatusResponse.SerializeToString,
+            ),
+            'SystemSharedMemoryRegister': grpc.unary_unary_rpc_method_handler(
+                    servicer.SystemSharedMemoryRegister,
+                    request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryRegisterRequest.FromString,
+                    response_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryRegisterResponse.SerializeToString,
+            ),
+            'SystemSharedMemoryUnregister': grpc.unary_unary_rpc_method_handler(
+                    servicer.SystemSharedMemoryUnregister,
+                    request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryUnregisterRequest.FromString,
+                    response_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryUnregisterResponse.SerializeToString,
+            ),
+            'CudaSharedMemoryStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.CudaSharedMemoryStatus,
+                    request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryStatusRequest.FromString,
+                    response_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryStatusResponse.SerializeToString,
+            ),
+            'CudaSharedMemoryRegister': grpc.unary_unary_rpc_method_handler(
+                    servicer.CudaSharedMemoryRegister,
+                    request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryRegisterRequest.FromString,
+                    response_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryRegisterResponse.SerializeToString,
+            ),
+            'CudaSharedMemoryUnregister': grpc.unary_unary_rpc_method_handler(
+                    servicer.CudaSharedMemoryUnregister,
+                    request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryUnregisterRequest.FromString,
+                    response_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryUnregisterResponse.SerializeToString,
+            ),
+            'TraceSetting': grpc.unary_unary_rpc_method_handler(
+                    servicer.TraceSetting,
+                    request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.TraceSettingRequest.FromString,
+                    response_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.TraceSettingResponse.SerializeToString,
+            ),
+            'LogSettings': grpc.unary_unary_rpc_method_handler(
+                    servicer.LogSettings,
+                    request_deserializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.LogSettingsRequest.FromString,
+                    response_serializer=plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.LogSettingsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'inference.GRPCInferenceService', rpc_method_handlers)
@@ -216,12 +409,10 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GRPCInferenceService:
-    """Tensors are row-major and little-endian. Empty model_version = the newest ready version. Unknown parameters are ignored.
+    """Tensors are row-major and little-endian; FP16 and BF16 are raw only. Empty model_version = the newest ready version.
 
-    Codes: NOT_FOUND (`Request for unknown model`), UNAVAILABLE with RetryInfo (the model is loading), FAILED_PRECONDITION (it failed
-    to load), INVALID_ARGUMENT with BadRequest (a tensor's name, dtype, shape or byte size; a mix of raw and typed contents),
-    RESOURCE_EXHAUSTED with RetryInfo and trailer grpc-retry-pushback-ms: -1 (the queue is full), DEADLINE_EXCEEDED (the budget is
-    spent, or cannot suffice), UNAUTHENTICATED and PERMISSION_DENIED (scope `infer`).
+    Every call may be answered UNAUTHENTICATED, PERMISSION_DENIED (scope `infer`), RESOURCE_EXHAUSTED (too many calls at once) and
+    INVALID_ARGUMENT (the message cannot be parsed).
     """
 
     @staticmethod
@@ -387,6 +578,87 @@ class GRPCInferenceService:
             _registered_method=True)
 
     @staticmethod
+    def ModelStreamInfer(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/inference.GRPCInferenceService/ModelStreamInfer',
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelInferRequest.SerializeToString,
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelStreamInferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ModelConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/ModelConfig',
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelConfigRequest.SerializeToString,
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ModelStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/ModelStatistics',
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelStatisticsRequest.SerializeToString,
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.ModelStatisticsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def RepositoryIndex(request,
             target,
             options=(),
@@ -457,6 +729,222 @@ class GRPCInferenceService:
             '/inference.GRPCInferenceService/RepositoryModelUnload',
             plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.RepositoryModelUnloadRequest.SerializeToString,
             plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.RepositoryModelUnloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SystemSharedMemoryStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/SystemSharedMemoryStatus',
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryStatusRequest.SerializeToString,
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SystemSharedMemoryRegister(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/SystemSharedMemoryRegister',
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryRegisterRequest.SerializeToString,
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryRegisterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SystemSharedMemoryUnregister(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/SystemSharedMemoryUnregister',
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryUnregisterRequest.SerializeToString,
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.SystemSharedMemoryUnregisterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CudaSharedMemoryStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/CudaSharedMemoryStatus',
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryStatusRequest.SerializeToString,
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CudaSharedMemoryRegister(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/CudaSharedMemoryRegister',
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryRegisterRequest.SerializeToString,
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryRegisterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CudaSharedMemoryUnregister(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/CudaSharedMemoryUnregister',
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryUnregisterRequest.SerializeToString,
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.CudaSharedMemoryUnregisterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TraceSetting(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/TraceSetting',
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.TraceSettingRequest.SerializeToString,
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.TraceSettingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LogSettings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/LogSettings',
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.LogSettingsRequest.SerializeToString,
+            plait_dot_api_dot_inference_dot_v2_dot_inference__pb2.LogSettingsResponse.FromString,
             options,
             channel_credentials,
             insecure,

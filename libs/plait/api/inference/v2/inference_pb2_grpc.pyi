@@ -29,12 +29,10 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GRPCInferenceServiceStub:
-    """Tensors are row-major and little-endian. Empty model_version = the newest ready version. Unknown parameters are ignored.
+    """Tensors are row-major and little-endian; FP16 and BF16 are raw only. Empty model_version = the newest ready version.
 
-    Codes: NOT_FOUND (`Request for unknown model`), UNAVAILABLE with RetryInfo (the model is loading), FAILED_PRECONDITION (it failed
-    to load), INVALID_ARGUMENT with BadRequest (a tensor's name, dtype, shape or byte size; a mix of raw and typed contents),
-    RESOURCE_EXHAUSTED with RetryInfo and trailer grpc-retry-pushback-ms: -1 (the queue is full), DEADLINE_EXCEEDED (the budget is
-    spent, or cannot suffice), UNAUTHENTICATED and PERMISSION_DENIED (scope `infer`).
+    Every call may be answered UNAUTHENTICATED, PERMISSION_DENIED (scope `infer`), RESOURCE_EXHAUSTED (too many calls at once) and
+    INVALID_ARGUMENT (the message cannot be parsed).
     """
 
     @_typing.overload
@@ -46,28 +44,62 @@ class GRPCInferenceServiceStub:
     ServerReady: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ServerReadyRequest, _inference_pb2.ServerReadyResponse]
     """Are all its models ready?"""
     ModelReady: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelReadyRequest, _inference_pb2.ModelReadyResponse]
-    """Is this model ready? NOT_FOUND when unknown."""
+    """Is this model ready? False while it loads, and when it failed to. NOT_FOUND when unknown."""
     ServerMetadata: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ServerMetadataRequest, _inference_pb2.ServerMetadataResponse]
     """Name, version and extensions of the server."""
     ModelMetadata: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelMetadataRequest, _inference_pb2.ModelMetadataResponse]
-    """Inputs, outputs and versions of a model. NOT_FOUND when unknown."""
+    """Inputs, outputs and versions of a model. NOT_FOUND when unknown, UNAVAILABLE (loading), FAILED_PRECONDITION (it failed to load)."""
     ModelInfer: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelInferResponse]
-    """One forward pass, shared with other callers where that pays. At most 16 MiB unless set otherwise."""
+    """One forward pass, shared with other callers where that pays. At most 16 MiB unless set otherwise.
+
+    NOT_FOUND (`Request for unknown model`), UNAVAILABLE with RetryInfo (the model is loading), FAILED_PRECONDITION (it failed to load),
+    INVALID_ARGUMENT with BadRequest (a tensor's name, dtype, shape or byte size; a mix of raw and typed contents; a known parameter of
+    the wrong type), RESOURCE_EXHAUSTED with RetryInfo and trailer grpc-retry-pushback-ms: -1 (the queue is full), DEADLINE_EXCEEDED (the
+    budget is spent, or cannot suffice), INTERNAL (the model failed on this request).
+    """
+    ModelStreamInfer: _grpc.StreamStreamMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelStreamInferResponse]
+    """Many ModelInfer calls over one stream, computed side by side and answered in the order asked, as Triton does for models that are not
+    decoupled: its clients get an error without an id. What fails is answered with error_message and leaves the stream open, or, with the
+    header `triton_grpc_error: true`, ends it with the status ModelInfer would have. A call has
+    the stream's deadline, and never more than the server's default.
+    """
+    ModelConfig: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelConfigRequest, _inference_pb2.ModelConfigResponse]
+    """How a model is run, in Triton's terms. Codes as ModelMetadata."""
+    ModelStatistics: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelStatisticsRequest, _inference_pb2.ModelStatisticsResponse]
+    """What the ready versions of a model (of every model where none is named) have done since the process began. Codes as ModelMetadata."""
     RepositoryIndex: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RepositoryIndexRequest, _inference_pb2.RepositoryIndexResponse]
     """Models this worker knows, with state and reason."""
     RepositoryModelLoad: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RepositoryModelLoadRequest, _inference_pb2.RepositoryModelLoadResponse]
-    """Load a model the registry knows. PERMISSION_DENIED unless settings allow it."""
+    """Load a model the registry knows, as the registry has it. NOT_FOUND; PERMISSION_DENIED unless settings allow it; INVALID_ARGUMENT with
+    parameters, which would say otherwise.
+    """
     RepositoryModelUnload: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RepositoryModelUnloadRequest, _inference_pb2.RepositoryModelUnloadResponse]
-    """Unload it. PERMISSION_DENIED unless settings allow it."""
+    """Unload it. NOT_FOUND; PERMISSION_DENIED unless settings allow it."""
+    SystemSharedMemoryStatus: _grpc.UnaryUnaryMultiCallable[_inference_pb2.SystemSharedMemoryStatusRequest, _inference_pb2.SystemSharedMemoryStatusResponse]
+    """UNIMPLEMENTED, as are the five below: tensors travel in the messages."""
+    SystemSharedMemoryRegister: _grpc.UnaryUnaryMultiCallable[_inference_pb2.SystemSharedMemoryRegisterRequest, _inference_pb2.SystemSharedMemoryRegisterResponse]
+    """UNIMPLEMENTED."""
+    SystemSharedMemoryUnregister: _grpc.UnaryUnaryMultiCallable[_inference_pb2.SystemSharedMemoryUnregisterRequest, _inference_pb2.SystemSharedMemoryUnregisterResponse]
+    """UNIMPLEMENTED."""
+    CudaSharedMemoryStatus: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CudaSharedMemoryStatusRequest, _inference_pb2.CudaSharedMemoryStatusResponse]
+    """UNIMPLEMENTED."""
+    CudaSharedMemoryRegister: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CudaSharedMemoryRegisterRequest, _inference_pb2.CudaSharedMemoryRegisterResponse]
+    """UNIMPLEMENTED."""
+    CudaSharedMemoryUnregister: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CudaSharedMemoryUnregisterRequest, _inference_pb2.CudaSharedMemoryUnregisterResponse]
+    """UNIMPLEMENTED."""
+    TraceSetting: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TraceSettingRequest, _inference_pb2.TraceSettingResponse]
+    """Show how traces are sampled, and change it where settings allow (else PERMISSION_DENIED). INVALID_ARGUMENT for a setting or value
+    there is not, FAILED_PRECONDITION where the process exports no traces, UNIMPLEMENTED to change one model alone.
+    """
+    LogSettings: _grpc.UnaryUnaryMultiCallable[_inference_pb2.LogSettingsRequest, _inference_pb2.LogSettingsResponse]
+    """Show what is logged, and change it where settings allow (else PERMISSION_DENIED). INVALID_ARGUMENT for a setting or value there is not."""
 
 @_typing.type_check_only
 class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
-    """Tensors are row-major and little-endian. Empty model_version = the newest ready version. Unknown parameters are ignored.
+    """Tensors are row-major and little-endian; FP16 and BF16 are raw only. Empty model_version = the newest ready version.
 
-    Codes: NOT_FOUND (`Request for unknown model`), UNAVAILABLE with RetryInfo (the model is loading), FAILED_PRECONDITION (it failed
-    to load), INVALID_ARGUMENT with BadRequest (a tensor's name, dtype, shape or byte size; a mix of raw and typed contents),
-    RESOURCE_EXHAUSTED with RetryInfo and trailer grpc-retry-pushback-ms: -1 (the queue is full), DEADLINE_EXCEEDED (the budget is
-    spent, or cannot suffice), UNAUTHENTICATED and PERMISSION_DENIED (scope `infer`).
+    Every call may be answered UNAUTHENTICATED, PERMISSION_DENIED (scope `infer`), RESOURCE_EXHAUSTED (too many calls at once) and
+    INVALID_ARGUMENT (the message cannot be parsed).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -76,27 +108,61 @@ class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
     ServerReady: _aio.UnaryUnaryMultiCallable[_inference_pb2.ServerReadyRequest, _inference_pb2.ServerReadyResponse]  # type: ignore[assignment]
     """Are all its models ready?"""
     ModelReady: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelReadyRequest, _inference_pb2.ModelReadyResponse]  # type: ignore[assignment]
-    """Is this model ready? NOT_FOUND when unknown."""
+    """Is this model ready? False while it loads, and when it failed to. NOT_FOUND when unknown."""
     ServerMetadata: _aio.UnaryUnaryMultiCallable[_inference_pb2.ServerMetadataRequest, _inference_pb2.ServerMetadataResponse]  # type: ignore[assignment]
     """Name, version and extensions of the server."""
     ModelMetadata: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelMetadataRequest, _inference_pb2.ModelMetadataResponse]  # type: ignore[assignment]
-    """Inputs, outputs and versions of a model. NOT_FOUND when unknown."""
+    """Inputs, outputs and versions of a model. NOT_FOUND when unknown, UNAVAILABLE (loading), FAILED_PRECONDITION (it failed to load)."""
     ModelInfer: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelInferResponse]  # type: ignore[assignment]
-    """One forward pass, shared with other callers where that pays. At most 16 MiB unless set otherwise."""
+    """One forward pass, shared with other callers where that pays. At most 16 MiB unless set otherwise.
+
+    NOT_FOUND (`Request for unknown model`), UNAVAILABLE with RetryInfo (the model is loading), FAILED_PRECONDITION (it failed to load),
+    INVALID_ARGUMENT with BadRequest (a tensor's name, dtype, shape or byte size; a mix of raw and typed contents; a known parameter of
+    the wrong type), RESOURCE_EXHAUSTED with RetryInfo and trailer grpc-retry-pushback-ms: -1 (the queue is full), DEADLINE_EXCEEDED (the
+    budget is spent, or cannot suffice), INTERNAL (the model failed on this request).
+    """
+    ModelStreamInfer: _aio.StreamStreamMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelStreamInferResponse]  # type: ignore[assignment]
+    """Many ModelInfer calls over one stream, computed side by side and answered in the order asked, as Triton does for models that are not
+    decoupled: its clients get an error without an id. What fails is answered with error_message and leaves the stream open, or, with the
+    header `triton_grpc_error: true`, ends it with the status ModelInfer would have. A call has
+    the stream's deadline, and never more than the server's default.
+    """
+    ModelConfig: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelConfigRequest, _inference_pb2.ModelConfigResponse]  # type: ignore[assignment]
+    """How a model is run, in Triton's terms. Codes as ModelMetadata."""
+    ModelStatistics: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelStatisticsRequest, _inference_pb2.ModelStatisticsResponse]  # type: ignore[assignment]
+    """What the ready versions of a model (of every model where none is named) have done since the process began. Codes as ModelMetadata."""
     RepositoryIndex: _aio.UnaryUnaryMultiCallable[_inference_pb2.RepositoryIndexRequest, _inference_pb2.RepositoryIndexResponse]  # type: ignore[assignment]
     """Models this worker knows, with state and reason."""
     RepositoryModelLoad: _aio.UnaryUnaryMultiCallable[_inference_pb2.RepositoryModelLoadRequest, _inference_pb2.RepositoryModelLoadResponse]  # type: ignore[assignment]
-    """Load a model the registry knows. PERMISSION_DENIED unless settings allow it."""
+    """Load a model the registry knows, as the registry has it. NOT_FOUND; PERMISSION_DENIED unless settings allow it; INVALID_ARGUMENT with
+    parameters, which would say otherwise.
+    """
     RepositoryModelUnload: _aio.UnaryUnaryMultiCallable[_inference_pb2.RepositoryModelUnloadRequest, _inference_pb2.RepositoryModelUnloadResponse]  # type: ignore[assignment]
-    """Unload it. PERMISSION_DENIED unless settings allow it."""
+    """Unload it. NOT_FOUND; PERMISSION_DENIED unless settings allow it."""
+    SystemSharedMemoryStatus: _aio.UnaryUnaryMultiCallable[_inference_pb2.SystemSharedMemoryStatusRequest, _inference_pb2.SystemSharedMemoryStatusResponse]  # type: ignore[assignment]
+    """UNIMPLEMENTED, as are the five below: tensors travel in the messages."""
+    SystemSharedMemoryRegister: _aio.UnaryUnaryMultiCallable[_inference_pb2.SystemSharedMemoryRegisterRequest, _inference_pb2.SystemSharedMemoryRegisterResponse]  # type: ignore[assignment]
+    """UNIMPLEMENTED."""
+    SystemSharedMemoryUnregister: _aio.UnaryUnaryMultiCallable[_inference_pb2.SystemSharedMemoryUnregisterRequest, _inference_pb2.SystemSharedMemoryUnregisterResponse]  # type: ignore[assignment]
+    """UNIMPLEMENTED."""
+    CudaSharedMemoryStatus: _aio.UnaryUnaryMultiCallable[_inference_pb2.CudaSharedMemoryStatusRequest, _inference_pb2.CudaSharedMemoryStatusResponse]  # type: ignore[assignment]
+    """UNIMPLEMENTED."""
+    CudaSharedMemoryRegister: _aio.UnaryUnaryMultiCallable[_inference_pb2.CudaSharedMemoryRegisterRequest, _inference_pb2.CudaSharedMemoryRegisterResponse]  # type: ignore[assignment]
+    """UNIMPLEMENTED."""
+    CudaSharedMemoryUnregister: _aio.UnaryUnaryMultiCallable[_inference_pb2.CudaSharedMemoryUnregisterRequest, _inference_pb2.CudaSharedMemoryUnregisterResponse]  # type: ignore[assignment]
+    """UNIMPLEMENTED."""
+    TraceSetting: _aio.UnaryUnaryMultiCallable[_inference_pb2.TraceSettingRequest, _inference_pb2.TraceSettingResponse]  # type: ignore[assignment]
+    """Show how traces are sampled, and change it where settings allow (else PERMISSION_DENIED). INVALID_ARGUMENT for a setting or value
+    there is not, FAILED_PRECONDITION where the process exports no traces, UNIMPLEMENTED to change one model alone.
+    """
+    LogSettings: _aio.UnaryUnaryMultiCallable[_inference_pb2.LogSettingsRequest, _inference_pb2.LogSettingsResponse]  # type: ignore[assignment]
+    """Show what is logged, and change it where settings allow (else PERMISSION_DENIED). INVALID_ARGUMENT for a setting or value there is not."""
 
 class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tensors are row-major and little-endian. Empty model_version = the newest ready version. Unknown parameters are ignored.
+    """Tensors are row-major and little-endian; FP16 and BF16 are raw only. Empty model_version = the newest ready version.
 
-    Codes: NOT_FOUND (`Request for unknown model`), UNAVAILABLE with RetryInfo (the model is loading), FAILED_PRECONDITION (it failed
-    to load), INVALID_ARGUMENT with BadRequest (a tensor's name, dtype, shape or byte size; a mix of raw and typed contents),
-    RESOURCE_EXHAUSTED with RetryInfo and trailer grpc-retry-pushback-ms: -1 (the queue is full), DEADLINE_EXCEEDED (the budget is
-    spent, or cannot suffice), UNAUTHENTICATED and PERMISSION_DENIED (scope `infer`).
+    Every call may be answered UNAUTHENTICATED, PERMISSION_DENIED (scope `infer`), RESOURCE_EXHAUSTED (too many calls at once) and
+    INVALID_ARGUMENT (the message cannot be parsed).
     """
 
     @_abc_1.abstractmethod
@@ -121,7 +187,7 @@ class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ModelReadyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ModelReadyResponse, _abc.Awaitable[_inference_pb2.ModelReadyResponse]]:
-        """Is this model ready? NOT_FOUND when unknown."""
+        """Is this model ready? False while it loads, and when it failed to. NOT_FOUND when unknown."""
 
     @_abc_1.abstractmethod
     def ServerMetadata(
@@ -137,7 +203,7 @@ class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ModelMetadataRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ModelMetadataResponse, _abc.Awaitable[_inference_pb2.ModelMetadataResponse]]:
-        """Inputs, outputs and versions of a model. NOT_FOUND when unknown."""
+        """Inputs, outputs and versions of a model. NOT_FOUND when unknown, UNAVAILABLE (loading), FAILED_PRECONDITION (it failed to load)."""
 
     @_abc_1.abstractmethod
     def ModelInfer(
@@ -145,7 +211,41 @@ class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ModelInferRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ModelInferResponse, _abc.Awaitable[_inference_pb2.ModelInferResponse]]:
-        """One forward pass, shared with other callers where that pays. At most 16 MiB unless set otherwise."""
+        """One forward pass, shared with other callers where that pays. At most 16 MiB unless set otherwise.
+
+        NOT_FOUND (`Request for unknown model`), UNAVAILABLE with RetryInfo (the model is loading), FAILED_PRECONDITION (it failed to load),
+        INVALID_ARGUMENT with BadRequest (a tensor's name, dtype, shape or byte size; a mix of raw and typed contents; a known parameter of
+        the wrong type), RESOURCE_EXHAUSTED with RetryInfo and trailer grpc-retry-pushback-ms: -1 (the queue is full), DEADLINE_EXCEEDED (the
+        budget is spent, or cannot suffice), INTERNAL (the model failed on this request).
+        """
+
+    @_abc_1.abstractmethod
+    def ModelStreamInfer(
+        self,
+        request_iterator: _MaybeAsyncIterator[_inference_pb2.ModelInferRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.ModelStreamInferResponse], _abc.AsyncIterator[_inference_pb2.ModelStreamInferResponse]]:
+        """Many ModelInfer calls over one stream, computed side by side and answered in the order asked, as Triton does for models that are not
+        decoupled: its clients get an error without an id. What fails is answered with error_message and leaves the stream open, or, with the
+        header `triton_grpc_error: true`, ends it with the status ModelInfer would have. A call has
+        the stream's deadline, and never more than the server's default.
+        """
+
+    @_abc_1.abstractmethod
+    def ModelConfig(
+        self,
+        request: _inference_pb2.ModelConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ModelConfigResponse, _abc.Awaitable[_inference_pb2.ModelConfigResponse]]:
+        """How a model is run, in Triton's terms. Codes as ModelMetadata."""
+
+    @_abc_1.abstractmethod
+    def ModelStatistics(
+        self,
+        request: _inference_pb2.ModelStatisticsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ModelStatisticsResponse, _abc.Awaitable[_inference_pb2.ModelStatisticsResponse]]:
+        """What the ready versions of a model (of every model where none is named) have done since the process began. Codes as ModelMetadata."""
 
     @_abc_1.abstractmethod
     def RepositoryIndex(
@@ -161,7 +261,9 @@ class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.RepositoryModelLoadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.RepositoryModelLoadResponse, _abc.Awaitable[_inference_pb2.RepositoryModelLoadResponse]]:
-        """Load a model the registry knows. PERMISSION_DENIED unless settings allow it."""
+        """Load a model the registry knows, as the registry has it. NOT_FOUND; PERMISSION_DENIED unless settings allow it; INVALID_ARGUMENT with
+        parameters, which would say otherwise.
+        """
 
     @_abc_1.abstractmethod
     def RepositoryModelUnload(
@@ -169,6 +271,72 @@ class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.RepositoryModelUnloadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.RepositoryModelUnloadResponse, _abc.Awaitable[_inference_pb2.RepositoryModelUnloadResponse]]:
-        """Unload it. PERMISSION_DENIED unless settings allow it."""
+        """Unload it. NOT_FOUND; PERMISSION_DENIED unless settings allow it."""
+
+    @_abc_1.abstractmethod
+    def SystemSharedMemoryStatus(
+        self,
+        request: _inference_pb2.SystemSharedMemoryStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.SystemSharedMemoryStatusResponse, _abc.Awaitable[_inference_pb2.SystemSharedMemoryStatusResponse]]:
+        """UNIMPLEMENTED, as are the five below: tensors travel in the messages."""
+
+    @_abc_1.abstractmethod
+    def SystemSharedMemoryRegister(
+        self,
+        request: _inference_pb2.SystemSharedMemoryRegisterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.SystemSharedMemoryRegisterResponse, _abc.Awaitable[_inference_pb2.SystemSharedMemoryRegisterResponse]]:
+        """UNIMPLEMENTED."""
+
+    @_abc_1.abstractmethod
+    def SystemSharedMemoryUnregister(
+        self,
+        request: _inference_pb2.SystemSharedMemoryUnregisterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.SystemSharedMemoryUnregisterResponse, _abc.Awaitable[_inference_pb2.SystemSharedMemoryUnregisterResponse]]:
+        """UNIMPLEMENTED."""
+
+    @_abc_1.abstractmethod
+    def CudaSharedMemoryStatus(
+        self,
+        request: _inference_pb2.CudaSharedMemoryStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.CudaSharedMemoryStatusResponse, _abc.Awaitable[_inference_pb2.CudaSharedMemoryStatusResponse]]:
+        """UNIMPLEMENTED."""
+
+    @_abc_1.abstractmethod
+    def CudaSharedMemoryRegister(
+        self,
+        request: _inference_pb2.CudaSharedMemoryRegisterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.CudaSharedMemoryRegisterResponse, _abc.Awaitable[_inference_pb2.CudaSharedMemoryRegisterResponse]]:
+        """UNIMPLEMENTED."""
+
+    @_abc_1.abstractmethod
+    def CudaSharedMemoryUnregister(
+        self,
+        request: _inference_pb2.CudaSharedMemoryUnregisterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.CudaSharedMemoryUnregisterResponse, _abc.Awaitable[_inference_pb2.CudaSharedMemoryUnregisterResponse]]:
+        """UNIMPLEMENTED."""
+
+    @_abc_1.abstractmethod
+    def TraceSetting(
+        self,
+        request: _inference_pb2.TraceSettingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.TraceSettingResponse, _abc.Awaitable[_inference_pb2.TraceSettingResponse]]:
+        """Show how traces are sampled, and change it where settings allow (else PERMISSION_DENIED). INVALID_ARGUMENT for a setting or value
+        there is not, FAILED_PRECONDITION where the process exports no traces, UNIMPLEMENTED to change one model alone.
+        """
+
+    @_abc_1.abstractmethod
+    def LogSettings(
+        self,
+        request: _inference_pb2.LogSettingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.LogSettingsResponse, _abc.Awaitable[_inference_pb2.LogSettingsResponse]]:
+        """Show what is logged, and change it where settings allow (else PERMISSION_DENIED). INVALID_ARGUMENT for a setting or value there is not."""
 
 def add_GRPCInferenceServiceServicer_to_server(servicer: GRPCInferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

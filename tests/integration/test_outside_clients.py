@@ -1,0 +1,168 @@
+"""Stock clients against a running worker: tritonclient, and KServe's where an interpreter that has it is named.
+
+Each runs in a process of its own, because its generated stubs have the names of ours, and reports what it saw as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.fakes.echo_model import EchoLoader, echo_models
+from tests.fakes.registry_world import eventually
+from tests.fakes.worker_world import Doubler, WorkerWorld, model, publish_ranker, published, scripted, snapshot, worker_world
+
+from plait.dtypes import BY_NAME
+from plait.registry.artifact import ArtifactManifest
+from plait.registry.records import ModelVersion, TensorSpec
+
+CLIENTS = Path(__file__).parents[1] / "fakes" / "clients"
+KSERVE_PYTHON = "PLAIT_TEST_KSERVE_PYTHON"
+
+
+@pytest.fixture(scope="module")
+def ranker(tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
+    return publish_ranker(tmp_path_factory.mktemp("ranker") / "1")
+
+
+@pytest.fixture(scope="module")
+def cats(tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
+    """A Doubler whose two outputs have names."""
+    folder = tmp_path_factory.mktemp("cats")
+    scripted(Doubler()).save(str(folder / "model.pt"))
+    (folder / "labels.txt").write_text("cat\ndog\n")
+    tensors = [TensorSpec(name=name, dtype="float32", shape=(-1, 2)) for name in "xy"]
+    manifest = ArtifactManifest(
+        name="cats", format="torchscript", entry="model.pt", inputs=(tensors[0],), outputs=(tensors[1],), labels={"y": "labels.txt"}
+    )
+    return published(folder, manifest)
+
+
+async def run_client(w: WorkerWorld, script: str, python: str = sys.executable, env: Mapping[str, str] = os.environ) -> Any:
+    """Return what the client saw; its stderr, should it fail."""
+    process = await asyncio.create_subprocess_exec(
+        python, str(CLIENTS / script), w.server.address, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=env
+    )
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), 100)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0, err.decode()
+    return json.loads(out.decode().splitlines()[-1])
+
+
+async def test_tritonclient_call_by_call(ranker: ModelVersion, cats: ModelVersion) -> None:
+    world = snapshot(model("ranker", ranker), model("cats", cats), *echo_models())
+    async with worker_world(world, models={"repository_control": True}, loader_type=EchoLoader) as w:
+        seen = await run_client(w, "triton_sync.py")
+    _check_look(seen["look"])
+    assert seen["infer"] == {
+        "answer": ["r-7", [1.0, 5.0], [0, 1]],
+        "chosen": [True, [0, 1]],
+        "classes": ["4.000000:1:dog", "8.000000:0:cat"],
+        "echoed": dict.fromkeys(BY_NAME, True),
+    }
+    assert {name: status.removeprefix("StatusCode.") for name, (status, _) in seen["errors"].items()} == {
+        "unknown model": "NOT_FOUND",
+        "unknown version": "NOT_FOUND",
+        "wrong shape": "INVALID_ARGUMENT",
+        "missing input": "INVALID_ARGUMENT",
+        "unknown output": "INVALID_ARGUMENT",
+        "no time": "DEADLINE_EXCEEDED",
+        "config": "NOT_FOUND",
+        "statistics": "NOT_FOUND",
+        "shared memory": "UNIMPLEMENTED",
+        "cuda memory": "UNIMPLEMENTED",
+        "log control": "PERMISSION_DENIED",
+        "trace control": "PERMISSION_DENIED",
+        "load": "NOT_FOUND",
+    }
+    assert "Request for unknown model" in seen["errors"]["unknown model"][1]
+    assert seen["repository"]["index"] == [{"name": "ranker", "version": "1", "state": "READY"}]
+    assert seen["repository"]["unloaded"][0] == "StatusCode.NOT_FOUND"
+    assert seen["repository"]["loaded"] == [1.0, 5.0]
+    _check_statistics(seen)
+
+
+def _check_look(look: Any) -> None:
+    assert look["health"] == [True] * 4
+    assert look["server"]["name"] == "plait-model-worker"
+    assert set(look["server"]["extensions"]) >= {"classification", "model_configuration", "model_repository", "statistics"}
+    assert look["ranker"]["versions"] == ["1"]
+    assert [(t["name"], t["datatype"], t["shape"]) for t in look["ranker"]["inputs"]] == [
+        ("user", "FP32", ["1", "3"]),
+        ("item", "FP32", ["-1", "3"]),
+    ]
+    assert "max_batch_size" not in look["ranker config"]  # 0: its user is per request
+    assert look["cats config"]["max_batch_size"] == 4096
+    assert look["cats config"]["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": ["2"]}]
+    assert look["cats config"]["output"] == [{"name": "y", "data_type": "TYPE_FP32", "dims": ["2"], "label_filename": "labels.txt"}]
+    assert look["log settings"]["log_error"] == {"bool_param": True}
+    assert look["trace settings"]["trace_level"] == {"value": ["OFF"]}
+
+
+def _check_statistics(seen: Any) -> None:
+    [stats] = seen["statistics"]
+    assert (stats["name"], stats["version"]) == ("ranker", "1")
+    assert (int(stats["inference_count"]), int(stats["execution_count"])) == (6, 3)  # counters outlive the unloading in between
+    assert int(stats["inference_stats"]["success"]["count"]) == 3
+    assert int(stats["inference_stats"]["fail"]["count"]) == 4
+    assert int(stats["inference_stats"]["compute_infer"]["ns"]) > 0
+    assert int(stats["last_inference"]) > 1_600_000_000_000
+    [batch] = stats["batch_stats"]
+    assert (batch["batch_size"], batch["compute_infer"]["count"]) == ("2", "3")
+    assert set(seen["all statistics"]) == {"ranker", "cats", *(f"echo-{dtype}" for dtype in BY_NAME)}
+
+
+async def test_tritonclient_with_asyncio(ranker: ModelVersion) -> None:
+    async with worker_world(snapshot(model("ranker", ranker))) as w:
+        seen = await run_client(w, "triton_async.py")
+    assert seen["live"] is True
+    assert seen["scores"] == [[n, 2 * n] for n in range(32)]
+    assert seen["unknown"] == "StatusCode.NOT_FOUND"
+    for n, answer in enumerate(seen["streamed"]):
+        if n % 4 == 3:
+            assert "does not fit the model's signature" in answer[0]
+        else:
+            assert answer == [f"r{n}", [n, 2 * n]]
+    assert len(seen["streamed"]) == 32
+    assert int(seen["inference_count"]) == 2 * (32 + 24)
+
+
+async def test_tritonclients_stream_is_answered_in_order_whatever_fails_in_between(cats: ModelVersion) -> None:
+    async with worker_world(snapshot(model("cats", cats))) as w:
+        seen = await run_client(w, "triton_stream.py")
+        method = "/inference.GRPCInferenceService/ModelStreamInfer"
+        await eventually(lambda: w.sample("plait_rpc_server_handled_total", method=method, code="OK") == 1)
+    assert len(seen) == 65
+    for n, answer in enumerate(seen[:64]):
+        if n in (7, 20, 21):
+            assert answer[0] == "error"
+            assert "does not fit the model's signature" in answer[1]
+        else:
+            assert answer == [f"r{n}", [[2 * n, 2 * n]], True]
+    assert "Request for unknown model" in seen[64][1]
+
+
+async def test_kserves_client(ranker: ModelVersion) -> None:
+    python = os.environ.get(KSERVE_PYTHON, "")
+    if not python:
+        pytest.skip(f"needs an interpreter that imports kserve, named by {KSERVE_PYTHON}")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    async with worker_world(snapshot(model("ranker", ranker)), models={"repository_control": True}) as w:
+        seen = await run_client(w, "kserve_client.py", python, env)
+    assert seen["health"] == [True, True, True]
+    assert seen["metadata"] == ["ranker", ["1"], [[1, 3], [-1, 3]]]
+    assert seen["score"] == [1.0, 5.0]
+    assert seen["score raw"] == [1.0, 5.0]
+    assert seen["unknown"] == "NOT_FOUND"
+    assert seen["unloaded"] is False
+    assert seen["loaded"] == [1.0, 5.0]
