@@ -36,6 +36,10 @@ class StateFolder:
     def redis(self) -> Path:
         return self.path / "redis"
 
+    @property
+    def artifacts(self) -> Path:
+        return self.path / "artifacts"
+
     def log(self, name: str) -> Path:
         return self.path / "logs" / f"{name}.log"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 
+from model_worker.artifacts import Fetcher
 from model_worker.inference import Inference
 from model_worker.instruments import Instruments
 from model_worker.models import Models
@@ -32,7 +34,8 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
     tasks.start(watcher.run(), "registry")
 
     instruments = Instruments(metrics)
-    models = Models(settings.models, Loader(settings.models, settings.batching, instruments), instruments)
+    fetcher = await asyncio.to_thread(Fetcher, settings.artifacts, settings.models.artifact_root)
+    models = Models(settings.models, Loader(settings.models, settings.batching, instruments, fetcher), instruments)
     stack.push_async_callback(models.close)
     await watcher.first(registry.first_snapshot_timeout_s)
     watcher.subscribe(models.adopt)

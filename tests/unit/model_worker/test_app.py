@@ -29,6 +29,7 @@ async def test_it_serves_what_the_registry_names_until_it_is_told_to_stop(postgr
     settings = ModelWorkerSettings(
         rpc={"service_token": "the-token", "port_file": tmp_path / "port", "grace_s": 2},  # type: ignore[arg-type]
         registry={"dsn": postgres_dsn, "last_known_good": tmp_path / "lkg"},  # type: ignore[arg-type]
+        artifacts={"cache": tmp_path / "cache"},  # type: ignore[arg-type]
         models={"unload_after_s": 0},  # type: ignore[arg-type]
     )
     async with await Store.open(postgres_dsn) as store:

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plait.errors import FailedPrecondition, InvalidArgument
+from plait.errors import FailedPrecondition
 from plait.registry import artifact
 from plait.registry.artifact import ArtifactManifest, FileDigest, SelfTest
 from plait.registry.records import Batching, TensorSpec
@@ -183,19 +183,3 @@ def test_writing_refuses_an_entry_that_is_not_there(folder: Path) -> None:
     with pytest.raises(FailedPrecondition, match=r"'other\.pt' is not listed"):
         artifact.write(folder, dataclasses.replace(MANIFEST, entry="other.pt"))
     assert not (folder / "model.yaml").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "path"),
-    [("a", "/base/a"), ("./a/../b", "/base/b"), ("/abs", "/abs"), ("file:///abs/a", "/abs/a")],
-)
-def test_locations_are_made_absolute(text: str, path: str) -> None:
-    assert artifact.location(text, Path("/base")) == Path(path)
-
-
-@pytest.mark.parametrize(
-    ("text", "part"), [("s3://b/k", "come later"), ("gs://b/k", "come later"), ("http://h/x", "not known"), ("file://rel", "absolute path")]
-)
-def test_locations_elsewhere_are_refused(text: str, part: str) -> None:
-    with pytest.raises(InvalidArgument, match=part):
-        artifact.location(text, Path("/base"))
