@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from plait.errors import PlaitError
@@ -53,13 +53,18 @@ class ArtifactSettings(Group):
         (), description='public keys whose signatures count, as a JSON list of "ed25519:<base64>" (plait artifact keygen prints them)'
     )
 
-    @model_validator(mode="after")
-    def _usable(self) -> ArtifactSettings:
-        for key in self.trusted_keys:
+    @field_validator("trusted_keys")
+    @classmethod
+    def _keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        for key in keys:
             try:
                 public_key(key)
             except PlaitError as error:
-                raise ValueError(f"trusted_keys: {error.message}") from None
+                raise ValueError(error.message) from None
+        return keys
+
+    @model_validator(mode="after")
+    def _usable(self) -> ArtifactSettings:
         if self.require_signature and not self.trusted_keys:
             raise ValueError("require_signature without trusted_keys would refuse every artifact: list the public keys to trust")
         return self
