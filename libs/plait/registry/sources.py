@@ -116,7 +116,13 @@ def read_signature(source: Source) -> bytes | None:
 
 
 def copy(source: Source, name: str, expected: FileDigest, write: Callable[[bytes], object]) -> None:
-    """Hand a file's bytes to `write` as they arrive; return once they proved to be what was published.
+    """Hand a file's bytes to `write` as they arrive; return once they proved to be what was published. Raises as `verified` does."""
+    for chunk in verified(source, name, expected):
+        write(chunk)
+
+
+def verified(source: Source, name: str, expected: FileDigest) -> Iterator[bytes]:
+    """Yield a file as it arrives; it is proven to be what was published once this ends without an error.
 
     Stops at the first byte more than `expected.size_bytes`. Raises FailedPrecondition (ARTIFACT_CORRUPT) and as `Source` does; a listed
     file that is not there is ARTIFACT_CORRUPT too, because an artifact without it is not what was published.
@@ -126,13 +132,13 @@ def copy(source: Source, name: str, expected: FileDigest, write: Callable[[bytes
         for chunk in source.chunks(name):
             size_bytes += len(chunk)
             if size_bytes > expected.size_bytes:
-                raise _corrupt(name, f"holds more than the {expected.size_bytes} bytes that were published")
+                raise _corrupt(name, f"it holds more than the {expected.size_bytes} bytes that were published")
             sha256.update(chunk)
-            write(chunk)
+            yield chunk
     except FailedPrecondition as error:
         if error.reason != "ARTIFACT_MISSING":
             raise
-        raise _corrupt(name, "is missing") from error
+        raise _corrupt(name, "it is missing") from error
     found = FileDigest(sha256=sha256.hexdigest(), size_bytes=size_bytes)
     if found != expected:
         wanted = f"expected sha256 {expected.sha256} ({expected.size_bytes} bytes)"
@@ -141,5 +147,5 @@ def copy(source: Source, name: str, expected: FileDigest, write: Callable[[bytes
 
 def _corrupt(name: str, message: str) -> FailedPrecondition:
     return FailedPrecondition(
-        f"the artifact's file {name} is not what was published: it {message}", reason="ARTIFACT_CORRUPT", metadata={"file": name}
+        f"the artifact's file {name} is not what was published: {message}", reason="ARTIFACT_CORRUPT", metadata={"file": name}
     )

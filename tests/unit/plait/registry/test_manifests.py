@@ -5,11 +5,13 @@ import io
 from pathlib import Path
 
 import pytest
+from tests.fakes.object_store import ObjectStore
 
 from plait.errors import FailedPrecondition, InvalidArgument
 from plait.registry import artifact, rules
 from plait.registry.manifests import MAX_MANIFEST_BYTES, Manifest, load, parse, pin_artifacts
 from plait.registry.records import Batching, Model, ModelVersion, Tenant, TensorSpec
+from plait.registry.sources import StoreOptions
 
 HEAD = "apiVersion: plait.dev/v1\n"
 TENANT = HEAD + "kind: Tenant\nmetadata: {name: shop}\n"
@@ -202,6 +204,19 @@ def test_pinning_may_start_elsewhere_and_leaves_other_kinds_alone(tmp_path: Path
     assert pinned[0] is tenant
     assert isinstance(pinned[1].record, Model)
     assert pinned[1].record.versions[0].digest
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_an_artifact_in_an_object_store_is_pinned_by_its_model_yaml_alone(tmp_path: Path, object_store: ObjectStore, scheme: str) -> None:
+    content = (published(tmp_path / "art") / "model.yaml").read_bytes()
+    object_store.objects["models/art/1/model.yaml"] = content
+    (pinned,) = pin_artifacts([model(f"{scheme}://models/art/1/", tmp_path)], options=StoreOptions(allow_http=True, retries=0))
+    assert isinstance(pinned.record, Model)
+    (version,) = pinned.record.versions
+    assert version.artifact == f"{scheme}://models/art/1"
+    assert version.digest == artifact.digest(tmp_path / "art")
+    assert version.signature == artifact.read(tmp_path / "art").signature
+    assert object_store.order == [("GET", "models/art/1/model.yaml")]
 
 
 def test_pinning_names_every_artifact_that_cannot_be_used(tmp_path: Path) -> None:
