@@ -37,8 +37,8 @@ class StateFolder:
         return self.path / "redis"
 
     @property
-    def artifacts(self) -> Path:
-        return self.path / "artifacts"
+    def artifact_cache(self) -> Path:
+        return self.path / "artifact-cache"
 
     def log(self, name: str) -> Path:
         return self.path / "logs" / f"{name}.log"
