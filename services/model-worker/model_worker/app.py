@@ -35,6 +35,7 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
 
     instruments = Instruments(metrics)
     fetcher = await asyncio.to_thread(Fetcher, settings.artifacts, settings.models.artifact_root)
+    stack.callback(fetcher.close)
     models = Models(settings.models, Loader(settings.models, settings.batching, instruments, fetcher), instruments)
     stack.push_async_callback(models.close)
     await watcher.first(registry.first_snapshot_timeout_s)

@@ -16,6 +16,7 @@ import errno
 import os
 import secrets
 import shutil
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -82,6 +83,7 @@ class ArtifactCache:
         self._max_bytes = max_bytes
         self._concurrency = concurrency
         self._timeout_s = timeout_s
+        self._closed = threading.Event()
         with self._disk_errors():
             for folder in (self.root, self._partial, self._trash, self._locks):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ class ArtifactCache:
 
         Raises FailedPrecondition: what `Source`, `artifact` and `Trust` raise, ARTIFACT_TOO_LARGE, ARTIFACT_CACHE_UNUSABLE;
         ResourceExhausted: ARTIFACT_CACHE_FULL (all of it is in use), ARTIFACT_DISK_FULL; Unavailable: ARTIFACT_STORE_UNAVAILABLE,
-        ARTIFACT_FETCH_TIMEOUT.
+        ARTIFACT_FETCH_TIMEOUT, ARTIFACT_FETCH_STOPPED.
         """
         key = _key(digest)
         with self._disk_errors():
@@ -110,6 +112,10 @@ class ArtifactCache:
                 raise
             _touch(lease.folder)
             return Held(manifest=manifest, lease=lease)
+
+    def close(self) -> None:
+        """End what is being fetched, in other threads too, with Unavailable (ARTIFACT_FETCH_STOPPED). Leases stay as they are."""
+        self._closed.set()
 
     # --- what is here
 
@@ -151,6 +157,7 @@ class ArtifactCache:
     # --- what is not
 
     def _fetch(self, key: str, digest: str, source: Source, trust: Trust) -> ArtifactManifest:
+        began_s = time.monotonic()
         self._remove_partial(key)
         content = read_manifest(source)
         artifact.check_pinned(content, digest, source=str(source))
@@ -169,19 +176,22 @@ class ArtifactCache:
                 _sync_folder(folder)
             partial.rename(self._folder(key))
             _sync_folder(self.root)
+        log.info(
+            "an artifact was fetched", digest=digest, source=str(source), bytes=size_bytes, seconds=round(time.monotonic() - began_s, 3)
+        )
         return manifest
 
     def _fetch_files(self, source: Source, manifest: ArtifactManifest, partial: Path) -> None:
         """Fetch all files at once, up to `concurrency` of them; the first failure ends the others."""
         for name in manifest.files:
             (partial / PurePosixPath(name)).parent.mkdir(parents=True, exist_ok=True)
-        transfer = _Transfer(source, partial, time.monotonic() + self._timeout_s)
+        transfer = _Transfer(source, partial, time.monotonic() + self._timeout_s, self._closed)
         with ThreadPoolExecutor(self._concurrency, thread_name_prefix="fetch") as pool:
             tasks = [pool.submit(transfer.fetch, name, expected) for name, expected in manifest.files.items()]
             try:
                 done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
             finally:
-                transfer.stopped = True
+                transfer.failed = True
                 pool.shutdown(wait=True, cancel_futures=True)
         for task in done:
             task.result()
@@ -296,13 +306,14 @@ class ArtifactCache:
 
 
 class _Transfer:
-    """The files of one artifact on their way into one folder; `stopped` ends them all."""
+    """The files of one artifact on their way into one folder; once one `failed` or all are `stopped`, none goes on."""
 
-    def __init__(self, source: Source, folder: Path, deadline_s: float) -> None:
+    def __init__(self, source: Source, folder: Path, deadline_s: float, stopped: threading.Event) -> None:
         self._source = source
         self._folder = folder
         self._deadline_s = deadline_s
-        self.stopped = False
+        self._stopped = stopped
+        self.failed = False
 
     def fetch(self, name: str, expected: FileDigest) -> None:
         with (self._folder / PurePosixPath(name)).open("xb") as file:
@@ -312,7 +323,9 @@ class _Transfer:
 
     def _guarded(self, write: Callable[[bytes], int]) -> Callable[[bytes], None]:
         def guarded(chunk: bytes) -> None:
-            if self.stopped or time.monotonic() > self._deadline_s:
+            if self.failed or self._stopped.is_set():
+                raise Unavailable("the artifact is not fetched any further", reason="ARTIFACT_FETCH_STOPPED")
+            if time.monotonic() > self._deadline_s:
                 raise Unavailable("the artifact took too long to arrive: raise artifacts.timeout_s", reason="ARTIFACT_FETCH_TIMEOUT")
             write(chunk)
 

@@ -100,6 +100,10 @@ class Fetcher:
             raise
         return Artifact(manifest=held.manifest, folder=held.lease.folder, sample=sample, lease=held.lease)
 
+    def close(self) -> None:
+        """End what is being fetched, so that no thread holds up the process's end; artifacts that are held stay."""
+        self._cache.close()
+
     def _check_allowed(self, location: Location) -> None:
         scheme = "file" if isinstance(location, Path) else location.scheme
         if scheme not in self._settings.schemes:

@@ -88,8 +88,9 @@ def process(cache: ArtifactCache, digest: str, reference: str | Path = ADDRESS, 
 
 
 def said(child: subprocess.Popen[str]) -> str:
+    """Return its one word; what it logs are sentences."""
     assert child.stdout is not None
-    return child.stdout.readline().strip()
+    return next((line.strip() for line in child.stdout if line.strip().replace("_", "").isalpha()), "")
 
 
 # --- fetching
@@ -160,6 +161,19 @@ def test_a_digest_that_is_none_is_refused(tmp_path: Path, digest: str) -> None:
 def test_an_artifact_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     cache = cache_in(tmp_path, timeout_s=-1.0)
     assert reason(cache, published(tmp_path / "m"), tmp_path / "m") == "ARTIFACT_FETCH_TIMEOUT"
+    assert unfinished(cache) == []
+
+
+def test_a_worker_that_ends_does_not_wait_for_what_it_fetches(tmp_path: Path, object_store: ObjectStore) -> None:
+    digest, cache = pushed(object_store, tmp_path / "m", b"w" * 5_000_000), cache_in(tmp_path, max_bytes=10_000_000)
+    asked, over = threading.Event(), threading.Event()
+    object_store.faults[f"{KEY}/model.pt"] = lambda *_: bool(asked.set() or over.wait()) and False
+    with ThreadPoolExecutor(1) as pool:
+        fetching = pool.submit(reason, cache, digest)
+        asked.wait()
+        cache.close()
+        over.set()
+        assert fetching.result() == "ARTIFACT_FETCH_STOPPED"
     assert unfinished(cache) == []
 
 
