@@ -36,6 +36,8 @@ _FIELDS: Final = (
     "self_test", "files",
 )  # fmt: skip
 
+_SPARE: Final = frozenset({"feature_set", "batching", "execution", "architecture", "labels", "self_test"})  # the others stand without them
+
 Format = Literal["torchscript", "torch_export", "aotinductor", "onnx", "safetensors"]
 FORMATS: Final[tuple[Format, ...]] = get_args(Format)
 _LISTED_FORMATS: Final = f"one of {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
@@ -182,10 +184,17 @@ def _parse(content: bytes, report: Report) -> ArtifactManifest | None:
     if "format" in known and known["format"] not in FORMATS:
         report.below(root, ("format",), f"expected {_LISTED_FORMATS}, found {shown(known['format'])}; {_NEVER_PICKLE}")
         known["format"] = FORMATS[0]  # so that the other fields are looked at too; there is a problem now, so it is never used
+    before = len(report.problems)
     manifest: ArtifactManifest | None = validated(_VALIDATOR, known, root, report)
+    wrong = {problem.field.partition(".")[0].partition("[")[0] for problem in report.problems[before:]}
+    if manifest is None and wrong <= _SPARE:
+        # What the rest says is looked at too, so that nobody mends a file one kind of problem after the other.
+        rest = {name: value for name, value in known.items() if name not in wrong}
+        manifest = validated(_VALIDATOR, rest, root, Report(report.source))
     if manifest is not None:
         for steps, message in _check(manifest):
-            report.below(root, steps, message)
+            if steps[0] not in wrong:
+                report.below(root, steps, message)
     return manifest
 
 

@@ -233,8 +233,7 @@ class ArtifactCache:
             return False
         try:
             self._discard(key)
-            self._fetch_lock(key).unlink(missing_ok=True)
-            self._use_lock(key).unlink(missing_ok=True)
+            self._unlink_locks(key)
         finally:
             os.close(lock)
         log.info("an artifact was deleted to make room", digest=_DIGEST_PREFIX + key)
@@ -255,6 +254,20 @@ class ArtifactCache:
             if lock is not None:
                 self._remove_partial(key)
                 os.close(lock)
+        for key in (path.stem for path in self._locks.glob("*.use")):
+            self._forget(key)
+
+    def _forget(self, key: str) -> None:
+        """Delete the locks of an artifact that is neither here nor being fetched."""
+        lock = None if self._folder(key).exists() else file_locks.attempt(self._use_lock(key))
+        if lock is not None:
+            self._unlink_locks(key)
+            os.close(lock)
+
+    def _unlink_locks(self, key: str) -> None:
+        """The use lock must be held exclusively: whoever waits for it finds its file gone, and begins anew."""
+        self._fetch_lock(key).unlink(missing_ok=True)
+        self._use_lock(key).unlink(missing_ok=True)
 
     def _remove_partial(self, key: str) -> None:
         """Delete unfinished fetches of an artifact. Its fetch lock must be held: then nobody is at work on them."""

@@ -247,6 +247,16 @@ def test_opening_the_cache_deletes_what_dead_processes_left_but_not_what_is_unde
     assert unfinished(cache) == []
 
 
+def test_locks_of_what_is_not_here_do_not_pile_up(tmp_path: Path) -> None:
+    cache = cache_in(tmp_path)
+    kept_one = published(tmp_path / "m")
+    take(cache, kept_one, tmp_path / "m").lease.close()
+    for n in range(3):
+        assert reason(cache, f"sha256:{n:064}", tmp_path / "nothing") == "ARTIFACT_MISSING"
+    again = cache_in(tmp_path)
+    assert {path.stem for path in (again.root / "locks").iterdir()} == {kept_one.removeprefix("sha256:"), "space"}
+
+
 # --- rot
 
 

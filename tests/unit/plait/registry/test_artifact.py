@@ -211,6 +211,16 @@ def test_every_problem_is_told_at_once_with_its_line(folder: Path) -> None:
     assert len(caught.value.violations) == 4
 
 
+def test_wrong_types_do_not_hide_broken_rules(folder: Path) -> None:
+    artifact.write(folder, MANIFEST)
+    data = yaml.safe_load((folder / "model.yaml").read_text())
+    data |= {"batching": {"max_rows": "many"}, "execution": {"instances": 99}, "entry": "other.pt", "surprise": 1}
+    with pytest.raises(FailedPrecondition) as caught:
+        artifact.parse(yaml.safe_dump(data).encode(), source="model.yaml")
+    fields = [v.field.partition(" ")[2] for v in caught.value.violations]
+    assert sorted(fields) == ["batching.max_rows", "entry", "execution.instances", "surprise"]
+
+
 def test_a_signature_is_no_part_of_what_it_signs(folder: Path) -> None:
     digest = artifact.write(folder, MANIFEST)
     (folder / "model.yaml.sig").write_bytes(b"signature")
