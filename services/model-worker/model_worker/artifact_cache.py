@@ -214,20 +214,21 @@ class ArtifactCache:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _make_room(self, size_bytes: int) -> None:
-        sizes = {folder: _size_bytes(folder) for folder in self._kept()}
-        used = sum(sizes.values()) + sum(_reserved_bytes(folder) for folder in self._partial.iterdir())
-        for folder in sorted(sizes, key=_last_used_ns):
+        # In this order, and by key: what arrives between the two looks is counted, and counted once.
+        arriving = {folder.name.partition(".")[0]: _reserved_bytes(folder) for folder in self._partial.iterdir()}
+        kept = {_key_of(folder): _size_bytes(folder) for folder in self._kept()}
+        used = sum((arriving | kept).values())
+        for key in sorted(kept, key=lambda key: _last_used_ns(self._folder(key))):
             if used + size_bytes <= self._max_bytes:
                 return
-            if self._evict(folder):
-                used -= sizes[folder]
+            if self._evict(key):
+                used -= kept[key]
         if used + size_bytes > self._max_bytes:
             message = f"{size_bytes} bytes are needed, but {used} of the cache's {self._max_bytes} are in use: raise artifacts.max_bytes"
             raise ResourceExhausted(message, reason="ARTIFACT_CACHE_FULL", retry_after_s=_RETRY_AFTER_S)
 
-    def _evict(self, folder: Path) -> bool:
+    def _evict(self, key: str) -> bool:
         """Delete an artifact unless somebody uses it."""
-        key = folder.name.removeprefix("sha256-")
         lock = file_locks.attempt(self._use_lock(key))
         if lock is None:
             return False
@@ -242,7 +243,8 @@ class ArtifactCache:
     def _discard(self, key: str) -> None:
         """Take an artifact out of sight in one step, then delete it; who has its files open may go on reading them."""
         doomed = self._trash / f"{key}.{secrets.token_hex(8)}"
-        self._folder(key).rename(doomed)
+        with contextlib.suppress(FileNotFoundError):  # somebody found it rotten before us
+            self._folder(key).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
     def _sweep(self) -> None:
@@ -353,6 +355,10 @@ def _key(digest: str) -> str:
     return key
 
 
+def _key_of(folder: Path) -> str:
+    return folder.name.removeprefix("sha256-")
+
+
 def _drop(_chunk: bytes) -> None:
     pass
 
@@ -373,9 +379,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _touch(folder: Path) -> None:
-    """Note that an artifact was used now."""
+    """Note that an artifact was used now, to the nanosecond: the kernel's own idea of now moves in steps of milliseconds."""
+    now_ns = time.time_ns()
     with contextlib.suppress(FileNotFoundError):  # it could not be fetched
-        os.utime(folder)
+        os.utime(folder, ns=(now_ns, now_ns))
 
 
 def _last_used_ns(folder: Path) -> int:
@@ -386,12 +393,12 @@ def _last_used_ns(folder: Path) -> int:
 
 
 def _size_bytes(folder: Path) -> int:
+    """Return what is there now; somebody may be replacing it."""
     total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except FileNotFoundError:  # it is being replaced
-            continue
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += Path(parent, name).stat().st_size
     return total
 
 
