@@ -43,6 +43,7 @@ FORMATS: Final[tuple[Format, ...]] = get_args(Format)
 _LISTED_FORMATS: Final = f"one of {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _NEVER_PICKLE: Final = "pickle is never loaded: export the model, or save its weights as safetensors"
 
+MAX_NAME_BYTES: Final = 255
 MAX_INSTANCES: Final = 64
 MAX_TIMEOUT_MS: Final = 3_600_000
 MAX_BATCH_BYTES: Final = 1 << 40
@@ -306,6 +307,8 @@ def _check_nesting(names: Iterable[str]) -> Iterable[rules.Finding]:
 def _check_file(name: str, file: FileDigest) -> Iterable[rules.Finding]:
     if not _safe(name):
         yield ("files", name), "must be a plain path inside the artifact's folder"
+    if any(len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in name.split("/")):
+        yield ("files", name), f"has a part of more than {MAX_NAME_BYTES} bytes, which file systems refuse"
     if name in RESERVED:
         yield ("files", name), "cannot be listed in itself: the registry and the signature vouch for it"
     if not _SHA256.match(file.sha256):

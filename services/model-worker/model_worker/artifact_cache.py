@@ -218,14 +218,20 @@ class ArtifactCache:
         arriving = {folder.name.partition(".")[0]: _reserved_bytes(folder) for folder in self._partial.iterdir()}
         kept = {_key_of(folder): _size_bytes(folder) for folder in self._kept()}
         used = sum((arriving | kept).values())
+        if size_bytes > self._free_bytes() + sum(kept.values()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for key in sorted(kept, key=lambda key: _last_used_ns(self._folder(key))):
-            if used + size_bytes <= self._max_bytes:
+            if used + size_bytes <= self._max_bytes and size_bytes <= self._free_bytes():
                 return
             if self._evict(key):
                 used -= kept[key]
         if used + size_bytes > self._max_bytes:
             message = f"{size_bytes} bytes are needed, but {used} of the cache's {self._max_bytes} are in use: raise artifacts.max_bytes"
             raise ResourceExhausted(message, reason="ARTIFACT_CACHE_FULL", retry_after_s=_RETRY_AFTER_S)
+
+    def _free_bytes(self) -> int:
+        """What the disk has left: it is not ours alone, so it is asked before it is filled."""
+        return shutil.disk_usage(self.root).free
 
     def _evict(self, key: str) -> bool:
         """Delete an artifact unless somebody uses it."""

@@ -390,6 +390,17 @@ def test_a_full_disk_is_named_and_left_as_it_was(tmp_path: Path) -> None:
     assert unfinished(cache) == []
 
 
+def test_what_no_disk_can_hold_is_refused_before_it_is_fetched_or_anything_deleted(tmp_path: Path, object_store: ObjectStore) -> None:
+    small, cache = published(tmp_path / "small"), cache_in(tmp_path, max_bytes=1 << 62)
+    take(cache, small, tmp_path / "small").lease.close()
+    pushed(object_store, tmp_path / "m")
+    claimed = object_store.objects[f"{KEY}/model.yaml"].replace(b"size_bytes: 7", b"size_bytes: %d" % (1 << 61))
+    object_store.objects[f"{KEY}/model.yaml"] = claimed
+    assert reason(cache, artifact.digest_of(claimed)) == "ARTIFACT_DISK_FULL"
+    assert object_store.asked("GET", f"{KEY}/model.pt") == 0
+    assert kept(cache) == {small}
+
+
 def test_a_folder_that_cannot_be_a_cache_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_bytes(b"a file")
     with pytest.raises(PlaitError, match=r"set artifacts\.cache") as refused:

@@ -168,6 +168,7 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path_factory: pyt
         ({"labels": {"nothing": "extra/vocab.txt"}}, "labels.nothing", "is not an output; outputs: score"),
         ({"labels": {"score": "nothing.txt"}}, "labels.score", "is not listed under files"),
         ({"files": {"model.yaml": {"sha256": "0" * 64, "size_bytes": 1}}}, "files.model.yaml", "cannot be listed in itself"),
+        ({"files": {"a/" + "ü" * 128: FILE}}, "files.a/" + "ü" * 128, "more than 255 bytes"),
         ({"files": {"a": FILE, "a/b": FILE}}, "files.a/b", "lies inside 'a'"),
     ],
 )
