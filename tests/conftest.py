@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
 import redis
+from tests.fakes.object_store import ObjectStore
 
 from plait.local.postgres import EmbeddedPostgres
 from plait.local.redis import EmbeddedRedis
@@ -42,3 +44,15 @@ def redis_url(redis_server: EmbeddedRedis) -> str:
         client.flushall()
         client.script_flush()
     return redis_server.url
+
+
+@pytest.fixture
+def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """An object store that s3:// and gs:// mean, for this test and the processes it starts."""
+    with ObjectStore() as store:
+        for name in os.environ:
+            if name.startswith(("AWS_", "GOOGLE_")):
+                monkeypatch.delenv(name)
+        for name, value in store.environ.items():
+            monkeypatch.setenv(name, value)
+        yield store

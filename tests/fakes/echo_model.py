@@ -49,7 +49,9 @@ class EchoLoader(GatedLoader):
         proven = Proven(joins=True, splits=True, latency=LatencyModel())
         limits = Limits(max_rows=64, max_queue_rows=256, margin_s=0.0, joins=True, splits=True)
         layout = Layout.of(Signature(inputs=manifest.inputs, outputs=manifest.outputs), manifest.batching)
-        return Prepared(manifest=manifest, model=Echo(), layout=layout, proven=proven, limits=limits, labels=MappingProxyType({}))
+        return Prepared(
+            manifest=manifest, model=Echo(), layout=layout, proven=proven, limits=limits, labels=MappingProxyType({}), artifact=artifact
+        )
 
 
 def echo_models() -> list[Model]:

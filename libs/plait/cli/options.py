@@ -23,6 +23,14 @@ DsnOption = Annotated[
         show_default=False,
     ),
 ]
+AllowHttpOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-http",
+        envvar="PLAIT_ALLOW_HTTP",
+        help="Speak without TLS to an object store whose endpoint (AWS_ENDPOINT_URL) says http://.",
+    ),
+]
 
 
 def registry_dsn(dsn: str | None, state: Path) -> str:

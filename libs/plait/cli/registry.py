@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plait.cli import kinds, render
-from plait.cli.options import DEFAULT_STATE, DsnOption, JsonOption, StateOption, registry_dsn
+from plait.cli.options import DEFAULT_STATE, AllowHttpOption, DsnOption, JsonOption, StateOption, registry_dsn
 from plait.cli.output import write_json
 
 if TYPE_CHECKING:
@@ -41,13 +41,14 @@ def apply(
     reason: Annotated[str, typer.Option("--reason", help="Why, for the audit log.", show_default=False)] = "",
     dsn: DsnOption = None,
     state: StateOption = DEFAULT_STATE,
+    allow_http: AllowHttpOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Create or change models, feature views, feature sets, routes and tenants: all of them or none.
 
     Everything is checked first, and every problem shown at once with its file and line.
 
-    Model artifacts are read and pinned by digest.
+    Model artifacts (folders, s3://bucket/folder, gs://bucket/folder) are read and pinned by digest.
 
     Example:  plait apply -f manifests/ --reason "new ranker"
 
@@ -56,7 +57,7 @@ def apply(
     paths = [*(files or ()), *(more or ())]
     if not paths:
         raise typer.BadParameter("say what to apply: plait apply -f PATH", param_hint="--file / -f")
-    changes = asyncio.run(_apply(paths, registry_dsn(dsn, state), reason, dry_run))
+    changes = asyncio.run(_apply(paths, registry_dsn(dsn, state), reason, dry_run, allow_http))
     if as_json:
         write_json({"dry_run": dry_run, "changes": [render.change(c) for c in changes]})
     else:
@@ -105,11 +106,12 @@ def describe(
         render.show_description(resource, history)
 
 
-async def _apply(paths: list[Path], dsn: str, reason: str, dry_run: bool) -> list[Change]:
+async def _apply(paths: list[Path], dsn: str, reason: str, dry_run: bool, allow_http: bool) -> list[Change]:
     from plait.registry import manifests  # noqa: PLC0415
+    from plait.registry.sources import StoreOptions  # noqa: PLC0415
     from plait.registry.store import Store  # noqa: PLC0415
 
-    wanted = manifests.pin_artifacts(manifests.load(paths))
+    wanted = manifests.pin_artifacts(manifests.load(paths), options=StoreOptions(allow_http=allow_http))
     async with await Store.open(dsn, max_connections=1) as store:
         return await store.apply(wanted, actor=_actor(), reason=reason, dry_run=dry_run)
 

@@ -123,6 +123,7 @@ class Mesh:
             service_token=self._keys.service_token,
             feature_retrieval=self._services[FEATURE_RETRIEVAL].address,
             model_worker=self._services[MODEL_WORKER].address,
+            artifact_cache=str(self._state.artifact_cache),
         )
         stack.push_async_callback(self._stop_services)
         await self._start_services()

@@ -38,13 +38,14 @@ SERVICES: Final[Mapping[str, Service]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ties:
-    """What the services must agree on. Addresses are "host:port"; the DSN, the URL and the token are secrets."""
+    """What the services must agree on. Addresses are "host:port"; the DSN, the URL and the token are secrets. `artifact_cache` is a folder."""
 
     postgres_dsn: str
     redis_url: str
     service_token: str
     feature_retrieval: str
     model_worker: str
+    artifact_cache: str
 
 
 def settings(service: Service, ties: Ties) -> dict[str, str]:
@@ -52,7 +53,7 @@ def settings(service: Service, ties: Ties) -> dict[str, str]:
     common = {"RPC__SERVICE_TOKEN": ties.service_token, "REGISTRY__DSN": ties.postgres_dsn}
     own: dict[str, dict[str, str]] = {
         FEATURE_RETRIEVAL: {"REDIS__URL": ties.redis_url},
-        MODEL_WORKER: {},
+        MODEL_WORKER: {"ARTIFACTS__CACHE": ties.artifact_cache},
         ROUTER: {
             "FEATURES__ADDRESSES": ties.feature_retrieval,
             "FEATURES__CHANNEL__SERVICE_TOKEN": ties.service_token,

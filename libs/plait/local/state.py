@@ -36,6 +36,10 @@ class StateFolder:
     def redis(self) -> Path:
         return self.path / "redis"
 
+    @property
+    def artifact_cache(self) -> Path:
+        return self.path / "artifact-cache"
+
     def log(self, name: str) -> Path:
         return self.path / "logs" / f"{name}.log"
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
-from plait.errors import FailedPrecondition, InvalidArgument
-from plait.registry import rules
+from plait.errors import FailedPrecondition
+from plait.registry import rules, signing
 from plait.registry.decode import API_VERSION, Report, header, validated
+from plait.registry.explain import shown
 from plait.registry.problems import Problem, refusal
 from plait.registry.records import Batching, Execution, Signature, TensorSpec
 from plait.registry.specs import Validator, to_plain
@@ -26,6 +28,7 @@ from plait.registry.yaml_tree import Node, YamlProblem, documents, dump
 FILE_NAME: Final = "model.yaml"
 KIND: Final = "ModelArtifact"
 MAX_BYTES: Final = 1024 * 1024  # of model.yaml
+RESERVED: Final = (FILE_NAME, signing.FILE_NAME)
 _CHUNK_BYTES: Final = 1024 * 1024
 _SHA256: Final = re.compile(r"[0-9a-f]{64}\Z")
 _FIELDS: Final = (
@@ -33,7 +36,19 @@ _FIELDS: Final = (
     "self_test", "files",
 )  # fmt: skip
 
+_SPARE: Final = frozenset({"feature_set", "batching", "execution", "architecture", "labels", "self_test"})  # the others stand without them
+
 Format = Literal["torchscript", "torch_export", "aotinductor", "onnx", "safetensors"]
+FORMATS: Final[tuple[Format, ...]] = get_args(Format)
+_LISTED_FORMATS: Final = f"one of {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+_NEVER_PICKLE: Final = "pickle is never loaded: export the model, or save its weights as safetensors"
+
+MAX_NAME_BYTES: Final = 255
+MAX_INSTANCES: Final = 64
+MAX_TIMEOUT_MS: Final = 3_600_000
+MAX_BATCH_BYTES: Final = 1 << 40
+MAX_SIZES: Final = 64  # preferred rows, buckets
+_IDENTIFIER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,62}\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,12 +137,12 @@ def write(folder: Path | str, manifest: ArtifactManifest) -> str:
     content = dump(data).encode()
     parse(content, source=str(root / FILE_NAME))
     (root / FILE_NAME).write_bytes(content)
-    return _sha256_text(content)
+    return digest_of(content)
 
 
 def digest(path: Path | str) -> str:
     """Return "sha256:<hex>" of the artifact's `model.yaml`. Raises FailedPrecondition (ARTIFACT_MISSING)."""
-    return _sha256_text(_manifest_bytes(manifest_file(path)))
+    return digest_of(_manifest_bytes(manifest_file(path)))
 
 
 def read_pinned(path: Path | str, expected_digest: str) -> ArtifactManifest:
@@ -137,10 +152,15 @@ def read_pinned(path: Path | str, expected_digest: str) -> ArtifactManifest:
     """
     file = manifest_file(path)
     content = _manifest_bytes(file)
-    found = _sha256_text(content)
-    if found != expected_digest:
-        raise _corrupt(str(file), f"its digest is {found}, the registry expects {expected_digest or 'none'}")
+    check_pinned(content, expected_digest, source=str(file))
     return parse(content, source=str(file))
+
+
+def check_pinned(content: bytes, expected_digest: str, *, source: str) -> None:
+    """Check the bytes of a `model.yaml` against the registry's digest. Raises FailedPrecondition (ARTIFACT_CORRUPT)."""
+    found = digest_of(content)
+    if found != expected_digest:
+        raise _corrupt(source, f"its digest is {found}, the registry expects {expected_digest or 'none'}")
 
 
 def verify_files(folder: Path | str, manifest: ArtifactManifest) -> None:
@@ -157,28 +177,25 @@ def manifest_file(path: Path | str) -> Path:
     return given if given.name == FILE_NAME else given / FILE_NAME
 
 
-def location(text: str, base: Path) -> Path:
-    """Return the absolute folder an artifact reference means; relative ones start at `base`. Raises InvalidArgument."""
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        return (base / text).resolve()
-    if scheme != "file":
-        later = "object stores come later" if scheme in ("s3", "gs") else "this scheme is not known"
-        raise InvalidArgument(f"{scheme}:// is not supported ({later}); use a folder or file:///…", reason="ARTIFACT_LOCATION")
-    if not rest.startswith("/"):
-        raise InvalidArgument("a file:// address needs an absolute path: file:///folder", reason="ARTIFACT_LOCATION")
-    return Path(rest).resolve()
-
-
 def _parse(content: bytes, report: Report) -> ArtifactManifest | None:
     root = _root(content, report)
     if root is None or header(root, report, kinds=(KIND,), fields=_FIELDS) is None:
         return None
     known = {name: value for name, value in root.plain().items() if name in _FIELDS[2:]}
+    if "format" in known and known["format"] not in FORMATS:
+        report.below(root, ("format",), f"expected {_LISTED_FORMATS}, found {shown(known['format'])}; {_NEVER_PICKLE}")
+        known["format"] = FORMATS[0]  # so that the other fields are looked at too; there is a problem now, so it is never used
+    before = len(report.problems)
     manifest: ArtifactManifest | None = validated(_VALIDATOR, known, root, report)
+    wrong = {problem.field.partition(".")[0].partition("[")[0] for problem in report.problems[before:]}
+    if manifest is None and wrong <= _SPARE:
+        # What the rest says is looked at too, so that nobody mends a file one kind of problem after the other.
+        rest = {name: value for name, value in known.items() if name not in wrong}
+        manifest = validated(_VALIDATOR, rest, root, Report(report.source))
     if manifest is not None:
         for steps, message in _check(manifest):
-            report.below(root, steps, message)
+            if steps[0] not in wrong:
+                report.below(root, steps, message)
     return manifest
 
 
@@ -202,6 +219,17 @@ def _root(content: bytes, report: Report) -> Node | None:
 
 def _check(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
     yield from rules.check_signature(manifest.signature)
+    yield from _check_batching(manifest)
+    yield from _check_execution(manifest.execution)
+    yield from _check_architecture(manifest)
+    for name, file in manifest.files.items():
+        yield from _check_file(name, file)
+    yield from _check_nesting(manifest.files)
+    yield from _check_listed(manifest)
+    yield from _check_labels(manifest)
+
+
+def _check_batching(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
     batching = manifest.batching
     if not 1 <= batching.max_rows <= batching.max_queue_rows:
         yield ("batching", "max_rows"), f"expected 1 to max_queue_rows ({batching.max_queue_rows}), found {batching.max_rows}"
@@ -209,9 +237,44 @@ def _check(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
         yield ("batching", "max_queue_delay_ms"), f"expected 0 to 1000, found {batching.max_queue_delay_ms:g}"
     if any(t.per == "request" for t in manifest.inputs) != bool(batching.row_splits):
         yield ("batching", "row_splits"), "must name the row-splits input where an input is per request, and be empty where none is"
-    for name, file in manifest.files.items():
-        yield from _check_file(name, file)
-    yield from _check_listed(manifest)
+    if not 1 <= batching.max_bytes <= MAX_BATCH_BYTES:
+        yield ("batching", "max_bytes"), f"expected 1 to {MAX_BATCH_BYTES}, found {batching.max_bytes}"
+    yield from _check_sizes("preferred_rows", batching.preferred_rows, batching.max_rows)
+    yield from _check_sizes("buckets", batching.buckets, batching.max_rows)
+
+
+def _check_sizes(field_name: str, sizes: tuple[int, ...], max_rows: int) -> Iterable[rules.Finding]:
+    if len(sizes) > MAX_SIZES:
+        yield ("batching", field_name), f"has {len(sizes)} entries; at most {MAX_SIZES} are allowed"
+    for index, size in enumerate(sizes):
+        if not 1 <= size <= max_rows:
+            yield ("batching", field_name, index), f"expected 1 to max_rows ({max_rows}), found {size}"
+        elif index and size <= sizes[index - 1]:
+            yield ("batching", field_name, index), f"must be larger than the one before it: {size} follows {sizes[index - 1]}"
+
+
+def _check_execution(execution: Execution) -> Iterable[rules.Finding]:
+    if not 1 <= execution.instances <= MAX_INSTANCES:
+        yield ("execution", "instances"), f"expected 1 to {MAX_INSTANCES}, found {execution.instances}"
+    if not 0 <= execution.timeout_ms <= MAX_TIMEOUT_MS:
+        yield ("execution", "timeout_ms"), f"expected 0 (the worker's setting) to {MAX_TIMEOUT_MS}, found {execution.timeout_ms:g}"
+
+
+def _check_architecture(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
+    found = manifest.architecture
+    if found is None:
+        if manifest.format == "safetensors":
+            yield ("architecture",), "is required: a safetensors file holds weights only; name the class that takes them"
+        return
+    if manifest.format != "safetensors":
+        yield ("architecture",), f"belongs to the format safetensors only; a {manifest.format} file holds its own graph"
+    if not _IDENTIFIER.match(found.name):
+        yield ("architecture", "name"), f"{found.name[:80]!r} is not a name: use letters, digits, '_', '.' and '-'"
+    for name, value in found.config.items():
+        if not name.isidentifier():
+            yield ("architecture", "config", name), "is not the name of an argument"
+        if isinstance(value, float) and not math.isfinite(value):
+            yield ("architecture", "config", name), f"expected a finite number, found {value}"
 
 
 def _check_listed(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
@@ -224,9 +287,30 @@ def _check_listed(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
         yield ("self_test", "tolerance"), f"expected a number between 0 and 1, found {test.tolerance:g}"
 
 
+def _check_labels(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
+    outputs = [t.name for t in manifest.outputs]
+    for output, file in manifest.labels.items():
+        if output not in outputs:
+            yield ("labels", output), f"{output[:80]!r} is not an output; outputs: {', '.join(outputs)}"
+        if file not in manifest.files:
+            yield ("labels", output), f"{file[:80]!r} is not listed under files"
+
+
+def _check_nesting(names: Iterable[str]) -> Iterable[rules.Finding]:
+    known = set(names)
+    for name in sorted(known):
+        inside = next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in known), None)
+        if inside is not None:
+            yield ("files", name), f"lies inside {inside!r}, which is listed as a file"
+
+
 def _check_file(name: str, file: FileDigest) -> Iterable[rules.Finding]:
     if not _safe(name):
         yield ("files", name), "must be a plain path inside the artifact's folder"
+    if any(len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in name.split("/")):
+        yield ("files", name), f"has a part of more than {MAX_NAME_BYTES} bytes, which file systems refuse"
+    if name in RESERVED:
+        yield ("files", name), "cannot be listed in itself: the registry and the signature vouch for it"
     if not _SHA256.match(file.sha256):
         yield ("files", name, "sha256"), "expected 64 hexadecimal digits"
     if file.size_bytes < 0:
@@ -255,7 +339,7 @@ def _verify_file(root: Path, name: str, expected: FileDigest) -> Iterable[Proble
 def _files_in(root: Path) -> Iterable[str]:
     for file in root.rglob("*"):
         name = file.relative_to(root).as_posix()
-        if file.is_file() and name != FILE_NAME and not any(part.startswith(".") for part in name.split("/")):
+        if file.is_file() and name not in RESERVED and not any(part.startswith(".") for part in name.split("/")):
             yield name
 
 
@@ -283,5 +367,6 @@ def _corrupt(where: str, message: str) -> FailedPrecondition:
     return FailedPrecondition(f"{where} is not what was published: {message}", reason="ARTIFACT_CORRUPT", metadata={"file": FILE_NAME})
 
 
-def _sha256_text(content: bytes) -> str:
+def digest_of(content: bytes) -> str:
+    """Return "sha256:<hex>" of the bytes of a `model.yaml`."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Final, TextIO, cast
 
 from plait.errors import FailedPrecondition, InvalidArgument, PlaitError
-from plait.registry import artifact, rules
+from plait.registry import artifact, locations, rules
 from plait.registry.decode import Report, header, validated
 from plait.registry.explain import shown, suggestion
 from plait.registry.problems import Problem, refusal
 from plait.registry.problems import path as path_text
 from plait.registry.records import Kind, Model, ModelVersion, Record
+from plait.registry.sources import StoreOptions, open_source, read_manifest
 from plait.registry.specs import CLASSES, KINDS, Validator, kind_of, to_manifest, to_spec
 from plait.registry.yaml_tree import Document, Node, YamlProblem, documents
 
@@ -89,14 +90,15 @@ def parse(text: str, *, source: str = "manifest", folder: Path = Path()) -> list
     return found
 
 
-def pin_artifacts(manifests: Sequence[Manifest], base: Path | None = None) -> list[Manifest]:
-    """Fill in path, digest and signature of every model version from its artifact, whose files are checked on the way.
+def pin_artifacts(manifests: Sequence[Manifest], base: Path | None = None, *, options: StoreOptions | None = None) -> list[Manifest]:
+    """Fill in path, digest and signature of every model version from its artifact.
 
-    Relative paths start at `base`, or where it is None at each manifest's own folder. A digest that a manifest gives must be the one
-    found. Raises FailedPrecondition (ARTIFACT_INVALID) with every problem.
+    The files of a folder are checked on the way; of an artifact in an object store only `model.yaml` is read. Relative paths start at
+    `base`, or where it is None at each manifest's own folder. A digest that a manifest gives must be the one found. `options`: how to
+    speak with an object store. Raises FailedPrecondition (ARTIFACT_INVALID) with every problem.
     """
     problems: list[Problem] = []
-    pinned = [_pin(manifest, base or manifest.folder, problems) for manifest in manifests]
+    pinned = [_pin(manifest, base or manifest.folder, options or StoreOptions(), problems) for manifest in manifests]
     if problems:
         raise refusal(FailedPrecondition, problems, "the artifacts cannot be used", reason="ARTIFACT_INVALID")
     return pinned
@@ -219,14 +221,14 @@ def _duplicates(found: Sequence[Manifest]) -> Iterator[Problem]:
             yield Problem(where=manifest.source, field="metadata.name", message=message)
 
 
-def _pin(manifest: Manifest, base: Path, problems: list[Problem]) -> Manifest:
+def _pin(manifest: Manifest, base: Path, options: StoreOptions, problems: list[Problem]) -> Manifest:
     model = manifest.record
     if not isinstance(model, Model):
         return manifest
     versions = []
     for index, version in enumerate(model.versions):
         try:
-            versions.append(_pin_version(version, base))
+            versions.append(_pin_version(version, base, options))
         except PlaitError as error:
             field = path_text(("spec", "versions", index, "artifact"))
             problems.append(Problem(where=manifest.where, field=field, message=str(error)))
@@ -235,16 +237,18 @@ def _pin(manifest: Manifest, base: Path, problems: list[Problem]) -> Manifest:
     return dataclasses.replace(manifest, record=dataclasses.replace(model, versions=tuple(versions)))
 
 
-def _pin_version(version: ModelVersion, base: Path) -> ModelVersion:
-    folder = artifact.location(version.artifact, base)
-    found_digest = artifact.digest(folder)
+def _pin_version(version: ModelVersion, base: Path, options: StoreOptions) -> ModelVersion:
+    location = locations.parse(version.artifact, base)
+    content = read_manifest(open_source(location, options))
+    found_digest = artifact.digest_of(content)
     if version.digest and version.digest != found_digest:
         raise FailedPrecondition(
-            f"version {version.version} is pinned to {version.digest}, but {folder} holds {found_digest}", reason="ARTIFACT_CORRUPT"
+            f"version {version.version} is pinned to {version.digest}, but {location} holds {found_digest}", reason="ARTIFACT_CORRUPT"
         )
-    found = artifact.read_pinned(folder, found_digest)
-    artifact.verify_files(folder, found)
-    return dataclasses.replace(version, artifact=str(folder), digest=found_digest, signature=found.signature)
+    found = artifact.parse(content, source=f"{location}/{artifact.FILE_NAME}")
+    if isinstance(location, Path):
+        artifact.verify_files(location, found)
+    return dataclasses.replace(version, artifact=str(location), digest=found_digest, signature=found.signature)
 
 
 __all__ = ["STDIN", "Manifest", "load", "parse", "pin_artifacts", "to_manifest", "to_spec"]

@@ -173,7 +173,7 @@ class ModelVersion:
     """One immutable, published artifact.
 
     `digest` is "sha256:<hex>" of its `model.yaml`, which in turn holds the digest of every other file.
-    `artifact` is a directory path (file:// or plain); `digest` and `signature` may be left out of a manifest: `plait apply` reads
+    `artifact` is a directory path (file:// or plain), or s3://bucket/folder or gs://bucket/folder; `digest` and `signature` may be left out of a manifest: `plait apply` reads
     them from the artifact and pins them.
     """
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 
+from model_worker.artifacts import Fetcher
 from model_worker.controls import Controls
 from model_worker.inference import Inference
 from model_worker.instruments import Instruments
@@ -33,7 +35,9 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
     tasks.start(watcher.run(), "registry")
 
     instruments = Instruments(metrics)
-    models = Models(settings.models, Loader(settings.models, settings.batching, instruments), instruments)
+    fetcher = await asyncio.to_thread(Fetcher, settings.artifacts, settings.models.artifact_root)
+    stack.callback(fetcher.close)
+    models = Models(settings.models, Loader(settings.models, settings.batching, instruments, fetcher), instruments)
     stack.push_async_callback(models.close)
     await watcher.first(registry.first_snapshot_timeout_s)
     watcher.subscribe(models.adopt)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model_worker import artifacts, backends, classification
+from model_worker.artifacts import Artifact, Fetcher
 from model_worker.backends import LoadOptions, Model
 from model_worker.batcher import Batcher, Request
 from model_worker.classification import Labels
@@ -30,6 +31,7 @@ class Prepared:
     proven: Proven
     limits: Limits
     labels: Labels
+    artifact: Artifact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,24 +46,35 @@ class Served:
     codec: Codec
     batcher: Batcher
     runner: Runner
+    artifact: Artifact
 
     async def close(self) -> None:
-        """Answer what is held, then end the thread."""
+        """Answer what is held, then end the thread and let go of the artifact."""
         await self.batcher.close()
         await self.runner.stop()
+        self.artifact.close()
 
 
 class Loader:
     """Makes `Served` out of what the registry says; the only part that knows which backend loads what."""
 
-    def __init__(self, models: ModelSettings, batching: BatchingSettings, instruments: Instruments) -> None:
+    def __init__(self, models: ModelSettings, batching: BatchingSettings, instruments: Instruments, fetcher: Fetcher | None = None) -> None:
+        """Without a `fetcher`, artifacts are used where they lie."""
+        self._fetcher = fetcher
         self._models = models
         self._batching = batching
         self._instruments = instruments
 
     def prepare(self, version: ModelVersion) -> Prepared:
         """Load one version. Blocks: run it in a thread. Raises PlaitError with the reason it cannot be served."""
-        artifact = artifacts.fetch(version, self._root)
+        artifact = self._fetcher.fetch(version) if self._fetcher is not None else artifacts.fetch(version, self._root)
+        try:
+            return self._loaded(artifact)
+        except BaseException:
+            artifact.close()
+            raise
+
+    def _loaded(self, artifact: Artifact) -> Prepared:
         manifest = artifact.manifest
         labels = classification.load_labels(artifact)
         model = backends.load(artifact, LoadOptions(num_threads=self._models.num_threads))
@@ -75,7 +88,7 @@ class Loader:
             joins=proven.joins,
             splits=proven.splits,
         )
-        return Prepared(manifest=manifest, model=model, layout=layout, proven=proven, limits=limits, labels=labels)
+        return Prepared(manifest=manifest, model=model, layout=layout, proven=proven, limits=limits, labels=labels, artifact=artifact)
 
     def serve(self, model: str, version: str, prepared: Prepared) -> Served:
         """Give a prepared version its batcher and thread. On the event loop."""
@@ -92,6 +105,7 @@ class Loader:
             codec=Codec(prepared.manifest.signature, prepared.labels),
             batcher=batcher,
             runner=runner,
+            artifact=prepared.artifact,
         )
 
     @property

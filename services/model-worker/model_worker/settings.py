@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from plait.errors import PlaitError
+from plait.registry.signing import public_key
 from plait.settings import Group, ServiceSettings
 
 
@@ -22,6 +25,49 @@ class ModelSettings(Group):
         30.0, ge=0, le=3600, description="time a version is kept once nothing refers to it: routers may still send to it, seconds"
     )
     repository_control: bool = Field(False, description="let callers load and unload models (RepositoryModelLoad, RepositoryModelUnload)")
+
+
+class ArtifactSettings(Group):
+    """Where artifacts may come from, and the copies that are kept of them."""
+
+    schemes: tuple[Literal["file", "s3", "gs"], ...] = Field(
+        ("file", "s3", "gs"), description='how artifacts may be addressed, as a JSON list; file covers plain folders, e.g. ["s3"]'
+    )
+    buckets: tuple[str, ...] = Field(
+        (), description='names of the buckets artifacts may come from, as a JSON list; empty = any, e.g. ["models"]'
+    )
+    allow_http: bool = Field(False, description="speak to an object store without TLS where its endpoint says http://")
+    cache: Path | None = Field(
+        None,
+        description="folder that keeps copies of artifacts, may be shared by workers; unset = plait/artifacts below $XDG_CACHE_HOME or ~/.cache",
+    )
+    max_bytes: int = Field(
+        20 * 1024**3, ge=1024 * 1024, description="most bytes the cache takes; what was used longest ago goes first, bytes"
+    )
+    timeout_s: float = Field(600.0, gt=0, le=86_400, description="time one artifact may take to arrive, seconds")
+    stall_s: float = Field(30.0, gt=0, le=3600, description="time an object store may be silent before a request is tried again, seconds")
+    retries: int = Field(4, ge=0, le=20, description="how often a request to an object store is tried again, with growing pauses")
+    concurrency: int = Field(4, ge=1, le=64, description="files of one artifact that are fetched at the same time")
+    require_signature: bool = Field(False, description="refuse artifacts whose model.yaml.sig is not by a trusted key")
+    trusted_keys: tuple[str, ...] = Field(
+        (), description='public keys whose signatures count, as a JSON list of "ed25519:<base64>" (plait artifact keygen prints them)'
+    )
+
+    @field_validator("trusted_keys")
+    @classmethod
+    def _keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        for key in keys:
+            try:
+                public_key(key)
+            except PlaitError as error:
+                raise ValueError(error.message) from None
+        return keys
+
+    @model_validator(mode="after")
+    def _usable(self) -> ArtifactSettings:
+        if self.require_signature and not self.trusted_keys:
+            raise ValueError("require_signature without trusted_keys would refuse every artifact: list the public keys to trust")
+        return self
 
 
 class BatchingSettings(Group):
@@ -50,5 +96,6 @@ class ModelWorkerSettings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix="PLAIT_MODEL_WORKER_")
 
     models: ModelSettings = Field(default_factory=ModelSettings, description="which models are served, and how")
+    artifacts: ArtifactSettings = Field(default_factory=ArtifactSettings, description="where artifacts may come from, and copies of them")
     batching: BatchingSettings = Field(default_factory=BatchingSettings, description="limits of every model's queue")
     protocol: ProtocolSettings = Field(default_factory=ProtocolSettings, description="what callers may change in a running worker")

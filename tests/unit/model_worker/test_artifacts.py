@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.fakes.object_store import ObjectStore
 
 from model_worker import artifacts
-from plait.errors import FailedPrecondition, InvalidArgument
-from plait.registry import artifact
+from model_worker.artifacts import Fetcher
+from model_worker.settings import ArtifactSettings
+from plait.errors import FailedPrecondition, InvalidArgument, Unavailable
+from plait.registry import artifact, signing
 from plait.registry.artifact import ArtifactManifest, SelfTest
 from plait.registry.records import Batching, ModelVersion, TensorSpec
 
@@ -116,6 +119,88 @@ def test_nothing_outside_of_the_root_is_opened(tmp_path: Path) -> None:
     (root / "link").symlink_to(tmp_path / "m")
     assert reason(dataclasses.replace(outside, artifact="link"), root) == "ARTIFACT_OUTSIDE_ROOT"
     assert reason(dataclasses.replace(inside, artifact="s3://bucket/m"), root) == "ARTIFACT_LOCATION"
+
+
+# --- with a cache
+
+
+def fetcher(tmp_path: Path, root: Path | None = None, **settings: Any) -> Fetcher:
+    return Fetcher(ArtifactSettings(**{"cache": tmp_path / "cache", "retries": 0} | settings), root)
+
+
+def refusal(fetcher: Fetcher, version: ModelVersion) -> str:
+    with pytest.raises((FailedPrecondition, InvalidArgument, Unavailable)) as refused:
+        fetcher.fetch(version)
+    return refused.value.reason
+
+
+def push(store: ObjectStore, version: ModelVersion, address: str) -> ModelVersion:
+    for file in Path(version.artifact).iterdir():
+        store.objects[f"{address.partition('://')[2]}/{file.name}"] = file.read_bytes()
+    return dataclasses.replace(version, artifact=address)
+
+
+@pytest.mark.parametrize("address", ["s3://models/m/1", "gs://models/m/1"])
+def test_an_artifact_comes_from_an_object_store_and_stays_while_it_is_held(tmp_path: Path, object_store: ObjectStore, address: str) -> None:
+    version = push(object_store, publish(tmp_path / "m", GOOD), address)
+    with_http = fetcher(tmp_path, allow_http=True)
+    found = with_http.fetch(version)
+    assert found.folder.parent == tmp_path / "cache"
+    assert found.read("model.pt") == b"weights"
+    assert found.sample.outputs is not None
+    object_store.objects.clear()
+    again = with_http.fetch(version)
+    assert again.folder == found.folder
+    for each in (found, again, again):
+        each.close()
+    assert refusal(fetcher(tmp_path / "other"), version) == "ARTIFACT_STORE_MISCONFIGURED"
+
+
+def test_a_folder_is_used_from_its_copy(tmp_path: Path) -> None:
+    version = publish(tmp_path / "m", GOOD)
+    found = fetcher(tmp_path).fetch(version)
+    (tmp_path / "m" / "model.pt").write_bytes(b"weightz")
+    assert found.read("model.pt") == b"weights"
+    (found.folder / "model.pt").write_bytes(b"weightz")
+    with pytest.raises(FailedPrecondition, match="changed while it was read"):
+        found.read("model.pt")
+    found.close()
+
+
+def test_only_what_the_settings_allow_is_fetched(tmp_path: Path, object_store: ObjectStore) -> None:
+    folder = publish(tmp_path / "m", GOOD)
+    remote = push(object_store, folder, "s3://models/m/1")
+    assert refusal(fetcher(tmp_path, schemes=("gs", "file")), remote) == "ARTIFACT_SOURCE_FORBIDDEN"
+    assert refusal(fetcher(tmp_path, schemes=("s3",)), folder) == "ARTIFACT_SOURCE_FORBIDDEN"
+    assert refusal(fetcher(tmp_path, buckets=("other",), allow_http=True), remote) == "ARTIFACT_SOURCE_FORBIDDEN"
+    assert refusal(fetcher(tmp_path, root=tmp_path / "root"), folder) == "ARTIFACT_OUTSIDE_ROOT"
+    assert refusal(fetcher(tmp_path), dataclasses.replace(folder, artifact="ftp://models/m")) == "ARTIFACT_LOCATION"
+    assert not object_store.requests
+    fetcher(tmp_path, buckets=("models",), allow_http=True).fetch(remote).close()
+    fetcher(tmp_path, root=tmp_path).fetch(dataclasses.replace(folder, artifact="m")).close()
+
+
+def test_a_signature_is_required_where_the_settings_say_so(tmp_path: Path) -> None:
+    pem, public = signing.generate()
+    version, strict = publish(tmp_path / "m", GOOD), fetcher(tmp_path, require_signature=True, trusted_keys=(str(public),))
+    assert refusal(strict, version) == "SIGNATURE_MISSING"
+    signature, _ = signing.sign((tmp_path / "m" / "model.yaml").read_bytes(), pem)
+    (tmp_path / "m" / "model.yaml.sig").write_bytes(signature)
+    strict.fetch(version).close()
+
+
+def test_an_artifact_whose_self_test_cannot_be_used_is_let_go(tmp_path: Path) -> None:
+    small = fetcher(tmp_path, max_bytes=1024 * 1024)
+    spoilt = publish(tmp_path / "m", b"0" * 800_000)
+    assert refusal(small, spoilt) == "SELF_TEST_UNUSABLE"
+    small.fetch(publish(tmp_path / "n", {**GOOD, "input.item": np.ones((30_000, 3), np.int64)})).close()
+
+
+def test_the_cache_is_the_users_own_unless_a_setting_says_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert artifacts.default_cache({"XDG_CACHE_HOME": "/var/cache/me"}) == Path("/var/cache/me/plait/artifacts")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert artifacts.default_cache({}) == tmp_path / ".cache" / "plait" / "artifacts"
+    assert artifacts.default_cache({"XDG_CACHE_HOME": "relative"}) == tmp_path / ".cache" / "plait" / "artifacts"
 
 
 def pickled() -> bytes:

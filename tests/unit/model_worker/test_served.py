@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 from tests.fakes.worker_world import Doubler, publish_doubler, publish_ranker, published, scripted
 
+from model_worker.artifacts import Artifact, Fetcher
 from model_worker.instruments import Instruments
 from model_worker.served import Loader
-from model_worker.settings import BatchingSettings, ModelSettings
+from model_worker.settings import ArtifactSettings, BatchingSettings, ModelSettings
 from plait.errors import FailedPrecondition
 from plait.registry.artifact import ArtifactManifest
-from plait.registry.records import TensorSpec
+from plait.registry.records import ModelVersion, TensorSpec
 from plait.telemetry.metrics import Metrics
 
 
-def loader(models: Any = None, batching: Any = None) -> Loader:
-    return Loader(ModelSettings(**(models or {})), BatchingSettings(**(batching or {})), Instruments(Metrics()))
+def loader(models: Any = None, batching: Any = None, fetcher: Fetcher | None = None) -> Loader:
+    return Loader(ModelSettings(**(models or {})), BatchingSettings(**(batching or {})), Instruments(Metrics()), fetcher)
 
 
 async def test_a_published_ranker_answers(tmp_path: Path) -> None:
@@ -55,6 +56,32 @@ def test_what_a_model_can_is_found_out_not_declared(tmp_path: Path) -> None:
     ranker, doubler = (loader().prepare(publish(tmp_path / publish.__name__)) for publish in (publish_ranker, publish_doubler))
     assert (ranker.limits.joins, ranker.limits.splits) == (True, False)  # its ranks begin anew in each piece
     assert (doubler.limits.joins, doubler.limits.splits) == (True, True)
+
+
+async def test_an_artifact_is_held_while_its_model_serves_and_let_go_afterwards(tmp_path: Path) -> None:
+    made = loader(fetcher=Fetcher(ArtifactSettings(cache=tmp_path / "cache"), None))
+    served = made.serve("ranker", "7", made.prepare(publish_ranker(tmp_path / "m")))
+    assert served.artifact.folder.parent == tmp_path / "cache"
+    assert "held" in repr(served.artifact.lease)
+    await served.close()
+    assert "closed" in repr(served.artifact.lease)
+
+
+def test_the_artifact_of_a_model_that_cannot_be_served_is_let_go(tmp_path: Path) -> None:
+    fetched: list[Artifact] = []
+
+    class Remembering(Fetcher):
+        def fetch(self, version: ModelVersion) -> Artifact:
+            fetched.append(super().fetch(version))
+            return fetched[-1]
+
+    spec = TensorSpec(name="x", dtype="float32", shape=(-1, 2))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.pt").write_bytes(b"no model")
+    manifest = ArtifactManifest(name="m", format="torchscript", entry="model.pt", inputs=(spec,), outputs=(spec,))
+    with pytest.raises(FailedPrecondition):
+        loader(fetcher=Remembering(ArtifactSettings(cache=tmp_path / "cache"), None)).prepare(published(tmp_path / "m", manifest))
+    assert ["closed" in repr(each.lease) for each in fetched] == [True]
 
 
 def test_nothing_outside_of_the_artifact_root_is_loaded(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from model_worker.settings import ModelWorkerSettings
+from plait.registry import signing
 from plait.settings import SettingsError, fields, load
+
+_, PUBLIC = signing.generate()
 
 
 def test_defaults() -> None:
@@ -23,6 +26,9 @@ def test_every_setting_has_a_name_and_a_meaning(monkeypatch: pytest.MonkeyPatch)
         "MODELS__ARTIFACT_ROOT": "/srv/models",
         "MODELS__NUM_THREADS": "4",
         "MODELS__UNLOAD_AFTER_S": "0",
+        "ARTIFACTS__BUCKETS": '["models"]',
+        "ARTIFACTS__REQUIRE_SIGNATURE": "true",
+        "ARTIFACTS__TRUSTED_KEYS": f'["{PUBLIC}"]',
         "BATCHING__MAX_ROWS": "256",
         "BATCHING__MARGIN_MS": "1.5",
     }.items():
@@ -31,15 +37,31 @@ def test_every_setting_has_a_name_and_a_meaning(monkeypatch: pytest.MonkeyPatch)
     assert settings.models.only == ("ranker",)
     assert settings.models.artifact_root == Path("/srv/models")
     assert (settings.models.num_threads, settings.models.unload_after_s) == (4, 0.0)
+    assert settings.artifacts.buckets == ("models",)
+    assert (settings.artifacts.require_signature, settings.artifacts.trusted_keys) == (True, (str(PUBLIC),))
     assert (settings.batching.max_rows, settings.batching.margin_ms) == (256, 1.5)
     assert all(meaning.split(" (default")[0].strip() for _, meaning in fields(ModelWorkerSettings))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("MODELS__NUM_THREADS", "0"), ("MODELS__RETRY_S", "0"), ("BATCHING__MAX_ROWS", "-1"), ("BATCHING__MAX_ROW", "1")],
+    [
+        ("ARTIFACTS__SCHEMES", '["http"]'),
+        ("ARTIFACTS__MAX_BYTES", "0"),
+        ("ARTIFACTS__TRUSTED_KEYS", '["ed25519:AAAA"]'),
+        ("MODELS__NUM_THREADS", "0"),
+        ("MODELS__RETRY_S", "0"),
+        ("BATCHING__MAX_ROWS", "-1"),
+        ("BATCHING__MAX_ROW", "1"),
+    ],
 )
 def test_what_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"PLAIT_MODEL_WORKER_{name}", value)
     with pytest.raises(SettingsError, match=name):
+        load(ModelWorkerSettings)
+
+
+def test_a_worker_that_would_refuse_every_artifact_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLAIT_MODEL_WORKER_ARTIFACTS__REQUIRE_SIGNATURE", "true")
+    with pytest.raises(SettingsError, match="list the public keys to trust"):
         load(ModelWorkerSettings)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.fakes.object_store import ObjectStore
 from typer.testing import Result
 
 from plait.cli import registry
@@ -29,6 +30,13 @@ apiVersion: plait.dev/v1
 kind: Tenant
 metadata: {name: shop}
 spec: {description: a shop}
+"""
+MODEL = """
+apiVersion: plait.dev/v1
+kind: Model
+metadata: {name: m}
+spec:
+  versions: [{version: "1", artifact: "s3://models/m/1"}]
 """
 
 
@@ -66,6 +74,21 @@ def test_what_get_prints_can_be_applied_again(plait: Plait) -> None:
     manifest = plait("get", "view", "item-stats").stdout
     assert yaml.safe_load(manifest)["metadata"]["name"] == "item-stats"
     assert plait("apply", "-f", "-", input=manifest).stdout == "FeatureView/item-stats unchanged (generation 1)\n"
+
+
+def test_a_model_in_an_object_store_is_pinned(plait: Plait, object_store: ObjectStore) -> None:
+    Path("m").mkdir()
+    Path("m/model.onnx").write_bytes(b"weights")
+    packed = plait(
+        *("artifact", "pack", "m", "--name", "m", "--format", "onnx", "--entry", "model.onnx"),
+        *("--input", "x:float32:-1,2", "--output", "score:float32:-1", "--json"),
+    )
+    assert plait("artifact", "push", "m", "s3://models/m/1", "--allow-http").exit_code == 0
+    Path("model.yaml").write_text(MODEL)
+    assert "[ARTIFACT_INVALID]" in plait("apply", "-f", "model.yaml").stderr
+    assert "Model/m created" in plait("apply", "-f", "model.yaml", "--allow-http").stdout
+    (version,) = json.loads(plait("get", "model", "m", "--json").stdout)["spec"]["versions"]
+    assert (version["artifact"], version["digest"]) == ("s3://models/m/1", json.loads(packed.stdout)["digest"])
 
 
 def test_a_dry_run_changes_nothing(plait: Plait) -> None:

@@ -5,11 +5,13 @@ import io
 from pathlib import Path
 
 import pytest
+from tests.fakes.object_store import ObjectStore
 
 from plait.errors import FailedPrecondition, InvalidArgument
 from plait.registry import artifact, rules
 from plait.registry.manifests import MAX_MANIFEST_BYTES, Manifest, load, parse, pin_artifacts
 from plait.registry.records import Batching, Model, ModelVersion, Tenant, TensorSpec
+from plait.registry.sources import StoreOptions
 
 HEAD = "apiVersion: plait.dev/v1\n"
 TENANT = HEAD + "kind: Tenant\nmetadata: {name: shop}\n"
@@ -204,11 +206,24 @@ def test_pinning_may_start_elsewhere_and_leaves_other_kinds_alone(tmp_path: Path
     assert pinned[1].record.versions[0].digest
 
 
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_an_artifact_in_an_object_store_is_pinned_by_its_model_yaml_alone(tmp_path: Path, object_store: ObjectStore, scheme: str) -> None:
+    content = (published(tmp_path / "art") / "model.yaml").read_bytes()
+    object_store.objects["models/art/1/model.yaml"] = content
+    (pinned,) = pin_artifacts([model(f"{scheme}://models/art/1/", tmp_path)], options=StoreOptions(allow_http=True, retries=0))
+    assert isinstance(pinned.record, Model)
+    (version,) = pinned.record.versions
+    assert version.artifact == f"{scheme}://models/art/1"
+    assert version.digest == artifact.digest(tmp_path / "art")
+    assert version.signature == artifact.read(tmp_path / "art").signature
+    assert object_store.order == [("GET", "models/art/1/model.yaml")]
+
+
 def test_pinning_names_every_artifact_that_cannot_be_used(tmp_path: Path) -> None:
     folder = published(tmp_path / "art")
     wrong = model("art", tmp_path, digest="sha256:" + "0" * 64)
     missing = dataclasses.replace(model("nothing", tmp_path), source="n.yaml:1")
-    later = dataclasses.replace(model("s3://bucket/m", tmp_path), source="o.yaml:1")
+    later = dataclasses.replace(model("s3://bucket", tmp_path), source="o.yaml:1")
     with pytest.raises(FailedPrecondition) as caught:
         pin_artifacts([wrong, missing, later])
     fields = [v.field for v in caught.value.violations]
@@ -216,7 +231,7 @@ def test_pinning_names_every_artifact_that_cannot_be_used(tmp_path: Path) -> Non
     assert fields == [f"{name}.yaml:1 spec.versions[0].artifact" for name in "mno"]
     assert texts[0].startswith("version 1 is pinned to sha256:0000")
     assert "there is no artifact at" in texts[1]
-    assert "object stores come later" in texts[2]
+    assert "whole bucket" in texts[2]
     (folder / "model.pt").write_bytes(b"tampered")
     with pytest.raises(FailedPrecondition, match=r"model\.pt: expected sha256"):
         pin_artifacts([model("art", tmp_path)])

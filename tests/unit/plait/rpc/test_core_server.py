@@ -168,8 +168,10 @@ async def test_abort_leaves_the_handler_with_code_details_and_trailers(world: Wo
     assert trailers["why"] == "because"
     assert trailers["raw-bin"] == b"\0\xff"
     assert world.echo.aborted_after == []
-    stream: Any = world.channel.stream_stream("/e.Echo/Generating")(iter([b"1", b"abort", b"2"]))
+    stream: Any = world.channel.stream_stream("/e.Echo/Generating")()
+    await stream.write(b"1")
     assert await stream.read() == b"1"
+    await stream.write(b"abort")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stream.read()
     assert caught.value.code() == grpc.StatusCode.ABORTED

@@ -1,0 +1,111 @@
+"""Handing an artifact over: proving that it is whole, signing it, and putting it where workers fetch it from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from plait.errors import AlreadyExists, FailedPrecondition
+from plait.registry import artifact, signing
+from plait.registry.artifact import ArtifactManifest, FileDigest
+from plait.registry.locations import Location, Prefix
+from plait.registry.signing import PublicKey, Signed, Trust
+from plait.registry.sources import FolderSource, Source, StoreOptions, open_source, read_manifest, read_signature, verified
+
+Progress = Callable[[int], object]  # told how many bytes more are done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """What lies at a location: the bytes of `model.yaml`, what they say, and who signed them, if anybody did (checked by `verify` only)."""
+
+    location: Location
+    content: bytes
+    manifest: ArtifactManifest
+    signature: bytes | None
+
+    @property
+    def digest(self) -> str:
+        return artifact.digest_of(self.content)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.manifest.files.values())
+
+    @property
+    def signed(self) -> Signed | None:
+        """Raises FailedPrecondition (SIGNATURE_INVALID)."""
+        return signing.parse(self.signature) if self.signature is not None else None
+
+
+def describe(location: Location, options: StoreOptions) -> Described:
+    """Read `model.yaml` and its signature, and nothing else. Raises as `Source` does, and FailedPrecondition (ARTIFACT_INVALID)."""
+    source = open_source(location, options)
+    content = read_manifest(source)
+    manifest = artifact.parse(content, source=f"{source}/{artifact.FILE_NAME}")
+    return Described(location=location, content=content, manifest=manifest, signature=read_signature(source))
+
+
+def verify(found: Described, options: StoreOptions, trust: Trust, progress: Progress) -> None:
+    """Check the signature where one is required, then every byte.
+
+    Raises FailedPrecondition: SIGNATURE_…, ARTIFACT_CORRUPT, and as `Source` does.
+    """
+    if trust.required:
+        trust.check(found.content, found.signature)
+    source = open_source(found.location, options)
+    for name, expected in found.manifest.files.items():
+        for chunk in verified(source, name, expected):
+            progress(len(chunk))
+
+
+def sign(folder: Path, private_pem: bytes) -> PublicKey:
+    """Write `model.yaml.sig` for an artifact whose files are what its `model.yaml` says; return the public key.
+
+    Raises FailedPrecondition (ARTIFACT_MISSING, ARTIFACT_INVALID, ARTIFACT_CORRUPT), InvalidArgument (PRIVATE_KEY_INVALID).
+    """
+    content = read_manifest(FolderSource(folder))
+    artifact.verify_files(folder, artifact.parse(content, source=str(folder / artifact.FILE_NAME)))
+    signature, public = signing.sign(content, private_pem)
+    (folder / signing.FILE_NAME).write_bytes(signature)
+    return public
+
+
+def push(folder: Path, to: Prefix, options: StoreOptions, progress: Progress) -> Described:
+    """Upload an artifact; `model.yaml` comes last, so that until all of it is there nobody sees any of it. Return what lies there then.
+
+    The same artifact may be pushed again: what is missing (a signature, say) is added. Every byte is hashed on its way, so that a file
+    changed meanwhile is noticed. Raises AlreadyExists (ARTIFACT_EXISTS) where another one is there, and as `describe` and `verify` do.
+    """
+    from plait.registry.object_store import Bucket  # noqa: PLC0415 - whoever has folders only needs no object store's library
+
+    found, bucket = describe(folder, options), Bucket(to, options)
+    there = _manifest_in(bucket)
+    if there is not None and there != found.content:
+        message = f"another artifact is at {to}: what is published is never changed; push this one to a folder of its own"
+        raise AlreadyExists(message, reason="ARTIFACT_EXISTS")
+    if there is None:
+        for name, expected in found.manifest.files.items():
+            bucket.write(name, _reported(FolderSource(folder), name, expected, progress), expected.size_bytes)
+    if found.signature is not None:
+        signing.parse(found.signature)
+        bucket.write(signing.FILE_NAME, iter((found.signature,)), len(found.signature))
+    if there is None:
+        bucket.create(artifact.FILE_NAME, found.content)
+    return describe(to, options)
+
+
+def _reported(source: Source, name: str, expected: FileDigest, progress: Progress) -> Iterator[bytes]:
+    for chunk in verified(source, name, expected):
+        progress(len(chunk))
+        yield chunk
+
+
+def _manifest_in(source: Source) -> bytes | None:
+    try:
+        return read_manifest(source)
+    except FailedPrecondition as error:
+        if error.reason != "ARTIFACT_MISSING":
+            raise
+        return None

@@ -1,0 +1,181 @@
+"""`plait artifact`, from a folder of files to a signed artifact in a bucket, against a store that obstore really speaks to."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.fakes.object_store import ObjectStore
+from typer.testing import Result
+
+from plait.registry import artifact, signing
+
+Plait = Callable[..., Result]
+PACK = ("artifact", "pack", "m", "--name", "ranker", "--format", "onnx", "--entry", "model.onnx")
+TENSORS = ("--input", "x:float32:-1,80", "--output", "score:float32:-1")
+
+
+@pytest.fixture
+def plait(plait: Plait) -> Plait:
+    """The command line, with the files of a model in the folder m."""
+    Path("m").mkdir()
+    Path("m/model.onnx").write_bytes(b"weights")
+    Path("m/labels.txt").write_bytes(b"no\nyes\n")
+    return plait
+
+
+def good(result: Result) -> str:
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def test_from_a_folder_to_a_signed_artifact_in_a_bucket(plait: Plait, object_store: ObjectStore) -> None:
+    assert "m/model.yaml written: 2 file(s)" in good(plait(*PACK, *TENSORS, "--labels", "score=labels.txt"))
+    made = json.loads(good(plait("artifact", "keygen", "--json")))
+    assert stat.S_IMODE(Path(made["private_key_file"]).stat().st_mode) == 0o600
+    assert Path(made["public_key_file"]).read_text() == made["public_key"] + "\n"
+    signed = json.loads(good(plait("artifact", "sign", "m", "--key", "signing.pem", "--json")))
+    assert signed == {"file": "m/model.yaml.sig", "digest": artifact.digest("m"), "key_id": made["key_id"]}
+    pushed = json.loads(good(plait("artifact", "push", "m", "s3://models/ranker/7", "--allow-http", "--json")))
+    assert (pushed["location"], pushed["digest"], pushed["signed_by"]) == ("s3://models/ranker/7", signed["digest"], made["key_id"])
+    for key in ("signing.pub", made["public_key"]):
+        verified = good(plait("artifact", "verify", "s3://models/ranker/7", "--public-key", key, env={"PLAIT_ALLOW_HTTP": "1"}))
+        assert "s3://models/ranker/7 is whole: 2 file(s), 14 bytes" in verified
+        assert f"signed by trusted key {made['key_id']}" in verified
+    described = good(plait("artifact", "describe", "s3://models/ranker/7", "--allow-http"))
+    for part in ("ranker (onnx)", "[any, 80]", "labels of score", "(not checked: give --public-key to verify)", signed["digest"]):
+        assert part in described
+    assert "holds ranker" in good(plait("artifact", "push", "m", "s3://models/ranker/7", "--allow-http"))
+
+
+def test_everything_that_is_missing_is_said_at_once(plait: Plait) -> None:
+    result = plait("artifact", "pack", "m", "--input", "x", "--input", "x:float32:n", "--config", "depth")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "[ARTIFACT_INCOMPLETE]" in result.stderr
+    for part in (
+        "--name: ",
+        "--format: ",
+        "pickle is never loaded",
+        "--entry: which file is loaded? here are labels.txt, model.onnx",
+        "--output: ",
+    ):
+        assert part in result.stderr
+    assert "--input: expected NAME:DTYPE:SHAPE[:request], found 'x'" in result.stderr
+    assert "--input: expected sizes with commas between them, found 'n'" in result.stderr
+    assert "--config: expected NAME=VALUE, found 'depth'" in result.stderr
+    assert not Path("m/model.yaml").exists()
+
+
+def test_what_model_yaml_may_not_say_is_told_by_field(plait: Plait) -> None:
+    result = plait(*PACK, "--format", "safetensors", "--entry", "nothing", "--instances", "99", *TENSORS)
+    assert result.exit_code == 1
+    for part in ("architecture: is required", "entry: 'nothing' is not listed", "execution.instances: expected 1 to 64"):
+        assert part in result.stderr
+    assert not Path("m/model.yaml").exists()
+
+
+def test_every_flag_reaches_model_yaml(plait: Plait) -> None:
+    Path("m/test.npz").write_bytes(b"arrays")
+    flags = (
+        *(
+            "--format",
+            "safetensors",
+            "--architecture",
+            "mlp",
+            "--config",
+            "hidden=[256, 128]",
+            "--config",
+            "act=relu",
+            "--config",
+            "rate=0.5",
+        ),
+        *(
+            "--input",
+            "user:float32:1,41:request",
+            "--input",
+            "item:float32:-1,64",
+            "--output",
+            "score:float32:-1",
+            "--row-splits",
+            "splits",
+        ),
+        *("--feature-set", "home", "--max-rows", "64000", "--max-queue-delay-ms", "5", "--bucket", "64", "--bucket", "8"),
+        *("--instances", "2", "--instance-kind", "process", "--self-test", "test.npz", "--tolerance", "0.01"),
+    )
+    good(plait(*PACK, *flags))
+    found = artifact.read("m")
+    assert found.architecture is not None
+    assert dict(found.architecture.config) == {"hidden": (256, 128), "act": "relu", "rate": 0.5}
+    assert [(t.name, t.per, t.shape) for t in found.inputs] == [("user", "request", (1, 41)), ("item", "row", (-1, 64))]
+    batching = found.batching
+    assert (batching.row_splits, batching.max_rows, batching.max_queue_rows, batching.buckets) == ("splits", 64000, 64000, (8, 64))
+    assert (found.feature_set, batching.max_queue_delay_ms, found.execution.instances, found.execution.kind) == ("home", 5.0, 2, "process")
+    assert found.self_test == artifact.SelfTest(file="test.npz", tolerance=0.01)
+
+
+def test_a_model_yaml_is_written_over_only_when_asked_and_takes_its_signature_along(plait: Plait) -> None:
+    made = json.loads(good(plait(*PACK, *TENSORS, "--json")))
+    assert (made["digest"], made["files"]) == (artifact.digest("m"), ["labels.txt", "model.onnx"])
+    good(plait("artifact", "keygen"))
+    good(plait("artifact", "sign", "m", "--key", "signing.pem"))
+    assert "[ARTIFACT_EXISTS]" in plait(*PACK, *TENSORS).stderr
+    result = plait(*PACK, *TENSORS, "--replace", "--max-rows", "8")
+    assert "sign again" in result.stderr
+    assert not Path("m/model.yaml.sig").exists()
+    assert artifact.digest("m") != made["digest"]
+
+
+def test_verify_fails_where_it_must(plait: Plait) -> None:
+    good(plait(*PACK, *TENSORS))
+    good(plait("artifact", "keygen"))
+    assert "[SIGNATURE_MISSING]" in plait("artifact", "verify", "m", "--public-key", "signing.pub").stderr
+    good(plait("artifact", "sign", "m", "--key", "signing.pem"))
+    other = str(signing.generate()[1])
+    assert "[SIGNATURE_UNTRUSTED]" in plait("artifact", "verify", "m", "--public-key", other).stderr
+    assert json.loads(good(plait("artifact", "verify", "m", "--json")))["signature_checked"] is False
+    Path("m/model.onnx").write_bytes(b"weightz")
+    result = plait("artifact", "verify", "m")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "[ARTIFACT_CORRUPT]" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("push", "m", "n"), "[ARTIFACT_LOCATION]"),
+        (("push", "m", "s3://models/m"), "[ARTIFACT_MISSING]"),
+        (("verify", "nowhere"), "there is no artifact at"),
+        (("verify", "m", "--public-key", "nowhere.pub"), "[PUBLIC_KEY_INVALID]"),
+        (("describe", "s3://models/m"), "[ARTIFACT_STORE_MISCONFIGURED]"),
+        (("describe", "s3://models/m", "--allow-http"), "[ARTIFACT_MISSING]"),
+        (("keygen", "--out", "nowhere/key.pem"), "[KEY_UNWRITABLE]"),
+    ],
+)
+def test_what_cannot_be_done_is_told(plait: Plait, object_store: ObjectStore, words: tuple[str, ...], says: str) -> None:
+    result = plait("artifact", *words)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert says in result.stderr
+
+
+def test_a_key_is_never_written_over(plait: Plait) -> None:
+    good(plait("artifact", "keygen"))
+    before = Path("signing.pem").read_bytes()
+    assert "[KEY_EXISTS]" in plait("artifact", "keygen").stderr
+    assert Path("signing.pem").read_bytes() == before
+
+
+def test_only_an_artifact_is_signed(plait: Plait) -> None:
+    good(plait("artifact", "keygen"))
+    assert "[ARTIFACT_MISSING]" in plait("artifact", "sign", "m", "--key", "signing.pem").stderr
+    good(plait(*PACK, *TENSORS))
+    assert "[PRIVATE_KEY_INVALID]" in plait("artifact", "sign", "m", "--key", "signing.pub").stderr
+
+
+def test_the_group_explains_itself(plait: Plait) -> None:
+    shown = good(plait("artifact", "--help"))
+    for command in ("pack", "sign", "verify", "describe", "push", "keygen"):
+        assert command in shown
+        assert "Example:" in good(plait("artifact", command, "--help"))

@@ -1,0 +1,33 @@
+"""A bar on a terminal, and nothing where nobody looks."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from plait.cli import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.transfer("pushing ranker", 1000) as done:
+        done(400)
+        done(600)
+    shown = sys.stderr.getvalue()
+    assert "pushing ranker" in shown
+    assert "1.0/1.0 kB" in shown
+
+
+def test_a_pipe_sees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress.transfer("pushing ranker", 1000) as done:
+        done(1000)
+    assert sys.stderr.getvalue() == ""

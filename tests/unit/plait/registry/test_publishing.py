@@ -1,0 +1,114 @@
+"""An artifact is pushed whole or not seen at all, is never changed afterwards, and is proven where it lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.fakes.object_store import ObjectStore
+
+from plait.errors import PlaitError
+from plait.registry import artifact, publishing, signing
+from plait.registry.artifact import ArtifactManifest
+from plait.registry.locations import Prefix
+from plait.registry.records import TensorSpec
+from plait.registry.signing import Trust
+from plait.registry.sources import StoreOptions
+
+SPEC = TensorSpec(name="x", dtype="float32", shape=(-1, 3))
+OPTIONS = StoreOptions(timeout_s=20, stall_s=5, retries=0, allow_http=True)
+FREE = Trust(required=False)
+WEIGHTS = b"w" * (9 * 1024 * 1024)  # more than one part
+PEM, PUBLIC = signing.generate()
+
+both = pytest.mark.parametrize(
+    "to", [Prefix(scheme="s3", bucket="models", path="m/1"), Prefix(scheme="gs", bucket="models", path="m/1")], ids=str
+)
+S3 = Prefix(scheme="s3", bucket="models", path="m/1")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.onnx").write_bytes(WEIGHTS)
+    (tmp_path / "m" / "a vocab.txt").write_bytes(b"a\nb\n")
+    artifact.write(tmp_path / "m", ArtifactManifest(name="m", format="onnx", entry="model.onnx", inputs=(SPEC,), outputs=(SPEC,)))
+    return tmp_path / "m"
+
+
+def reason(folder: Path, to: Prefix = S3) -> str:
+    with pytest.raises(PlaitError) as refused:
+        publishing.push(folder, to, OPTIONS, lambda _: None)
+    return refused.value.reason
+
+
+@both
+def test_a_pushed_artifact_is_whole_where_it_lies(folder: Path, object_store: ObjectStore, to: Prefix) -> None:
+    publishing.sign(folder, PEM)
+    sent: list[int] = []
+    found = publishing.push(folder, to, OPTIONS, sent.append)
+    assert object_store.objects == {f"models/m/1/{f.name}": f.read_bytes() for f in folder.iterdir()}
+    assert (found.digest, found.location) == (artifact.digest(folder), to)
+    assert sum(sent) == found.size_bytes == len(WEIGHTS) + 4
+    read: list[int] = []
+    publishing.verify(found, OPTIONS, Trust([str(PUBLIC)], required=True), read.append)
+    assert sum(read) == found.size_bytes
+
+
+def test_model_yaml_comes_last(folder: Path, object_store: ObjectStore) -> None:
+    publishing.sign(folder, PEM)
+    publishing.push(folder, S3, OPTIONS, lambda _: None)
+    written = [name for method, name in object_store.order if method in {"PUT", "POST"}]
+    assert written[-1] == "models/m/1/model.yaml"
+    assert written.count("models/m/1/model.yaml") == 1
+
+
+def test_what_changes_on_its_way_is_never_seen(folder: Path, object_store: ObjectStore) -> None:
+    (folder / "model.onnx").write_bytes(WEIGHTS[:-1] + b"x")
+    assert reason(folder) == "ARTIFACT_CORRUPT"
+    assert "models/m/1/model.yaml" not in object_store.objects
+    assert "models/m/1/model.onnx" not in object_store.objects
+
+
+def test_pushing_again_adds_a_signature_and_sends_nothing_twice(folder: Path, object_store: ObjectStore) -> None:
+    publishing.push(folder, S3, OPTIONS, lambda _: None)
+    publishing.sign(folder, PEM)
+    object_store.requests.clear()
+    found = publishing.push(folder, S3, OPTIONS, lambda _: None)
+    assert found.signed is not None
+    assert found.signed.key_id == PUBLIC.id
+    assert [name for method, name in object_store.requests if method in {"PUT", "POST"}] == ["models/m/1/model.yaml.sig"]
+
+
+def test_another_artifact_is_never_written_over(folder: Path, object_store: ObjectStore) -> None:
+    publishing.push(folder, S3, OPTIONS, lambda _: None)
+    before = dict(object_store.objects)
+    (folder / "a vocab.txt").write_bytes(b"c\n")
+    artifact.write(folder, artifact.read(folder))
+    assert reason(folder) == "ARTIFACT_EXISTS"
+    assert object_store.objects == before
+
+
+def test_of_two_who_push_different_artifacts_at_once_one_is_told(folder: Path, object_store: ObjectStore) -> None:
+    def another_arrives(_: int) -> None:
+        object_store.objects["models/m/1/model.yaml"] = b"theirs"
+
+    with pytest.raises(PlaitError) as refused:
+        publishing.push(folder, S3, OPTIONS, another_arrives)
+    assert refused.value.reason == "ARTIFACT_EXISTS"
+    assert object_store.objects["models/m/1/model.yaml"] == b"theirs"
+
+
+def test_only_what_is_whole_is_signed(folder: Path) -> None:
+    (folder / "a vocab.txt").write_bytes(b"c\n")
+    with pytest.raises(PlaitError) as refused:
+        publishing.sign(folder, PEM)
+    assert refused.value.reason == "ARTIFACT_CORRUPT"
+    assert not (folder / "model.yaml.sig").exists()
+
+
+def test_rot_in_the_store_is_found(folder: Path, object_store: ObjectStore) -> None:
+    found = publishing.push(folder, S3, OPTIONS, lambda _: None)
+    object_store.objects["models/m/1/model.onnx"] = WEIGHTS[:-1] + b"x"
+    with pytest.raises(PlaitError, match=r"model\.onnx is not what was published"):
+        publishing.verify(found, OPTIONS, FREE, lambda _: None)
