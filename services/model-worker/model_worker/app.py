@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 
+from model_worker import memory
 from model_worker.inference import Inference
 from model_worker.instruments import Instruments
 from model_worker.models import Models
@@ -32,7 +33,8 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
     tasks.start(watcher.run(), "registry")
 
     instruments = Instruments(metrics)
-    models = Models(settings.models, Loader(settings.models, settings.batching, instruments), instruments)
+    loader = Loader(settings.models, settings.batching, instruments)
+    models = Models(settings.models, loader, instruments, memory.ledger(settings.models))
     stack.push_async_callback(models.close)
     await watcher.first(registry.first_snapshot_timeout_s)
     watcher.subscribe(models.adopt)

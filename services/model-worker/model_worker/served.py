@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from model_worker import artifacts, backends
+from model_worker.artifacts import Artifact
 from model_worker.backends import LoadOptions, Model
 from model_worker.batcher import Batcher, Request
 from model_worker.instruments import Instruments
 from model_worker.proof import Proven, prove
+from model_worker.quarantine import Health
 from model_worker.ragged import Layout
 from model_worker.runner import Runner
 from model_worker.schedule import Limits, Schedule
 from model_worker.settings import BatchingSettings, ModelSettings
 from model_worker.tensors import Codec
 from plait.registry.artifact import ArtifactManifest
-from plait.registry.records import ModelVersion
+from plait.registry.records import Execution, ModelVersion
+
+Admit = Callable[[Artifact, str, int], None]  # artifact, device, copies of its weights; raises where there is no memory for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +33,15 @@ class Prepared:
     layout: Layout
     proven: Proven
     limits: Limits
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that all copies of its weights take."""
+        return self.model.memory_bytes * _copies(self.manifest.execution)
+
+    def close(self) -> None:
+        """Give back what a version holds that is not going to serve. Blocks."""
+        self.model.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +71,14 @@ class Loader:
         self._batching = batching
         self._instruments = instruments
 
-    def prepare(self, version: ModelVersion) -> Prepared:
-        """Load one version. Blocks: run it in a thread. Raises PlaitError with the reason it cannot be served."""
+    def prepare(self, version: ModelVersion, admit: Admit = lambda *_: None) -> Prepared:
+        """Load one version. Blocks: run it in a thread. `admit` is asked before the artifact is loaded.
+
+        Raises PlaitError with the reason it cannot be served.
+        """
         artifact = artifacts.fetch(version, self._root)
         manifest = artifact.manifest
+        admit(artifact, "cpu", _copies(manifest.execution))
         model = backends.load(artifact, LoadOptions(num_threads=self._models.num_threads))
         layout = Layout.of(manifest.signature, manifest.batching)
         max_rows = self._batching.max_rows or manifest.batching.max_rows
@@ -74,12 +92,12 @@ class Loader:
         )
         return Prepared(manifest=manifest, model=model, layout=layout, proven=proven, limits=limits)
 
-    def serve(self, model: str, version: str, prepared: Prepared) -> Served:
-        """Give a prepared version its batcher and thread. On the event loop."""
+    def serve(self, model: str, version: str, prepared: Prepared, health: Health | None = None) -> Served:
+        """Give a prepared version its batcher and thread. On the event loop. `health` is told of every batch."""
         name = f"{model}/{version}"
         runner = Runner(f"model {name}", prepared.model.prepare_thread)
         schedule: Schedule[Request] = Schedule(prepared.limits, prepared.proven.latency)
-        batcher = Batcher(name, prepared.model, prepared.layout, schedule, runner, self._instruments.of(model, version))
+        batcher = Batcher(name, prepared.model, prepared.layout, schedule, runner, self._instruments.of(model, version), health=health)
         return Served(
             model=model,
             version=version,
@@ -94,3 +112,8 @@ class Loader:
     @property
     def _root(self) -> Path | None:
         return self._models.artifact_root
+
+
+def _copies(execution: Execution) -> int:
+    """Return how often the weights are in memory: threads share them, processes do not."""
+    return execution.instances if execution.kind == "process" else 1

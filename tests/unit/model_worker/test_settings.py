@@ -23,6 +23,8 @@ def test_every_setting_has_a_name_and_a_meaning(monkeypatch: pytest.MonkeyPatch)
         "MODELS__ARTIFACT_ROOT": "/srv/models",
         "MODELS__NUM_THREADS": "4",
         "MODELS__UNLOAD_AFTER_S": "0",
+        "MODELS__READY_WHEN": "all",
+        "MODELS__QUARANTINE__FAULTS": "4",
         "BATCHING__MAX_ROWS": "256",
         "BATCHING__MARGIN_MS": "1.5",
     }.items():
@@ -31,15 +33,33 @@ def test_every_setting_has_a_name_and_a_meaning(monkeypatch: pytest.MonkeyPatch)
     assert settings.models.only == ("ranker",)
     assert settings.models.artifact_root == Path("/srv/models")
     assert (settings.models.num_threads, settings.models.unload_after_s) == (4, 0.0)
+    assert (settings.models.ready_when, settings.models.quarantine.faults) == ("all", 4)
     assert (settings.batching.max_rows, settings.batching.margin_ms) == (256, 1.5)
     assert all(meaning.split(" (default")[0].strip() for _, meaning in fields(ModelWorkerSettings))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("MODELS__NUM_THREADS", "0"), ("MODELS__RETRY_S", "0"), ("BATCHING__MAX_ROWS", "-1"), ("BATCHING__MAX_ROW", "1")],
+    [
+        ("MODELS__NUM_THREADS", "0"),
+        ("MODELS__RETRY_S", "0"),
+        ("BATCHING__MAX_ROWS", "-1"),
+        ("BATCHING__MAX_ROW", "1"),
+        ("MODELS__READY_WHEN", "maybe"),
+        ("MODELS__QUARANTINE__FAULTS", "1001"),
+        ("MODELS__LOAD_CONCURRENCY", "0"),
+    ],
 )
 def test_what_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"PLAIT_MODEL_WORKER_{name}", value)
     with pytest.raises(SettingsError, match=name):
+        load(ModelWorkerSettings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"), [("FAULTS", "21", "larger than window"), ("BACKOFF_S", "301", "longer than max_backoff_s")]
+)
+def test_a_quarantine_that_could_not_work_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, why: str) -> None:
+    monkeypatch.setenv(f"PLAIT_MODEL_WORKER_MODELS__QUARANTINE__{name}", value)
+    with pytest.raises(SettingsError, match=why):
         load(ModelWorkerSettings)
