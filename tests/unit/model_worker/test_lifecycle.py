@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model_worker.lifecycle import NEVER, Entry, State, next_step, retry_after_s, wanted
+from model_worker.memory import Claim, Need
 from plait.errors import Internal
-from plait.registry.records import Model, ModelVersion, Route, Snapshot, Variant
+from plait.registry.records import Model, ModelVersion, Route, Snapshot, Variant, VersionPolicy
 
 V1, V2, V3 = (ModelVersion(version=v, artifact=f"/m/{v}", digest=f"sha256:{v}") for v in "123")
 
@@ -126,3 +129,38 @@ def test_retries_double_up_to_a_limit(attempts: int, expected: float) -> None:
 def test_an_entry_says_where_it_stands() -> None:
     failed = entry(V1, State.FAILED, attempts=2, error=Internal("no", reason="WHY"))
     assert repr(failed) == "<Entry 1 FAILED attempts=2 error=WHY>"
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (VersionPolicy(), ["3"]),
+        (VersionPolicy(latest=2), ["3", "2"]),
+        (VersionPolicy(latest=0), []),
+        (VersionPolicy(specific=("1", "2")), ["2", "1"]),
+        (VersionPolicy(all=True), ["3", "2", "1"]),
+    ],
+)
+def test_the_version_policy_is_honoured(policy: VersionPolicy, expected: list[str]) -> None:
+    model = Model(name="a", versions=(V1, V2, V3), version_policy=policy)
+    assert [version for _, version in wanted(snapshot(model), (), ())] == expected
+
+
+@given(st.lists(st.tuples(st.sets(st.sampled_from("123"), min_size=1), st.booleans(), st.integers(0, 2)), min_size=1, max_size=40))
+def test_a_wanted_model_never_loses_its_last_ready_version_and_everything_is_tried(steps: list[tuple[set[str], bool, int]]) -> None:
+    versions = {v.version: v for v in (V1, V2, V3)}
+    entries: dict[tuple[str, str], Entry] = {}
+    for now, (names, loads, missing) in enumerate(steps):
+        want = {("a", name): versions[name] for name in sorted(names)}
+        before = {key for key, e in entries.items() if e.state is State.READY}
+        room = (Need(device="cpu", size_bytes=missing),) if missing else ()
+        step = next_step(want, entries, float(now), 1.0, slots=2, shortfalls=room)
+        for key in step.unload:
+            del entries[key]
+        assert not before or any(e.state is State.READY for e in entries.values())
+        untried = [key for key in want if key not in entries]
+        assert set(step.load) >= set(untried[:2])
+        for key in step.load:
+            claim = Claim(name=key, device="cpu", size_bytes=1)
+            state = State.READY if loads else State.FAILED
+            entries[key] = entry(versions[key[1]], state, due_s=now + 1.0, attempts=1, claim=claim)
