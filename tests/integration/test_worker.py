@@ -505,3 +505,16 @@ async def test_what_is_held_is_answered_before_the_worker_ends(v1: ModelVersion)
 
 def _queued_rows(w: WorkerWorld) -> int:
     return w.models.get("ranker").batcher._schedule.queued_rows
+
+
+async def test_a_model_that_fails_on_everything_is_taken_out_and_tested_back(v1: ModelVersion) -> None:
+    quarantine = {"backoff_s": 0.2, "max_backoff_s": 0.2}
+    async with worker_world(snapshot(model("ranker", v1)), models={"quarantine": quarantine}) as w:
+        for _ in range(10):
+            error, _ = await refused(w.infer(ranking(ONE, [[POISON, 0, 0]])))
+            assert isinstance(error, Internal)
+        error, _ = await refused(w.infer(ranking(ONE, ROWS)))
+        assert (type(error), error.reason) == (Unavailable, "MODEL_QUARANTINED")
+        assert error.retry_after_s
+        await eventually(lambda: w.states() == {"ranker/1": "READY"})
+        assert outputs(await w.infer(ranking(ONE, ROWS)))["score"] == [1, 5]
