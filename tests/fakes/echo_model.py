@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from tests.fakes.worker_world import GatedLoader
 
+from model_worker.artifacts import Artifact, Sample
 from model_worker.latency import LatencyModel
 from model_worker.proof import Proven
 from model_worker.ragged import Layout
 from model_worker.schedule import Limits
-from model_worker.served import Prepared
+from model_worker.served import Admit, Prepared
 from plait.dtypes import BY_NAME
 from plait.registry.artifact import ArtifactManifest
 from plait.registry.records import Model, ModelVersion, Signature, TensorSpec
@@ -40,9 +42,9 @@ class Echo:
 class EchoLoader(GatedLoader):
     """The loader of the world, which also loads echoes."""
 
-    def prepare(self, version: ModelVersion) -> Prepared:
+    def prepare(self, version: ModelVersion, admit: Admit = lambda *_: None) -> Prepared:
         if not version.artifact.startswith(_SCHEME):
-            return super().prepare(version)
+            return super().prepare(version, admit)
         dtype: Any = version.artifact.removeprefix(_SCHEME)
         tensors = [TensorSpec(name=name, dtype=dtype, shape=(-1, 2)) for name in "xy"]
         manifest = ArtifactManifest(name="echo", format="onnx", entry="none", inputs=(tensors[0],), outputs=(tensors[1],))
@@ -50,7 +52,17 @@ class EchoLoader(GatedLoader):
         limits = Limits(max_rows=64, max_queue_rows=256, margin_s=0.0, joins=True, splits=True)
         layout = Layout.of(Signature(inputs=manifest.inputs, outputs=manifest.outputs), manifest.batching)
         return Prepared(
-            manifest=manifest, model=Echo(), layout=layout, proven=proven, limits=limits, labels=MappingProxyType({}), artifact=artifact
+            manifest=manifest,
+            model=Echo(),
+            layout=layout,
+            proven=proven,
+            limits=limits,
+            labels=MappingProxyType({}),
+            artifact=Artifact(
+                manifest=manifest,
+                folder=Path(),
+                sample=Sample(inputs=(np.zeros((1, 2), BY_NAME[dtype].numpy),), outputs=None, tolerance=0.0),
+            ),
         )
 
 

@@ -227,13 +227,13 @@ class GatedLoader(Loader):
         self.may_load = threading.Event()
         self.may_load.set()
 
-    def prepare(self, version: ModelVersion) -> Prepared:
+    def prepare(self, version: ModelVersion, admit: Any = lambda *_: None) -> Prepared:
         if not self.may_load.wait(60):
             raise TimeoutError("a test left its loader waiting")
-        return super().prepare(version)
+        return super().prepare(version, admit)
 
-    def serve(self, model: str, version: str, prepared: Prepared) -> Served:
-        return super().serve(model, version, dataclasses.replace(prepared, model=GatedModel(prepared.model, self.gate)))
+    def serve(self, model: str, version: str, prepared: Prepared, health: Any = None) -> Served:
+        return super().serve(model, version, dataclasses.replace(prepared, model=GatedModel(prepared.model, self.gate)), health)
 
 
 class WorkerWorld:

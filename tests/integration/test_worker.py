@@ -260,7 +260,7 @@ async def test_a_spoilt_artifact_is_not_served_and_the_others_are(
         with pytest.raises(FailedPrecondition):
             await w.stream(ranking(ONE, ROWS, "broken", version="1"))
         assert not (await w.stub.ModelReady(pb.ModelReadyRequest(name="broken"), metadata=TOKEN)).ready
-        assert not (await w.stub.ServerReady(pb.ServerReadyRequest(), metadata=TOKEN)).ready
+        assert (await w.stub.ServerReady(pb.ServerReadyRequest(), metadata=TOKEN)).ready  # models.ready_when is "any"
         index = await w.stub.RepositoryIndex(pb.RepositoryIndexRequest(), metadata=TOKEN)
         assert [(m.name, m.state) for m in index.models] == [("broken", "UNAVAILABLE"), ("ranker", "READY")]
         assert culprit in index.models[0].reason
@@ -467,11 +467,11 @@ async def test_models_are_loaded_and_unloaded_by_call_only_where_that_is_allowed
             assert error.reason == "REPOSITORY_CONTROL_OFF"
     async with worker_world(snapshot(model("ranker", v1)), models={"repository_control": True}) as w:
         await w.stub.RepositoryModelUnload(unload, metadata=TOKEN)
-        await eventually(lambda: w.states() == {})
+        assert w.states() == {}
         error, _ = await refused(w.infer(ranking(ONE, ROWS)))
         assert isinstance(error, NotFound)
         await w.stub.RepositoryModelLoad(load, metadata=TOKEN)
-        await eventually(lambda: w.states() == {"ranker/1": "READY"})
+        assert w.states() == {"ranker/1": "READY"}
         assert outputs(await w.infer(ranking(ONE, ROWS)))["score"] == [1, 5]
         error, _ = await refused(w.stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="nobody"), metadata=TOKEN))
         assert isinstance(error, NotFound)
@@ -508,3 +508,16 @@ async def test_what_is_held_is_answered_before_the_worker_ends(v1: ModelVersion)
 
 def _queued_rows(w: WorkerWorld) -> int:
     return w.models.get("ranker").batcher._schedule.queued_rows
+
+
+async def test_a_model_that_fails_on_everything_is_taken_out_and_tested_back(v1: ModelVersion) -> None:
+    quarantine = {"backoff_s": 0.2, "max_backoff_s": 0.2}
+    async with worker_world(snapshot(model("ranker", v1)), models={"quarantine": quarantine}) as w:
+        for _ in range(10):
+            error, _ = await refused(w.infer(ranking(ONE, [[POISON, 0, 0]])))
+            assert isinstance(error, Internal)
+        error, _ = await refused(w.infer(ranking(ONE, ROWS)))
+        assert (type(error), error.reason) == (Unavailable, "MODEL_QUARANTINED")
+        assert error.retry_after_s
+        await eventually(lambda: w.states() == {"ranker/1": "READY"})
+        assert outputs(await w.infer(ranking(ONE, ROWS)))["score"] == [1, 5]

@@ -98,7 +98,16 @@ def _show_versions(model: Model) -> None:
         metrics = ", ".join(f"{name}={value:.4g}" for name, value in version.metrics.items())
         rows.append((version.version, aliases, version.digest[:19], metrics, version.artifact))
     write_table(("version", "aliases", "digest", "metrics", "artifact"), rows)
-    write_line("")
+    write_line(f"workers hold {_policy(model)}, and what routes and aliases refer to\n")
+
+
+def _policy(model: Model) -> str:
+    policy = model.version_policy
+    if policy.all:
+        return "every version"
+    if policy.specific:
+        return f"version(s) {', '.join(policy.specific)}"
+    return "no version of themselves" if policy.latest == 0 else f"the newest {policy.latest} version(s)"
 
 
 def _show_differences(done: Change, indent: str) -> None:

@@ -7,16 +7,29 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
-from plait.registry.records import Feature, FeatureSet, FeatureView, Model, ModelVersion, Record, Route, Signature, Tenant, TensorSpec
+from plait.registry.records import (
+    Feature,
+    FeatureSet,
+    FeatureView,
+    Model,
+    ModelVersion,
+    Record,
+    Route,
+    Signature,
+    Tenant,
+    TensorSpec,
+    VersionPolicy,
+)
 
 Steps = tuple[str | int, ...]
 Finding = tuple[Steps, str]
 
 MAX_FEATURES: Final = 1000  # per view, and per model input
 MAX_VERSIONS: Final = 1000
+MAX_LATEST: Final = 64  # of a version policy
 MAX_VARIANTS: Final = 100
 MAX_CANDIDATES: Final = 10_000
 MAX_TIMEOUT_S: Final = 60.0
@@ -147,6 +160,20 @@ def _model(model: Model) -> Iterator[Finding]:
             yield ("aliases", alias), f"{alias!r} is also a version; give the alias a name of its own"
         if target not in known:
             yield ("aliases", alias), f"refers to version {target!r}, which is not listed under versions"
+    yield from _version_policy(("version_policy",), model.version_policy, known)
+
+
+def _version_policy(at: Steps, policy: VersionPolicy, known: Collection[str]) -> Iterator[Finding]:
+    """`latest` is 1 where it is not written; a value that `specific` or `all` would make meaningless is refused rather than ignored."""
+    yield from _range((*at, "latest"), policy.latest, 0, MAX_LATEST)
+    yield from _unique((*at, "specific"), policy.specific, leaf=())
+    for index, version in enumerate(policy.specific):
+        if version not in known:
+            yield (*at, "specific", index), f"is version {version[:80]!r}, which is not listed under versions"
+    if policy.all and (policy.specific or policy.latest != 1):
+        yield (*at, "all"), "excludes latest and specific; leave them out"
+    elif policy.specific and policy.latest > 1:
+        yield (*at, "latest"), "is not looked at where specific versions are named; leave one of them out"
 
 
 def _version(at: Steps, version: ModelVersion) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 
+from model_worker import memory
 from model_worker.artifacts import Fetcher
 from model_worker.controls import Controls
 from model_worker.inference import Inference
@@ -37,7 +38,8 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
     instruments = Instruments(metrics)
     fetcher = await asyncio.to_thread(Fetcher, settings.artifacts, settings.models.artifact_root)
     stack.callback(fetcher.close)
-    models = Models(settings.models, Loader(settings.models, settings.batching, instruments, fetcher), instruments)
+    loader = Loader(settings.models, settings.batching, instruments, fetcher)
+    models = Models(settings.models, loader, instruments, memory.ledger(settings.models))
     stack.push_async_callback(models.close)
     await watcher.first(registry.first_snapshot_timeout_s)
     watcher.subscribe(models.adopt)

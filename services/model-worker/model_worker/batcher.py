@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from model_worker.instruments import ModelInstruments
 from model_worker.packed import Array
+from model_worker.quarantine import Fault, Health
 from model_worker.ragged import Layout, Piece
 from model_worker.runner import Runner
 from model_worker.schedule import Batch, Schedule, Share, Ticket
@@ -61,9 +62,11 @@ class Batcher:
         runner: Runner,
         instruments: ModelInstruments,
         *,
+        health: Health | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
+        self._health = health
         self._model = model
         self._layout = layout
         self._schedule = schedule
@@ -139,6 +142,8 @@ class Batcher:
             return
         parts, compute_s = result
         self._schedule.finished(self._clock())
+        if self._health is not None:
+            self._health.success()
         self._start_next()
         for share, part in zip(batch.shares, parts, strict=True):
             self._deliver(batch, share, part, compute_s)
@@ -184,6 +189,8 @@ class Batcher:
             return
         log.error("the model failed on a request", model=self._name, rows=culprit.rows, exc_info=error)
         typed = error if isinstance(error, PlaitError) else None
+        if self._health is not None:
+            self._health.fault(Fault.WRONG_OUTPUT if typed is not None and typed.reason == "MODEL_OUTPUT_WRONG" else Fault.EXECUTION)
         self._fail(culprit, typed or Internal(f"{self._name} failed on this request", reason="MODEL_EXECUTION_FAILED"))
 
     @staticmethod

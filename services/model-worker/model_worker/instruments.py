@@ -17,7 +17,7 @@ _SECONDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInstruments:
-    """The series of one model version. `ready` is 1 where it serves, else 0."""
+    """The series of one model version. `ready` is 1 where it serves, else 0; `memory`: bytes it is accounted with."""
 
     rows: Histogram
     queue_s: Histogram
@@ -25,6 +25,8 @@ class ModelInstruments:
     dropped: Counter
     ready: Gauge
     statistics: ModelStatistics
+    memory: Gauge
+    quarantined: Counter
 
 
 class Instruments:
@@ -41,6 +43,11 @@ class Instruments:
         )
         self._dropped = metrics.counter("plait_model_worker_dropped", "requests let in and dropped because of their deadline", _LABELS)
         self._ready = metrics.gauge("plait_model_worker_ready", "1 where the version is ready to serve, else 0", _LABELS)
+        self._memory = metrics.gauge("plait_model_worker_memory_bytes", "memory a version is accounted with, bytes", _LABELS)
+        self._quarantined = metrics.counter(
+            "plait_model_worker_quarantined", "times a version was taken out because it kept failing", _LABELS
+        )
+        self.overdue = metrics.gauge("plait_model_worker_overdue_loads", "loads past their time whose threads are still running", ())
         self._loads = metrics.counter("plait_model_worker_loads", "attempts to load a version, by outcome", ("model", "outcome"))
 
     def of(self, model: str, version: str) -> ModelInstruments:
@@ -52,11 +59,13 @@ class Instruments:
             dropped=self._dropped.labels(model, version),
             ready=self._ready.labels(model, version),
             statistics=self.statistics.of(model, version),
+            memory=self._memory.labels(model, version),
+            quarantined=self._quarantined.labels(model, version),
         )
 
     def forget(self, model: str, version: str) -> None:
         """Drop the series of a version that is no longer here."""
-        for family in (self._rows, self._queue_s, self._compute_s, self._dropped, self._ready):
+        for family in (self._rows, self._queue_s, self._compute_s, self._dropped, self._ready, self._memory, self._quarantined):
             family.remove(model, version)
 
     def loaded(self, model: str, outcome: str) -> None:

@@ -18,6 +18,7 @@ from model_worker.packed import Array
 from model_worker.ragged import Layout, Piece
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, PlaitError
+from plait.registry.artifact import ArtifactManifest
 
 _WARM_ROWS: Final = 1024
 _WARM_RUNS: Final = 4
@@ -45,7 +46,7 @@ def prove(model: Model, layout: Layout, artifact: Artifact, max_rows: int) -> Pr
     rows = _rows(sample, layout)
     whole = Piece(sample.inputs, 0, rows)
     [alone] = _run(model, layout, [whole])
-    _check_answer(artifact, alone)
+    check_answer(artifact.manifest, artifact.sample, alone)
     tolerance = max(sample.tolerance, _MIN_TOLERANCE)
     joins = layout.growing and _joins(model, layout, whole, alone, tolerance)
     splits = layout.growing and _splits(model, layout, whole, alone, tolerance)
@@ -66,8 +67,11 @@ def _run(model: Model, layout: Layout, pieces: Sequence[Piece]) -> list[tuple[Ar
         ) from error
 
 
-def _check_answer(artifact: Artifact, outputs: Sequence[Array]) -> None:
-    sample, manifest = artifact.sample, artifact.manifest
+def check_answer(manifest: ArtifactManifest, sample: Sample, outputs: Sequence[Array]) -> None:
+    """Compare the answer to a sample with the signature and, where one is published, with what it must be.
+
+    Raises FailedPrecondition: MODEL_OUTPUT_WRONG, SELF_TEST_FAILED.
+    """
     for i, (spec, found) in enumerate(zip(manifest.outputs, outputs, strict=True)):
         fits = found.ndim == len(spec.shape) and all(want in (-1, size) for size, want in zip(found.shape, spec.shape, strict=True))
         if not fits or found.dtype != np.dtype(BY_NAME[spec.dtype].numpy):

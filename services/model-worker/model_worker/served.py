@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,16 @@ from model_worker.batcher import Batcher, Request
 from model_worker.classification import Labels
 from model_worker.instruments import Instruments
 from model_worker.proof import Proven, prove
+from model_worker.quarantine import Health
 from model_worker.ragged import Layout
 from model_worker.runner import Runner
 from model_worker.schedule import Limits, Schedule
 from model_worker.settings import BatchingSettings, ModelSettings
 from model_worker.tensors import Codec
 from plait.registry.artifact import ArtifactManifest
-from plait.registry.records import ModelVersion
+from plait.registry.records import Execution, ModelVersion
+
+Admit = Callable[[Artifact, str, int], None]  # artifact, device, copies of its weights; raises where there is no memory for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +36,16 @@ class Prepared:
     limits: Limits
     labels: Labels
     artifact: Artifact
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that all copies of its weights take."""
+        return self.model.memory_bytes * _copies(self.manifest.execution)
+
+    def close(self) -> None:
+        """Give back what a version holds that is not going to serve. Blocks."""
+        self.model.close()
+        self.artifact.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,17 +79,21 @@ class Loader:
         self._batching = batching
         self._instruments = instruments
 
-    def prepare(self, version: ModelVersion) -> Prepared:
-        """Load one version. Blocks: run it in a thread. Raises PlaitError with the reason it cannot be served."""
+    def prepare(self, version: ModelVersion, admit: Admit = lambda *_: None) -> Prepared:
+        """Load one version. Blocks: run it in a thread. `admit` is asked before the artifact is loaded.
+
+        Raises PlaitError with the reason it cannot be served.
+        """
         artifact = self._fetcher.fetch(version) if self._fetcher is not None else artifacts.fetch(version, self._root)
         try:
-            return self._loaded(artifact)
+            return self._loaded(artifact, admit)
         except BaseException:
             artifact.close()
             raise
 
-    def _loaded(self, artifact: Artifact) -> Prepared:
+    def _loaded(self, artifact: Artifact, admit: Admit) -> Prepared:
         manifest = artifact.manifest
+        admit(artifact, "cpu", _copies(manifest.execution))
         labels = classification.load_labels(artifact)
         model = backends.load(artifact, LoadOptions(num_threads=self._models.num_threads))
         layout = Layout.of(manifest.signature, manifest.batching)
@@ -90,12 +108,12 @@ class Loader:
         )
         return Prepared(manifest=manifest, model=model, layout=layout, proven=proven, limits=limits, labels=labels, artifact=artifact)
 
-    def serve(self, model: str, version: str, prepared: Prepared) -> Served:
-        """Give a prepared version its batcher and thread. On the event loop."""
+    def serve(self, model: str, version: str, prepared: Prepared, health: Health | None = None) -> Served:
+        """Give a prepared version its batcher and thread. On the event loop. `health` is told of every batch."""
         name = f"{model}/{version}"
         runner = Runner(f"model {name}", prepared.model.prepare_thread)
         schedule: Schedule[Request] = Schedule(prepared.limits, prepared.proven.latency)
-        batcher = Batcher(name, prepared.model, prepared.layout, schedule, runner, self._instruments.of(model, version))
+        batcher = Batcher(name, prepared.model, prepared.layout, schedule, runner, self._instruments.of(model, version), health=health)
         return Served(
             model=model,
             version=version,
@@ -111,3 +129,8 @@ class Loader:
     @property
     def _root(self) -> Path | None:
         return self._models.artifact_root
+
+
+def _copies(execution: Execution) -> int:
+    """Return how often the weights are in memory: threads share them, processes do not."""
+    return execution.instances if execution.kind == "process" else 1

@@ -183,20 +183,23 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         for model, entry in self._models.entries():
             if entry.state is State.READY or not request.ready:
                 reason = entry.error.message if entry.error is not None else ""
-                response.models.add(name=model, version=entry.version.version, state=entry.state.value, reason=reason)
+                response.models.add(name=model, version=entry.version.version, state=entry.state.wire, reason=reason)
         return response
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
-        """Follow the registry for this model again. What it is made of is the registry's to say, so nothing of that can be given here."""
+        """Follow the registry for this model again; answered once it is ready, or with the reason why it cannot be.
+
+        What it is made of is the registry's to say, so nothing of that can be given here.
+        """
         if request.parameters:
             given = ", ".join(sorted(request.parameters)[:5])[:80]
             raise InvalidArgument(f"a model is loaded as the registry has it: leave out the parameters {given}", reason="LOAD_PARAMETERS")
-        self._models.resume(request.model_name or request.repository_name)
+        await self._models.load(request.model_name or request.repository_name, current().deadline.remaining_s())
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
-        """Let go of this model."""
-        self._models.pause(request.model_name or request.repository_name)
+        """Let go of this model; answered once what it held was answered. `unload_dependents` means nothing here."""
+        await self._models.unload(request.model_name or request.repository_name, current().deadline.remaining_s())
         return pb.RepositoryModelUnloadResponse()
 
 

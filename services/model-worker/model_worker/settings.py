@@ -13,6 +13,28 @@ from plait.registry.signing import public_key
 from plait.settings import Group, ServiceSettings
 
 
+class QuarantineSettings(Group):
+    """When a version that keeps failing is taken out, and for how long."""
+
+    faults: int = Field(10, ge=0, le=1000, description="failed batches among the last `window` that take a version out; 0 = never")
+    severe: int = Field(3, ge=1, le=1000, description="hangs and lost instances among the last `window` that take a version out")
+    window: int = Field(20, ge=1, le=1000, description="batches looked back on")
+    window_s: float = Field(300.0, gt=0, le=86_400, description="age at which a failed batch is forgotten, seconds")
+    backoff_s: float = Field(5.0, gt=0, le=3600, description="time out before the self-test is tried, doubling with every relapse, seconds")
+    max_backoff_s: float = Field(
+        300.0, gt=0, le=86_400, description="longest time out, and the good behaviour after which it starts at backoff_s again, seconds"
+    )
+    test_timeout_s: float = Field(10.0, gt=0, le=3600, description="time the self-test has, seconds")
+
+    @model_validator(mode="after")
+    def _possible(self) -> QuarantineSettings:
+        if self.faults > self.window:
+            raise ValueError("faults is larger than window, so that nothing would ever be taken out: set faults=0 for that")
+        if self.backoff_s > self.max_backoff_s:
+            raise ValueError("backoff_s is longer than max_backoff_s")
+        return self
+
+
 class ModelSettings(Group):
     """Which models are served, and how."""
 
@@ -25,6 +47,26 @@ class ModelSettings(Group):
         30.0, ge=0, le=3600, description="time a version is kept once nothing refers to it: routers may still send to it, seconds"
     )
     repository_control: bool = Field(False, description="let callers load and unload models (RepositoryModelLoad, RepositoryModelUnload)")
+    load_concurrency: int = Field(2, ge=1, le=64, description="versions loaded at once")
+    load_timeout_s: float = Field(300.0, gt=0, le=86_400, description="time a load has before it counts as failed, seconds")
+    max_overdue_loads: int = Field(
+        16, ge=0, le=1000, description="loads past their time whose threads may still be stuck; at that number nothing new is loaded"
+    )
+    unload_timeout_s: float = Field(
+        60.0, gt=0, le=3600, description="time a version has to answer what it holds before it is given up, seconds"
+    )
+    max_memory_bytes: int = Field(
+        0, ge=0, description="memory all models together may take, bytes; 0 = memory_share of the container's, or else the machine's"
+    )
+    memory_share: float = Field(
+        0.8, gt=0, le=1, description="share of the memory limit used where max_memory_bytes is 0, less what the process takes itself"
+    )
+    device_memory_share: float = Field(0.9, gt=0, le=1, description="share of each accelerator's memory that models may take")
+    ready_when: Literal["all", "any", "live"] = Field(
+        "any",
+        description="ServerReady once every wanted version is ready (all), every one was tried and at least one is ready (any), or at once (live)",
+    )
+    quarantine: QuarantineSettings = Field(default_factory=QuarantineSettings, description="when a failing version is taken out")
 
 
 class ArtifactSettings(Group):

@@ -69,9 +69,14 @@ def test_labels_are_read_one_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "labels"), [(b"a", {"nothing": "labels.txt"}), (b"a", {"score": "missing.txt"}), (b"\xff", {"score": "labels.txt"})]
+    ("content", "labels", "reason"),
+    [
+        (b"a", {"nothing": "labels.txt"}, "ARTIFACT_INVALID"),
+        (b"a", {"score": "missing.txt"}, "ARTIFACT_INVALID"),
+        (b"\xff", {"score": "labels.txt"}, "LABELS_UNUSABLE"),
+    ],
 )
-def test_labels_that_cannot_be_used_are_refused_at_load(tmp_path: Path, content: bytes, labels: Any) -> None:
+def test_labels_that_cannot_be_used_are_refused(tmp_path: Path, content: bytes, labels: Any, reason: str) -> None:
     with pytest.raises(FailedPrecondition) as refused:
         classification.load_labels(artifact_with(tmp_path / "m", content, **labels))
-    assert refused.value.reason == "LABELS_UNUSABLE"
+    assert refused.value.reason == reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ class StubModels:
     def __init__(self, error: PlaitError | None = None) -> None:
         self.error = error
         self.ready = error is None
-        self.told: list[tuple[str, str]] = []
+        self.told: list[tuple[str, str, float]] = []
 
     def get(self, model: str, version: str) -> Any:
         if self.error is not None:
@@ -39,13 +40,14 @@ class StubModels:
             ("a", Entry(version=versions[0], state=State.READY)),
             ("a", Entry(version=versions[1], state=State.LOADING)),
             ("b", Entry(version=versions[2], state=State.FAILED, error=FailedPrecondition("two files differ"))),
+            ("c", Entry(version=versions[2], state=State.QUARANTINED, error=Unavailable("it keeps failing"))),
         ]
 
-    def resume(self, model: str) -> None:
-        self.told.append(("resume", model))
+    async def load(self, model: str, timeout_s: float) -> None:
+        self.told.append(("load", model, timeout_s))
 
-    def pause(self, model: str) -> None:
-        self.told.append(("pause", model))
+    async def unload(self, model: str, timeout_s: float) -> None:
+        self.told.append(("unload", model, timeout_s))
 
 
 def servicer(models: StubModels) -> InferenceServicer:
@@ -146,17 +148,19 @@ async def test_the_index_says_where_each_version_stands() -> None:
         ("a", "1", "READY", ""),
         ("a", "2", "LOADING", ""),
         ("b", "3", "UNAVAILABLE", "two files differ"),
+        ("c", "3", "UNAVAILABLE", "it keeps failing"),
     ]
     index = await servicer(StubModels()).RepositoryIndex(pb.RepositoryIndexRequest(ready=True), None)
     assert [(m.name, m.version) for m in index.models] == [("a", "1")]
 
 
 async def test_the_models_name_may_come_in_either_field() -> None:
+    enter(Call(method="m", tenant="t", deadline=Deadline.never()))
     models = StubModels()
     for request in (pb.RepositoryModelLoadRequest(repository_name="kserve"), pb.RepositoryModelLoadRequest(model_name="triton")):
         await servicer(models).RepositoryModelLoad(request, None)
     await servicer(models).RepositoryModelUnload(pb.RepositoryModelUnloadRequest(repository_name="r", model_name="triton"), None)
-    assert models.told == [("resume", "kserve"), ("resume", "triton"), ("pause", "triton")]
+    assert models.told == [("load", "kserve", math.inf), ("load", "triton", math.inf), ("unload", "triton", math.inf)]
 
 
 async def test_a_model_is_loaded_as_the_registry_has_it() -> None:

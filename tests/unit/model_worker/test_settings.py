@@ -29,6 +29,8 @@ def test_every_setting_has_a_name_and_a_meaning(monkeypatch: pytest.MonkeyPatch)
         "ARTIFACTS__BUCKETS": '["models"]',
         "ARTIFACTS__REQUIRE_SIGNATURE": "true",
         "ARTIFACTS__TRUSTED_KEYS": f'["{PUBLIC}"]',
+        "MODELS__READY_WHEN": "all",
+        "MODELS__QUARANTINE__FAULTS": "4",
         "BATCHING__MAX_ROWS": "256",
         "BATCHING__MARGIN_MS": "1.5",
     }.items():
@@ -39,6 +41,7 @@ def test_every_setting_has_a_name_and_a_meaning(monkeypatch: pytest.MonkeyPatch)
     assert (settings.models.num_threads, settings.models.unload_after_s) == (4, 0.0)
     assert settings.artifacts.buckets == ("models",)
     assert (settings.artifacts.require_signature, settings.artifacts.trusted_keys) == (True, (str(PUBLIC),))
+    assert (settings.models.ready_when, settings.models.quarantine.faults) == ("all", 4)
     assert (settings.batching.max_rows, settings.batching.margin_ms) == (256, 1.5)
     assert all(meaning.split(" (default")[0].strip() for _, meaning in fields(ModelWorkerSettings))
 
@@ -53,6 +56,9 @@ def test_every_setting_has_a_name_and_a_meaning(monkeypatch: pytest.MonkeyPatch)
         ("MODELS__RETRY_S", "0"),
         ("BATCHING__MAX_ROWS", "-1"),
         ("BATCHING__MAX_ROW", "1"),
+        ("MODELS__READY_WHEN", "maybe"),
+        ("MODELS__QUARANTINE__FAULTS", "1001"),
+        ("MODELS__LOAD_CONCURRENCY", "0"),
     ],
 )
 def test_what_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -64,4 +70,13 @@ def test_what_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, name: str
 def test_a_worker_that_would_refuse_every_artifact_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLAIT_MODEL_WORKER_ARTIFACTS__REQUIRE_SIGNATURE", "true")
     with pytest.raises(SettingsError, match="list the public keys to trust"):
+        load(ModelWorkerSettings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"), [("FAULTS", "21", "larger than window"), ("BACKOFF_S", "301", "longer than max_backoff_s")]
+)
+def test_a_quarantine_that_could_not_work_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, why: str) -> None:
+    monkeypatch.setenv(f"PLAIT_MODEL_WORKER_MODELS__QUARANTINE__{name}", value)
+    with pytest.raises(SettingsError, match=why):
         load(ModelWorkerSettings)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.fakes.registry_world import FEATURES, HOME, ITEMS, RANKER, SHOP, SIGNATURE, VERSION, WORLD
 
 from plait.registry import rules
-from plait.registry.records import Entity, Feature, FeatureSet, FeatureView, ModelInput, Record, Tenant, TensorSpec, Variant
+from plait.registry.records import Entity, Feature, FeatureSet, FeatureView, ModelInput, Record, Tenant, TensorSpec, Variant, VersionPolicy
 
 
 def found(record: Record) -> dict[tuple[str | int, ...], str]:
@@ -106,6 +106,14 @@ MANY = tuple(Feature(name=f"f{n}") for n in range(1001))
         (dataclasses.replace(RANKER, versions=(VERSION, VERSION)), ("versions", 1, "version"), "twice"),
         (dataclasses.replace(RANKER, aliases={"champion": "9"}), ("aliases", "champion"), "not listed under versions"),
         (dataclasses.replace(RANKER, aliases={"1": "1"}), ("aliases", "1"), "also a version"),
+        (dataclasses.replace(RANKER, version_policy=VersionPolicy(latest=65)), ("version_policy", "latest"), "at most 64"),
+        (dataclasses.replace(RANKER, version_policy=VersionPolicy(specific=("9",))), ("version_policy", "specific", 0), "not listed"),
+        (dataclasses.replace(RANKER, version_policy=VersionPolicy(all=True, latest=2)), ("version_policy", "all"), "excludes"),
+        (
+            dataclasses.replace(RANKER, version_policy=VersionPolicy(specific=("1",), latest=2)),
+            ("version_policy", "latest"),
+            "not looked at",
+        ),
         (version(digest="md5:1"), ("versions", 0, "digest"), "64 hexadecimal"),
         (version(artifact=""), ("versions", 0, "artifact"), "the folder"),
         (version(version="a b"), ("versions", 0, "version"), "is not a version"),
