@@ -8,6 +8,7 @@ from pathlib import Path
 from model_worker import artifacts, backends
 from model_worker.backends import LoadOptions, Model
 from model_worker.batcher import Batcher, Request
+from model_worker.cpus import available_cpus
 from model_worker.instruments import Instruments
 from model_worker.proof import Proven, prove
 from model_worker.ragged import Layout
@@ -61,7 +62,7 @@ class Loader:
         """Load one version. Blocks: run it in a thread. Raises PlaitError with the reason it cannot be served."""
         artifact = artifacts.fetch(version, self._root)
         manifest = artifact.manifest
-        model = backends.load(artifact, LoadOptions(num_threads=self._models.num_threads))
+        model = backends.load(artifact, LoadOptions(num_threads=self._models.num_threads or available_cpus()))
         layout = Layout.of(manifest.signature, manifest.batching)
         max_rows = self._batching.max_rows or manifest.batching.max_rows
         proven = prove(model, layout, artifact, max_rows)

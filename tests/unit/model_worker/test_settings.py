@@ -37,7 +37,7 @@ def test_every_setting_has_a_name_and_a_meaning(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("MODELS__NUM_THREADS", "0"), ("MODELS__RETRY_S", "0"), ("BATCHING__MAX_ROWS", "-1"), ("BATCHING__MAX_ROW", "1")],
+    [("MODELS__NUM_THREADS", "-1"), ("MODELS__RETRY_S", "0"), ("BATCHING__MAX_ROWS", "-1"), ("BATCHING__MAX_ROW", "1")],
 )
 def test_what_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"PLAIT_MODEL_WORKER_{name}", value)
