@@ -182,7 +182,9 @@ def _made_up(spec: TensorSpec) -> Array:
     if spec.per == "row" and spec.shape[0] == -1:
         shape[0] = _MADE_UP_ROWS
     array = np.zeros(shape, BY_NAME[spec.dtype].numpy)
-    if array.dtype.kind == "f":
+    if array.dtype.kind == "O":
+        array[...] = b""
+    elif array.dtype.kind == "f":
         array[...] = np.linspace(0, 1, array.size).reshape(shape)
     return array
 

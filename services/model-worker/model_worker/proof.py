@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import ml_dtypes
 import numpy as np
 
 from model_worker.artifacts import Artifact, Sample
@@ -130,13 +131,15 @@ def _rows(sample: Sample, layout: Layout) -> int:
 
 
 def _close(found: Array, expected: Array, tolerance: float) -> bool:
+    if found.dtype == expected.dtype == ml_dtypes.bfloat16:  # to numpy it is no float
+        found, expected = found.astype(np.float32), expected.astype(np.float32)
     if found.dtype.kind not in "fc":
         return np.array_equal(found, expected)
     return found.shape == expected.shape and np.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def _distance(found: Array, expected: Array) -> str:
-    if found.shape != expected.shape or found.dtype.kind == "b":
+    if found.shape != expected.shape or found.dtype.kind in "bO":
         return f"its shape or values, {list(found.shape)} against {list(expected.shape)},"
     with np.errstate(invalid="ignore"):  # of two infinities, or NaN: then the difference is NaN, which says it too
         return f"{np.max(np.abs(found.astype(np.float64) - expected.astype(np.float64))):.3g}"

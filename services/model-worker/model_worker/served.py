@@ -11,6 +11,7 @@ from model_worker.artifacts import Artifact, Fetcher
 from model_worker.backends import LoadOptions, Model
 from model_worker.batcher import Batcher, Request
 from model_worker.classification import Labels
+from model_worker.cpus import available_cpus
 from model_worker.instruments import Instruments
 from model_worker.proof import Proven, prove
 from model_worker.quarantine import Health
@@ -95,7 +96,7 @@ class Loader:
         manifest = artifact.manifest
         admit(artifact, "cpu", _copies(manifest.execution))
         labels = classification.load_labels(artifact)
-        model = backends.load(artifact, LoadOptions(num_threads=self._models.num_threads))
+        model = backends.load(artifact, LoadOptions(num_threads=self._models.num_threads or available_cpus()))
         layout = Layout.of(manifest.signature, manifest.batching)
         max_rows = self._batching.max_rows or manifest.batching.max_rows
         proven = prove(model, layout, artifact, max_rows)

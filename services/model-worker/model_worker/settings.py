@@ -40,7 +40,12 @@ class ModelSettings(Group):
 
     only: tuple[str, ...] = Field((), description='names of the models to serve, as a JSON list; empty = every model, e.g. ["ranker"]')
     artifact_root: Path | None = Field(None, description="folder outside of which no artifact is opened; unset = anywhere")
-    num_threads: int = Field(1, ge=1, le=256, description="threads one operator of a model may use; more helps only large batches")
+    num_threads: int = Field(
+        1,
+        ge=0,
+        le=256,
+        description="threads one operator of a model may use; 0 = as many as the container has CPUs; more helps only large batches",
+    )
     retry_s: float = Field(5.0, gt=0, le=3600, description="time before a version that failed to load is tried again, doubling, seconds")
     max_retry_s: float = Field(300.0, gt=0, le=86_400, description="longest time between such tries, seconds")
     unload_after_s: float = Field(

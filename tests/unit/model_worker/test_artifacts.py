@@ -224,3 +224,8 @@ def pickled() -> bytes:
 )
 def test_a_self_test_that_cannot_be_used_is_named(tmp_path: Path, content: Any) -> None:
     assert reason(publish(tmp_path / "m", content)) == "SELF_TEST_UNUSABLE"
+
+
+def test_bytes_are_made_up_as_bytes() -> None:
+    made = artifacts._made_up(TensorSpec(name="x", dtype="bytes", shape=(-1,)))
+    assert made.tolist() == [b"", b"", b"", b""]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -26,13 +27,14 @@ def show(
     model: Callable[[Arrays], Any],
     *,
     outputs: Any = None,
+    dtype: Any = np.float32,
     tolerance: float = 1e-4,
     x: TensorSpec = X,
     y: TensorSpec = Y,
     max_rows: int = 64,
 ) -> Proven:
     manifest = ArtifactManifest(name="m", format="torchscript", entry="model.pt", inputs=(x,), outputs=(y,))
-    sample = Sample(inputs=(ROWS,), outputs=None if outputs is None else (np.array(outputs, np.float32),), tolerance=tolerance)
+    sample = Sample(inputs=(ROWS.copy(),), outputs=None if outputs is None else (np.array(outputs, dtype),), tolerance=tolerance)
     layout = Layout.of(manifest.signature, manifest.batching)
     return prove(model, layout, Artifact(manifest=manifest, folder=Path(), sample=sample), max_rows)
 
@@ -133,3 +135,24 @@ def test_warming_stops_at_the_largest_batch() -> None:
 
     show(watched, max_rows=20)
     assert max(sizes) == 16
+
+
+def test_bfloat16_is_compared_as_numbers_not_as_bits() -> None:
+    y = TensorSpec(name="y", dtype="bfloat16", shape=(-1,))
+
+    def narrow(inputs: Arrays) -> list[Any]:
+        return [inputs[0].sum(1).astype(ml_dtypes.bfloat16)]
+
+    near = [3, 7, 11, 16.125]
+    assert show(narrow, outputs=near, dtype=ml_dtypes.bfloat16, y=y, tolerance=0.02).joins
+    assert refused(narrow, outputs=near, dtype=ml_dtypes.bfloat16, y=y, tolerance=0.001) == "SELF_TEST_FAILED"
+
+
+def test_bytes_are_compared_exactly() -> None:
+    y = TensorSpec(name="y", dtype="bytes", shape=(-1,))
+
+    def texts(inputs: Arrays) -> list[Any]:
+        return [np.array([str(int(total)).encode() for total in inputs[0].sum(1)], np.object_)]
+
+    assert show(texts, outputs=[b"3", b"7", b"11", b"16"], dtype=np.object_, y=y).joins
+    assert refused(texts, outputs=[b"3", b"7", b"11", b"17"], dtype=np.object_, y=y) == "SELF_TEST_FAILED"

@@ -52,7 +52,7 @@ def test_every_setting_has_a_name_and_a_meaning(monkeypatch: pytest.MonkeyPatch)
         ("ARTIFACTS__SCHEMES", '["http"]'),
         ("ARTIFACTS__MAX_BYTES", "0"),
         ("ARTIFACTS__TRUSTED_KEYS", '["ed25519:AAAA"]'),
-        ("MODELS__NUM_THREADS", "0"),
+        ("MODELS__NUM_THREADS", "-1"),
         ("MODELS__RETRY_S", "0"),
         ("BATCHING__MAX_ROWS", "-1"),
         ("BATCHING__MAX_ROW", "1"),

@@ -17,12 +17,14 @@ class LoadOptions:
 
     `num_threads`: threads one operator may use. `device`: "cpu" or "cuda:<n>". `autocast`: compute in this type where the device is faster
     at it. `buckets`: ascending row counts that batches are padded to (CUDA graphs are captured at these).
+    `allow_native`: load formats that are native code (AOTInductor), which may do whatever this process may.
     """
 
     num_threads: int = 1
     device: str = "cpu"
     autocast: Literal["", "float16", "bfloat16"] = ""
     buckets: tuple[int, ...] = ()
+    allow_native: bool = False
 
 
 class Model(Protocol):
@@ -50,11 +52,15 @@ class Model(Protocol):
 
 
 def load(artifact: Artifact, options: LoadOptions) -> Model:
-    """Load a verified artifact. Blocks. Raises FailedPrecondition: ARTIFACT_INVALID, ARTIFACT_UNSAFE, MODEL_UNSUPPORTED."""
+    """Load a verified artifact. Blocks. Raises FailedPrecondition: ARTIFACT_INVALID, ARTIFACT_UNSAFE, MODEL_UNSUPPORTED, DEVICE_UNAVAILABLE."""
     match artifact.manifest.format:
-        case "torchscript" | "torch_export":
+        case "torchscript" | "torch_export" | "aotinductor" | "safetensors":
             from model_worker.backends import torch as torch_backend  # noqa: PLC0415 - a worker without torch models never loads torch
 
             return torch_backend.load(artifact, options)
+        case "onnx":
+            from model_worker.backends import onnx as onnx_backend  # noqa: PLC0415 - and a worker without ONNX models no onnxruntime
+
+            return onnx_backend.load(artifact, options)
         case other:
             raise FailedPrecondition(f"the format {other!r} is not served", reason="MODEL_UNSUPPORTED")

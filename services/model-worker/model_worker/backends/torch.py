@@ -1,24 +1,34 @@
-"""torch, and nothing of it anywhere else: loads TorchScript and torch.export models from verified bytes and runs them on the CPU."""
+"""Loads what torch runs (TorchScript, torch.export, AOTInductor, weights of a named architecture) from verified bytes and runs it on the CPU."""
 
 from __future__ import annotations
 
 import io
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 import torch
 
 from model_worker.artifacts import Artifact
-from model_worker.backends import LoadOptions, export_guard, script_guard
+from model_worker.backends import LoadOptions, architectures, export_guard, script_guard
 from model_worker.packed import Array
 from plait.errors import FailedPrecondition
+from plait.registry.artifact import ArtifactManifest
 
 # TorchScript that reads or writes files or talks; a model that is handed over has no business doing so. (aten::warn is let through: torch's
 # own EmbeddingBag and TransformerEncoder hold it, for arguments that are deprecated.)
 _FORBIDDEN_OPS: Final = frozenset({"aten::from_file", "aten::save", "prim::Print", "prim::PythonOp"})
-_PLATFORM: Final = {"torchscript": "pytorch_torchscript", "torch_export": "pytorch_export"}
+_PLATFORM: Final = {
+    "torchscript": "pytorch_torchscript",
+    "torch_export": "pytorch_export",
+    "aotinductor": "pytorch_aotinductor",
+    "safetensors": "pytorch_safetensors",
+}
+_AUTOCAST: Final = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _COPY_BELOW_BYTES: Final = 16_384  # copying is as cheap as borrowing up to there, and CPython shares its one-byte `bytes` objects
 
 
@@ -37,13 +47,14 @@ class _Borrowed:
 class TorchModel:
     """A loaded model, called with arrays in the signature's order (row splits last), answering arrays in the signature's order."""
 
-    def __init__(
-        self, module: Callable[..., Any], output_names: Sequence[str], *, platform: str, memory_bytes: int, num_threads: int
-    ) -> None:
-        self._module = module
-        self._output_names = tuple(output_names)
-        self._num_threads = num_threads
-        self.platform = platform
+    def __init__(self, module: Callable[..., Any], manifest: ArtifactManifest, options: LoadOptions, memory_bytes: int) -> None:
+        self._module: Callable[..., Any] | None = module
+        self._output_names = tuple(t.name for t in manifest.outputs)
+        self._num_threads = options.num_threads
+        self._autocast = _AUTOCAST.get(options.autocast)
+        # Under autocast a model answers in the narrow type; callers were promised the signature's.
+        self._output_types = tuple(getattr(torch, t.dtype) for t in manifest.outputs)
+        self.platform = _PLATFORM[manifest.format]
         self.memory_bytes = memory_bytes
 
     def prepare_thread(self) -> None:
@@ -51,13 +62,20 @@ class TorchModel:
         torch.set_num_threads(self._num_threads)
 
     def close(self) -> None:
-        """Nothing but memory is held."""
+        """Let go of the weights; a call after that is an error."""
+        self._module = None
 
     def __call__(self, inputs: Sequence[Array]) -> list[Array]:
         """Run one forward pass; raises whatever the model raises, TypeError where its answer is not tensors."""
+        if self._module is None:
+            raise RuntimeError("the model was closed")
+        given = [tensor(array) for array in inputs]
         with torch.inference_mode():
-            answer = self._module(*(tensor(array) for array in inputs))
-            return [_array(t) for t in self._in_order(answer)]
+            if self._autocast is None:
+                return [_array(t) for t in self._in_order(self._module(*given))]
+            with torch.autocast("cpu", dtype=self._autocast):
+                answer = self._in_order(self._module(*given))
+            return [_array(_as(t, dtype)) for t, dtype in zip(answer, self._output_types, strict=True)]
 
     def _in_order(self, answer: Any) -> Sequence[Any]:
         if isinstance(answer, Mapping):
@@ -73,11 +91,18 @@ def load(artifact: Artifact, options: LoadOptions) -> TorchModel:
     manifest = artifact.manifest
     if any(t.dtype == "bytes" for t in (*manifest.inputs, *manifest.outputs)):
         raise FailedPrecondition("torch has no BYTES tensors: encode them before the model", reason="MODEL_UNSUPPORTED")
-    loader = {"torchscript": _load_torchscript, "torch_export": _load_export}[manifest.format]
+    if options.device != "cpu":
+        raise FailedPrecondition("torch models are served on the CPU only: set the device to cpu", reason="DEVICE_UNAVAILABLE")
+    if manifest.format == "aotinductor" and not options.allow_native:
+        raise FailedPrecondition(
+            "an AOTInductor package is native code, which may do whatever the worker may: allow it in the settings, or publish the "
+            "model as torch_export or onnx",
+            reason="ARTIFACT_UNSAFE",
+        )
     torch.set_num_threads(options.num_threads)
     content = artifact.read(manifest.entry)
     try:
-        module = loader(content)
+        module = _load(manifest, content)
     except FailedPrecondition:
         raise
     except Exception as error:
@@ -85,13 +110,28 @@ def load(artifact: Artifact, options: LoadOptions) -> TorchModel:
             f"torch {torch.__version__} cannot load it as {manifest.format} ({type(error).__name__}): export it again with this torch",
             reason="ARTIFACT_INVALID",
         ) from error
-    return TorchModel(
-        module,
-        [t.name for t in manifest.outputs],
-        platform=_PLATFORM[manifest.format],
-        memory_bytes=len(content),
-        num_threads=options.num_threads,
-    )
+    return TorchModel(module, manifest, options, _memory_bytes(module, content))
+
+
+def _load(manifest: ArtifactManifest, content: bytes) -> Callable[..., Any]:
+    match manifest.format:
+        case "torchscript":
+            return _load_torchscript(content)
+        case "torch_export":
+            return _load_export(content)
+        case "aotinductor":
+            return _load_native(content)
+        case "safetensors":
+            return architectures.build(manifest.architecture, content)
+        case other:
+            raise FailedPrecondition(f"torch does not run the format {other!r}", reason="MODEL_UNSUPPORTED")
+
+
+def _memory_bytes(module: Callable[..., Any], content: bytes) -> int:
+    """Return the bytes of the parameters and buffers; a compiled package has none to ask, and is about as large as its weights."""
+    if not isinstance(module, torch.nn.Module):
+        return len(content)
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
 
 def tensor(array: Array) -> torch.Tensor:
@@ -102,6 +142,8 @@ def tensor(array: Array) -> torch.Tensor:
     """
     if not array.flags.writeable:
         array = array.copy() if array.nbytes < _COPY_BELOW_BYTES else np.asarray(_Borrowed(array))
+    if array.dtype == ml_dtypes.bfloat16:  # no type of numpy's own, so its bits change hands as another of that size
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
@@ -126,7 +168,22 @@ def _load_export(content: bytes) -> Callable[..., Any]:
     return program.module()
 
 
+def _load_native(content: bytes) -> Callable[..., Any]:
+    """The package is opened by its path and unpacked from there while it is loaded; what is written is what was hashed."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.pt2")
+        file.write_bytes(content)
+        return torch._inductor.aoti_load_package(str(file))  # noqa: SLF001 - torch's documented name for it
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 def _array(value: Any) -> Array:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"the model answered {type(value).__name__} where a tensor was due")
-    return value.detach().numpy() if value.is_contiguous() else value.detach().contiguous().numpy()
+    plain = value.detach().contiguous()
+    if plain.dtype == torch.bfloat16:
+        return plain.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return plain.numpy()

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -159,10 +160,9 @@ def test_what_torch_cannot_load_is_named(format_: str, content: bytes) -> None:
 
 
 def test_what_torch_has_no_word_for_is_refused() -> None:
-    for spec, format_ in ((signature("bytes"), "torchscript"), (signature(), "onnx")):
-        with pytest.raises(FailedPrecondition) as refused:
-            load(b"", format_, spec)
-        assert refused.value.reason == "MODEL_UNSUPPORTED"
+    with pytest.raises(FailedPrecondition) as refused:
+        load(b"", "torchscript", signature("bytes"))
+    assert refused.value.reason == "MODEL_UNSUPPORTED"
 
 
 @pytest.mark.parametrize("count", [4, 100_000])
@@ -190,3 +190,63 @@ def test_a_thread_is_given_its_number_of_threads() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+class Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), 2.0))
+        self.register_buffer("one", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.to(x.dtype)
+
+
+@pytest.mark.parametrize("count", [3, 30_000])
+def test_bfloat16_is_neither_copied_nor_changed(count: int) -> None:
+    array = np.arange(count).astype(ml_dtypes.bfloat16)
+    tensor = backend.tensor(array)
+    assert tensor.dtype == torch.bfloat16
+    assert tensor.data_ptr() == array.ctypes.data
+    assert np.array_equal(tensor.float().numpy(), array.astype(np.float32))
+
+
+def test_bfloat16_comes_back_as_bfloat16() -> None:
+    [found] = load(saved(Doubled()), "torchscript", signature("bfloat16"))([np.array([1, 2, 3], ml_dtypes.bfloat16)])
+    assert found.dtype == ml_dtypes.bfloat16
+    assert found.tolist() == [2, 4, 6]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_autocast_computes_narrowly_and_answers_in_the_signatures_type(dtype: str) -> None:
+    torch.manual_seed(1)
+    module, x = nn.Linear(64, 4).eval(), np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+    content = saved(module)
+    [plain] = load(content, "torchscript", signature())([x])
+    [cast] = load(content, "torchscript", signature(), autocast=dtype)([x])
+    assert cast.dtype == np.float32
+    assert not np.array_equal(cast, plain)
+    np.testing.assert_allclose(cast, plain, atol=0.05)
+
+
+def test_memory_is_parameters_and_buffers() -> None:
+    assert load(saved(Doubled()), "torchscript", signature()).memory_bytes == 16
+
+
+def test_a_closed_model_holds_nothing_and_says_so() -> None:
+    model = load(saved(Doubled()), "torchscript", signature())
+    model.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        model([np.ones(3, np.float32)])
+
+
+def test_a_device_other_than_the_cpu_is_refused_not_ignored() -> None:
+    with pytest.raises(FailedPrecondition) as refused:
+        load(saved(Doubled()), "torchscript", signature(), device="cuda:0")
+    assert refused.value.reason == "DEVICE_UNAVAILABLE"
+
+
+def test_native_code_is_refused_unless_allowed() -> None:
+    with pytest.raises(FailedPrecondition) as refused:
+        load(b"never opened", "aotinductor", signature())
+    assert refused.value.reason == "ARTIFACT_UNSAFE"
