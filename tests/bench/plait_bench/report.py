@@ -65,9 +65,9 @@ def remarks(facts: Figures) -> Iterator[str]:
         if "dynamic_64_to_static_64" in found:
             parts.append(f"{found['dynamic_64_to_static_64']:.2f} × of the same server waiting for exactly 64")
         yield f"{network}: 64 callers of one row get {', '.join(parts)}"
-    if over := facts["overload"]:
+    for case, over in facts["overload"].items():
         yield (
-            f"overload: of {over['begun_per_s']:.0f} calls/s ({over['begun_per_s'] / over['sustainable_per_s']:.0f} × what is sustainable) "
+            f"overload, {case} a call: of {over['begun_per_s']:.0f} calls/s ({over['begun_per_s'] / over['sustainable_per_s']:.0f} × what is sustainable) "
             f"{over['answered_share']:.0%} were answered ({over['answered_to_sustainable']:.2f} × of the sustainable rate), p99 {over['answered_p99_ms']:.0f} ms "
             f"of a budget of {over['budget_ms']} ms; RESOURCE_EXHAUSTED {over['resource_exhausted']}, DEADLINE_EXCEEDED {over['deadline_exceeded']}"
         )
