@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -224,8 +225,8 @@ def until_answers(server: ServerProcess, target: Target, timeout_s: float = _STA
 # --- dynamic batches of single rows against static ones
 
 
-def floor_rows_per_s(bench: Bench, network: Network, folder: Path) -> float:
-    """Return rows per second of the model alone, called with batches of 64 on the server's core by one thread, no server at all."""
+def floor(bench: Bench, network: Network, folder: Path) -> tuple[float, float]:
+    """Return rows per second, and CPU milliseconds per row, of the model alone: batches of 64 by one thread on the server's core, no server at all."""
     path = folder / f"floor-{network.name}.pt"
     network.save_torchscript(path)
     model: Any = torch.jit.load(str(path)).eval()  # type: ignore[no-untyped-call]
@@ -238,22 +239,23 @@ def floor_rows_per_s(bench: Bench, network: Network, folder: Path) -> float:
         with torch.inference_mode():
             for _ in range(20):
                 model(torch.from_numpy(rows)).numpy()
-            began_s, batches = time.perf_counter(), 0
+            began_s, used_s, batches = time.perf_counter(), time.process_time(), 0
             while (took_s := time.perf_counter() - began_s) < bench.plan.seconds:
                 model(torch.from_numpy(rows)).numpy()
                 batches += 1
+            used_s = time.process_time() - used_s
     finally:
         os.sched_setaffinity(0, allowed)
         torch.set_num_threads(threads)
     bench.say(f"{network.name} without a server: {batches * BATCH / took_s:.0f} rows/s", bench.plan.seconds)
-    return batches * BATCH / took_s
+    return batches * BATCH / took_s, used_s / (batches * BATCH) * 1e3
 
 
 def batching(bench: Bench, worker: OwnWorker, static: OwnWorker | None) -> dict[str, Any]:
     """Single rows of 1, 16 and 64 callers, against (a) the model alone, (b) a server that waits for exactly 64, (c) one caller with 64 rows a call."""
     found = {}
     for network in (MLP, HEAVY):
-        floor = floor_rows_per_s(bench, network, bench.folder)
+        alone_per_s, alone_cpu_ms = floor(bench, network, bench.folder)
         contenders = [
             own_contender(worker, network.name, network, 1, callers, name=f"dynamic, {callers} × 1 row") for callers in (1, 16, BATCH)
         ]
@@ -262,12 +264,13 @@ def batching(bench: Bench, worker: OwnWorker, static: OwnWorker | None) -> dict[
             contenders.append(own_contender(static, network.name, network, 1, BATCH, name="static, 64 × 1 row"))
         measured = alternate(contenders, bench.plan, bench.say)
         dynamic = measured[f"dynamic, {BATCH} × 1 row"]
-        in_rows = dynamic.rate
         figures = {
-            "model_alone_rows_per_s": floor,
+            "model_alone_rows_per_s": alone_per_s,
+            "model_alone_cpu_ms_per_row": alone_cpu_ms,
             "figures": as_figures(measured),
-            "dynamic_64_to_model_alone": in_rows / floor,
-            "dynamic_64_to_one_caller_of_64_rows": in_rows / (measured["1 × 64 rows"].rate * BATCH),
+            "dynamic_64_to_model_alone": dynamic.rate / alone_per_s,
+            "dynamic_64_to_model_alone_by_cpu": alone_cpu_ms / max(statistics.median(dynamic.server_cpu_ms), 1e-9),
+            "dynamic_64_to_one_caller_of_64_rows": dynamic.rate / (measured["1 × 64 rows"].rate * BATCH),
         }
         if static is not None:
             figures["dynamic_64_to_static_64"] = ratios(dynamic, measured["static, 64 × 1 row"])["calls_per_s"]
