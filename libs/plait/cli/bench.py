@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,14 +32,35 @@ def bench(
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer calls: seconds instead of minutes, rougher figures.")] = False,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            "--peers",
+            help="Other servers to measure beside ours, with commas between, or all; each is installed on its own, about 1 GB. Default: none.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Measure the mesh against its floor, side by side on this machine.
+    """Measure the mesh or a part of it against its floor, side by side on this machine.
 
-    The floor is the same work in one process without any RPC; the ratio is what the mesh costs.
+    The floor is the same work in one process without any RPC; the ratio is what the mesh costs. `worker` also knows other model servers.
 
     Example:  plait bench rank --json reports/bench-rank.json
+
+    Example:  plait bench worker --peers mosec,kserve --json reports/bench-worker.json
     """
     from rich.console import Console  # noqa: PLC0415
 
     run = extensions.find(extensions.BENCHES, name)
-    run(Console(), json_path, state, quick)
+    run(Console(), json_path, state, quick, **_peers(run, name, peers))
+
+
+def _peers(run: Any, name: str, peers: str | None) -> dict[str, str]:
+    """Return the argument for a benchmark that compares. Raises InvalidArgument (BENCH_WITHOUT_PEERS) for one that does not."""
+    from plait.errors import InvalidArgument  # noqa: PLC0415
+
+    if peers is None:
+        return {}
+    if "peers" not in inspect.signature(run).parameters:
+        raise InvalidArgument(f"the benchmark {name!r} knows no peers: leave --peers out", reason="BENCH_WITHOUT_PEERS")
+    return {"peers": peers}

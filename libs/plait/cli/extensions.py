@@ -9,7 +9,7 @@ DEMOS: Final = "plait.demos"
 BENCHES: Final = "plait.benches"
 _INSTALL: Final = {
     DEMOS: "install the example: pip install -e examples/marketplace (or run: make demo)",
-    BENCHES: "install the example: pip install -e examples/marketplace (or run: make bench)",
+    BENCHES: "install them: pip install -e examples/marketplace -e tests/bench (or run: make bench)",
 }
 
 

@@ -16,15 +16,17 @@ Plait = Callable[..., Result]
 
 
 class Recorder(EntryPoint):
-    """An entry point whose benchmark prints what it was given."""
+    """An entry point whose benchmark prints what it was given; "worker" knows peers."""
 
     def load(self) -> Any:
+        if self.name == "worker":
+            return lambda console, *arguments, peers="none": console.print(repr((*arguments, peers)))
         return lambda console, *arguments: console.print(repr(arguments))
 
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = EntryPoints([Recorder("rank", "nothing:nothing", extensions.BENCHES)])
+    found = EntryPoints([Recorder(name, "nothing:nothing", extensions.BENCHES) for name in ("rank", "worker")])
     monkeypatch.setattr(extensions, "entry_points", found.select)
 
 
@@ -37,5 +39,13 @@ def test_it_runs_the_one_named(plait: Plait) -> None:
 def test_a_wrong_name_gets_the_right_ones(plait: Plait) -> None:
     result = plait("bench", "infer")
     assert result.exit_code == 1
-    assert "there is no 'infer' among the benches; there is: rank" in result.stderr
+    assert "there is no 'infer' among the benches; there is: rank, worker" in result.stderr
     assert plait("bench").exit_code == 2
+
+
+def test_peers_go_to_a_benchmark_that_knows_them(plait: Plait) -> None:
+    assert plait("bench", "worker", "--peers", "mosec,kserve").stdout == repr((None, None, False, "mosec,kserve")) + "\n"
+    assert plait("bench", "worker").stdout == repr((None, None, False, "none")) + "\n"
+    result = plait("bench", "rank", "--peers", "mosec")
+    assert result.exit_code == 1
+    assert "the benchmark 'rank' knows no peers: leave --peers out" in result.stderr
