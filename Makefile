@@ -3,7 +3,7 @@ PYTHON ?= python3
 STATE ?= .state
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-PACKAGES := libs services/router services/feature-retrieval services/model-worker examples/marketplace
+PACKAGES := libs services/router services/feature-retrieval services/model-worker examples/marketplace tests/bench
 BASELINE := tests/contracts/released.binpb
 SETUP := $(VENV)/.complete
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -47,7 +47,7 @@ lint: $(SETUP)
 	lint-imports
 
 types: $(SETUP)
-	mypy -p plait -p router -p feature_retrieval -p model_worker -p marketplace
+	mypy -p plait -p router -p feature_retrieval -p model_worker -p marketplace -p plait_bench
 
 format: $(SETUP) ## format and fix what can be fixed
 	ruff check --fix .
@@ -67,8 +67,9 @@ check-protos: $(SETUP) ## lint the protos, refuse stale stubs and breaking chang
 	  diff -r -q -x __pycache__ -x __init__.py "$$draft/libs/plait/api" libs/plait/api || { echo "the stubs are stale: run 'make protos' and commit"; exit 1; }
 	buf breaking --against $(BASELINE)
 
-bench: $(SETUP) ## measure the mesh against the floor
+bench: $(SETUP) ## measure the mesh against the floor, and the model-worker alone
 	@plait bench rank --json reports/bench-rank.json
+	@plait bench worker --json reports/bench-worker.json
 
 clean: ## remove .venv, caches and local state
 	rm -rf $(VENV) .cache .state reports .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
