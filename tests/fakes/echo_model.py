@@ -53,7 +53,7 @@ class EchoLoader(GatedLoader):
         layout = Layout.of(Signature(inputs=manifest.inputs, outputs=manifest.outputs), manifest.batching)
         return Prepared(
             manifest=manifest,
-            model=Echo(),
+            models=(Echo(),),
             layout=layout,
             proven=proven,
             limits=limits,

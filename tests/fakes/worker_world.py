@@ -233,7 +233,9 @@ class GatedLoader(Loader):
         return super().prepare(version, admit)
 
     def serve(self, model: str, version: str, prepared: Prepared, health: Any = None) -> Served:
-        return super().serve(model, version, dataclasses.replace(prepared, model=GatedModel(prepared.model, self.gate)), health)
+        return super().serve(
+            model, version, dataclasses.replace(prepared, models=tuple(GatedModel(model, self.gate) for model in prepared.models)), health
+        )
 
 
 class WorkerWorld:

@@ -38,7 +38,7 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
     instruments = Instruments(metrics)
     fetcher = await asyncio.to_thread(Fetcher, settings.artifacts, settings.models.artifact_root)
     stack.callback(fetcher.close)
-    loader = Loader(settings.models, settings.batching, instruments, fetcher)
+    loader = Loader(settings.models, settings.batching, instruments, fetcher, tracing)
     models = Models(settings.models, loader, instruments, memory.ledger(settings.models))
     stack.push_async_callback(models.close)
     await watcher.first(registry.first_snapshot_timeout_s)

@@ -1,36 +1,60 @@
 """The page: what happens to one inference request between its tensors and its answer.
 
-    submit ─ offer ─► schedule ─ next ─► runner thread: join → model → divide ─► deliver to each caller ─ next ─► …
-              │ refused: too large, queue full, cannot be in time        └► failed: halves, until the one at fault is alone
+    submit ─ offer ─► schedule ─ next ─► an instance's thread: join → model → divide ─► deliver to each caller ─ next ─► …
+              │ refused: too large, queue full, cannot be in time        ├► failed: halves, until the one at fault is alone
+              │                                                          ├► its process died: once more, elsewhere
+              │                                                          └► hung: its callers are told, the instance is replaced
 
-Decisions are `schedule`'s, arrays are `ragged`'s, the thread is `runner`'s. Here they are tied to callers: whoever waits gets its own
-rows or its own error, whoever goes away takes its rows along, and nobody else notices.
+Decisions are `schedule`'s, arrays are `ragged`'s, threads are `instances`'. Here they are tied to callers: whoever waits gets its own
+rows or its own error, whoever goes away takes its rows along, and nobody else notices. Time in the model is attributed to requests by
+rows, so what they are told adds up to the time the instances were busy.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
 
+import numpy as np
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanContext
+
+from model_worker.backends import buckets
+from model_worker.instances import Instance, Instances
 from model_worker.instruments import ModelInstruments
 from model_worker.packed import Array
 from model_worker.quarantine import Fault, Health
 from model_worker.ragged import Layout, Piece
-from model_worker.runner import Runner
 from model_worker.schedule import Batch, Schedule, Share, Ticket
 from plait.errors import DeadlineExceeded, Internal, PlaitError, Unavailable
 from plait.telemetry.logging import get_logger
+from plait.telemetry.tracing import Tracing, off
 
 log = get_logger(__name__)
 
-Model = Callable[[Sequence[Array]], Sequence[Array]]
+# What a failure that is the request's or the device's says nothing about is no fault of the model.
+_FAULTS: Final[Mapping[str, Fault | None]] = MappingProxyType(
+    {
+        "MODEL_OUTPUT_WRONG": Fault.WRONG_OUTPUT,
+        "MODEL_OUTPUT_NOT_FINITE": Fault.NOT_FINITE,
+        "INSTANCE_LOST": Fault.INSTANCE_LOST,
+        "OUT_OF_DEVICE_MEMORY": None,
+        "BYTES_NOT_UTF8": None,
+    }
+)
+_RESTART_LOOK_S: Final = 0.05  # how often to look whether a process is back, while none is and requests wait
+
+Parts = list[tuple[Array, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One request's outputs in the signature's order, and what it cost: seconds waited, seconds computed, rows of the batch it was in."""
+    """One request's outputs in the signature's order, and what it cost: seconds waited, its share by rows of the seconds computed, rows of
+    the batch it was in."""
 
     outputs: tuple[Array, ...]
     queue_s: float
@@ -48,29 +72,41 @@ class Request(Ticket):
     done_rows: int = 0
     queue_s: float = 0.0
     compute_s: float = 0.0
+    retried: bool = False
+    span: SpanContext | None = None
 
 
 class Batcher:
-    """Batches the requests of different callers for one model. Lives on the event loop; only `model` runs in the runner's thread."""
+    """Batches the requests of different callers for one model. Lives on the event loop; only the model runs in the instances' threads.
+
+    `budget_s`: time one forward pass may take before its instance counts as hung (0 = for ever). `finite`: NaN or infinity is a failure.
+    `sizes`: ascending row counts up to which batches are padded.
+    """
 
     def __init__(
         self,
         name: str,
-        model: Model,
+        instances: Instances,
         layout: Layout,
         schedule: Schedule[Request],
-        runner: Runner,
         instruments: ModelInstruments,
         *,
+        budget_s: float = 0.0,
+        finite: bool = False,
+        sizes: Sequence[int] = (),
         health: Health | None = None,
+        tracing: Tracing | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
         self._health = health
-        self._model = model
+        self._instances = instances
         self._layout = layout
+        self._budget_s = budget_s
+        self._finite = finite
+        self._sizes = tuple(sizes) if schedule.limits.joins else ()
+        self._tracing = tracing or off()
         self._schedule = schedule
-        self._runner = runner
         self._instruments = instruments
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -82,17 +118,26 @@ class Batcher:
     def __repr__(self) -> str:
         return f"<Batcher {self._name} {self._schedule!r}{' closing' if self._closing else ''}>"
 
-    async def submit(self, inputs: tuple[Array, ...], rows: int, deadline_s: float) -> Answer:
-        """Return the answer to one request: `inputs` in the signature's order, `deadline_s` on the batcher's clock.
+    async def submit(self, inputs: tuple[Array, ...], rows: int, deadline_s: float, priority: int = 0) -> Answer:
+        """Return the answer to one request: `inputs` in the signature's order, `deadline_s` on the batcher's clock, `priority` as `Ticket` has it.
 
-        Raises InvalidArgument (TOO_MANY_ROWS), ResourceExhausted (QUEUE_FULL), DeadlineExceeded, Unavailable (MODEL_UNLOADING), Internal
-        (MODEL_EXECUTION_FAILED, MODEL_OUTPUT_WRONG). Cancelling the caller takes its rows out of the queue.
+        Raises InvalidArgument (TOO_MANY_ROWS), ResourceExhausted (QUEUE_FULL, OUT_OF_DEVICE_MEMORY), DeadlineExceeded (also MODEL_HUNG),
+        Unavailable (MODEL_UNLOADING, INSTANCE_LOST), Internal (MODEL_EXECUTION_FAILED, MODEL_OUTPUT_WRONG, MODEL_OUTPUT_NOT_FINITE).
+        Cancelling the caller takes its rows out of the queue.
         """
         if self._closing:
             raise Unavailable(f"{self._name} is being unloaded: retry", reason="MODEL_UNLOADING", retry_after_s=0.1)
         request = Request(
-            rows=rows, deadline_s=deadline_s, kind=self._layout.kind(inputs), inputs=inputs, answer=self._loop.create_future()
+            rows=rows,
+            deadline_s=deadline_s,
+            kind=self._layout.kind(inputs),
+            size_bytes=sum([array.nbytes for array in inputs]),
+            priority=priority,
+            inputs=inputs,
+            answer=self._loop.create_future(),
         )
+        if self._tracing.enabled:
+            request.span = trace.get_current_span().get_span_context()
         self._schedule.offer(request, self._clock())
         self._quiet.clear()
         self._wake()
@@ -108,46 +153,112 @@ class Batcher:
 
     def _wake(self) -> None:
         """Look at the queue after what is ready on the loop has run: requests that arrived together then start together."""
-        if not self._woken and self._schedule.running is None:
+        if not self._woken and not self._schedule.full:
             self._woken = True
             self._loop.call_soon(self._start_next)
 
     def _start_next(self) -> None:
+        """Give every free instance its batch."""
         self._woken = False
-        batch, late = self._schedule.next(self._clock())
-        for ticket in late:
-            self._fail(ticket, DeadlineExceeded("the deadline passed, or would have, before the model could run: allow the call more time"))
-        if late:
-            self._instruments.dropped.inc(len(late))
-        if batch is not None:
-            self._run(batch)
-        elif self._schedule.idle:
+        while True:
+            instance = self._instances.free()
+            if instance is None:
+                self._wait_for_an_instance()
+                return
+            batch, late = self._schedule.next(self._clock())
+            for ticket in late:
+                self._fail(
+                    ticket, DeadlineExceeded("the deadline passed, or would have, before the model could run: allow the call more time")
+                )
+            if late:
+                self._instruments.dropped.inc(len(late))
+            if batch is None:
+                break
+            self._run(instance, batch)
+        if self._schedule.idle:
             self._quiet.set()
 
-    def _run(self, batch: Batch[Request]) -> None:
-        pieces = [_piece(share) for share in batch.shares]
+    def _wait_for_an_instance(self) -> None:
+        """All are busy, and whichever ends starts the next; or their processes are being started again, and somebody has to look."""
+        if not len(self._instances):
+            while (batch := self._schedule.next(self._clock())[0]) is not None:
+                self._fail_all(batch, self._hung())
+            self._quiet.set()
+        elif self._schedule.running is None and not self._schedule.idle and not self._woken:
+            self._woken = True
+            self._loop.call_later(_RESTART_LOOK_S, self._start_next)
 
-        def work() -> tuple[list[tuple[Array, ...]], float]:
+    def _run(self, instance: Instance, batch: Batch[Request]) -> None:
+        pieces = [_piece(share) for share in batch.shares]
+        span = self._tracing.linked_span("batch.execute", [share.ticket.span for share in batch.shares]) if self._tracing.enabled else None
+
+        def work() -> tuple[Parts, float]:
             started_s = time.perf_counter()
-            parts = self._layout.divide(self._model(self._layout.join(pieces)), pieces)
+            parts = self._computed(instance, pieces, batch.rows)
             return parts, time.perf_counter() - started_s
 
-        self._runner.start(work, lambda result, error: self._done(batch, result, error))
+        instance.batch = batch
+        watch = self._loop.call_later(self._budget_s, self._give_up, instance, batch) if self._budget_s else None
+        instance.start(work, lambda result, error: self._done(instance, batch, watch, span, result, error))
 
-    def _done(self, batch: Batch[Request], result: tuple[list[tuple[Array, ...]], float] | None, error: BaseException | None) -> None:
-        """The runner is back. First give it the next batch, then answer: the callers' work overlaps with the model's."""
+    def _computed(self, instance: Instance, pieces: Sequence[Piece], rows: int) -> Parts:
+        """In the instance's thread: from the requests' arrays to each one's part of the answer."""
+        inputs = self._layout.join(pieces)
+        size = buckets.choose(self._sizes, rows) if self._sizes else rows
+        if size == rows:
+            outputs = instance.model(inputs)
+        else:
+            padded = instance.model(buckets.pad(inputs, self._layout, rows, size))
+            outputs = buckets.cut(padded, self._layout, rows, len(pieces))
+        if self._finite:
+            _check_finite(outputs)
+        return self._layout.divide(outputs, pieces)
+
+    def _done(
+        self,
+        instance: Instance,
+        batch: Batch[Request],
+        watch: asyncio.TimerHandle | None,
+        span: Span | None,
+        result: tuple[Parts, float] | None,
+        error: BaseException | None,
+    ) -> None:
+        """An instance is back. First give it the next batch, then answer: the callers' work overlaps with the model's."""
+        if span is not None:
+            span.set_attributes({"plait.batch.rows": batch.rows, "plait.batch.requests": len(batch.shares)})
+            span.end()
+        if instance.batch is not batch:  # it was given up meanwhile, and its callers were told
+            return
+        if watch is not None:
+            watch.cancel()
+        instance.batch = None
         if result is None:
             self._blame(batch, error)
             self._start_next()
             return
         parts, compute_s = result
-        self._schedule.finished(self._clock())
+        self._schedule.finished(self._clock(), batch)
         if self._health is not None:
             self._health.success()
         self._start_next()
+        per_row_s = compute_s / batch.rows
         for share, part in zip(batch.shares, parts, strict=True):
-            self._deliver(batch, share, part, compute_s)
+            self._deliver(batch, share, part, per_row_s * share.rows)
         self._loop.call_soon(self._measure, batch, compute_s)  # after the callers, who wait
+
+    def _give_up(self, instance: Instance, batch: Batch[Request]) -> None:
+        """A forward pass has used up its budget. A process is ended by `ProcessModel` itself; a thread can only be left behind."""
+        if instance.batch is not batch:
+            return
+        instance.batch = None
+        self._instances.give_up(instance)
+        self._blame(batch, self._hung())
+        self._start_next()
+
+    def _hung(self) -> PlaitError:
+        return DeadlineExceeded(
+            f"{self._name} did not come back within its budget of {self._budget_s * 1e3:g} ms: retry elsewhere", reason="MODEL_HUNG"
+        )
 
     def _deliver(self, batch: Batch[Request], share: Share[Request], part: tuple[Array, ...], compute_s: float) -> None:
         request = share.ticket
@@ -177,27 +288,61 @@ class Batcher:
     def _measure(self, batch: Batch[Request], compute_s: float) -> None:
         self._instruments.rows.observe(batch.rows)
         self._instruments.compute_s.observe(compute_s)
+        self._instruments.busy_s.inc(compute_s)
+        self._instruments.queued_rows.set(self._schedule.queued_rows)
         self._instruments.statistics.batch(batch.rows, compute_s)
         for share in batch.shares:
             if share.start == 0:
                 self._instruments.queue_s.observe(batch.started_s - share.ticket.arrived_s)
 
     def _blame(self, batch: Batch[Request], error: BaseException | None) -> None:
-        culprit = self._schedule.failed()
+        reason = error.reason if isinstance(error, PlaitError) else ""
+        if reason == "MODEL_HUNG":
+            self._fail_all(batch, error)
+            self._fault(Fault.HANG)
+            return
+        if reason == "INSTANCE_LOST" and not any(share.ticket.retried for share in batch.shares):
+            self._fault(Fault.INSTANCE_LOST)
+            for share in batch.shares:
+                share.ticket.retried = True
+            self._schedule.again(batch)
+            log.warning("a batch whose instance was lost runs again", model=self._name, requests=len(batch.shares), rows=batch.rows)
+            return
+        culprit = self._schedule.failed(batch)
         if culprit is None:
             log.warning("a batch failed and runs again by halves", model=self._name, requests=len(batch.shares), rows=batch.rows)
             return
         log.error("the model failed on a request", model=self._name, rows=culprit.rows, exc_info=error)
         typed = error if isinstance(error, PlaitError) else None
-        if self._health is not None:
-            self._health.fault(Fault.WRONG_OUTPUT if typed is not None and typed.reason == "MODEL_OUTPUT_WRONG" else Fault.EXECUTION)
+        if fault := _FAULTS.get(reason, Fault.EXECUTION):
+            self._fault(fault)
         self._fail(culprit, typed or Internal(f"{self._name} failed on this request", reason="MODEL_EXECUTION_FAILED"))
+
+    def _fault(self, fault: Fault) -> None:
+        if fault.severe:
+            self._instruments.restarts.inc()
+        if self._health is not None:
+            self._health.fault(fault)
+
+    def _fail_all(self, batch: Batch[Request], error: BaseException | None) -> None:
+        for ticket in self._schedule.abandoned(batch):
+            self._fail(ticket, error if isinstance(error, PlaitError) else self._hung())
+        log.error("the model hangs", model=self._name, requests=len(batch.shares), rows=batch.rows)
 
     @staticmethod
     def _fail(request: Request, error: PlaitError) -> None:
         if not request.answer.done():
             request.answer.set_exception(error)
             request.answer.exception()  # seen: should the caller go away this very moment, nobody misses it
+
+
+def _check_finite(outputs: Sequence[Array]) -> None:
+    for i, output in enumerate(outputs):
+        if output.dtype.kind in "fV" and not np.isfinite(output).all():
+            raise Internal(
+                f"the model answered NaN or infinity in output {i}: check the request's values, or set execution.finite to false",
+                reason="MODEL_OUTPUT_NOT_FINITE",
+            )
 
 
 def _piece(share: Share[Request]) -> Piece:

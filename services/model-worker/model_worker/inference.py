@@ -37,7 +37,7 @@ class Inference:
         deadline_s = current().deadline.at_s
         if query.timeout_s is not None:
             deadline_s = min(deadline_s, began_s + query.timeout_s)
-        answer = await served.batcher.submit(query.inputs, query.rows, deadline_s)
+        answer = await served.batcher.submit(query.inputs, query.rows, deadline_s, query.priority)
         write_s = time.monotonic()
         response.model_name = served.model
         response.model_version = served.version

@@ -23,6 +23,9 @@ class ModelInstruments:
     queue_s: Histogram
     compute_s: Histogram
     dropped: Counter
+    busy_s: Counter
+    restarts: Counter
+    queued_rows: Gauge
     ready: Gauge
     statistics: ModelStatistics
     memory: Gauge
@@ -42,6 +45,16 @@ class Instruments:
             "plait_model_worker_compute_seconds", "one batch: joining, forward pass, dividing, seconds", _LABELS, _SECONDS
         )
         self._dropped = metrics.counter("plait_model_worker_dropped", "requests let in and dropped because of their deadline", _LABELS)
+        self._busy_s = metrics.counter(
+            "plait_model_worker_busy_seconds", "time spent computing batches, seconds; equals what is attributed to requests", _LABELS
+        )
+        self._restarts = metrics.counter(
+            "plait_model_worker_instance_restarts", "instances given up because they hung or their process ended", _LABELS
+        )
+        self._queued_rows = metrics.gauge("plait_model_worker_queued_rows", "rows waiting for a batch", _LABELS)
+        self._failures = metrics.counter(
+            "plait_model_worker_request_failures", "requests that ended in an error, by reason", (*_LABELS, "reason")
+        )
         self._ready = metrics.gauge("plait_model_worker_ready", "1 where the version is ready to serve, else 0", _LABELS)
         self._memory = metrics.gauge("plait_model_worker_memory_bytes", "memory a version is accounted with, bytes", _LABELS)
         self._quarantined = metrics.counter(
@@ -57,6 +70,9 @@ class Instruments:
             queue_s=self._queue_s.labels(model, version),
             compute_s=self._compute_s.labels(model, version),
             dropped=self._dropped.labels(model, version),
+            busy_s=self._busy_s.labels(model, version),
+            restarts=self._restarts.labels(model, version),
+            queued_rows=self._queued_rows.labels(model, version),
             ready=self._ready.labels(model, version),
             statistics=self.statistics.of(model, version),
             memory=self._memory.labels(model, version),
@@ -65,8 +81,13 @@ class Instruments:
 
     def forget(self, model: str, version: str) -> None:
         """Drop the series of a version that is no longer here."""
-        for family in (self._rows, self._queue_s, self._compute_s, self._dropped, self._ready, self._memory, self._quarantined):
+        families = (self._rows, self._queue_s, self._compute_s, self._dropped, self._ready, self._memory, self._quarantined)
+        for family in (*families, self._busy_s, self._restarts, self._queued_rows):
             family.remove(model, version)
+
+    def failed(self, model: str, version: str, reason: str) -> None:
+        """Count a request that ended in an error; `reason` is one of ours, so their number is bounded."""
+        self._failures.labels(model, version, reason).inc()
 
     def loaded(self, model: str, outcome: str) -> None:
         """Count an attempt; `outcome` is READY or the reason it failed."""

@@ -31,6 +31,15 @@ class Runner:
     def __repr__(self) -> str:
         return f"<Runner {self._thread.name} {'running' if self._thread.is_alive() else 'stopped'} jobs={self._jobs.qsize()}>"
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread still runs."""
+        return self._thread.is_alive()
+
+    def abandon(self) -> None:
+        """Let the thread end whenever what it computes comes back, which it may never do; nobody waits for it."""
+        self._jobs.put(_STOP)
+
     def start(self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
         """Run `work` in the thread, then `done(result, None)` or `done(None, error)` on the event loop."""
         self._jobs.put((work, done))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -30,25 +31,36 @@ _ORDER: Final = attrgetter("order")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """`margin_s` is added to every predicted duration at admission. `joins`: requests may share a batch; `splits`: one may run in pieces."""
+    """`margin_s` is added to every predicted duration at admission. `joins`: requests may share a batch; `splits`: one may run in pieces.
+
+    `max_bytes`: most bytes of input tensors in a batch of several requests (0 = any). `instances`: batches that run at once.
+    `static_rows`: wait for that many rows before anything runs, however long it takes (0 = never wait); made for measuring.
+    """
 
     max_rows: int
     max_queue_rows: int
     margin_s: float = 0.0005
     joins: bool = True
     splits: bool = True
+    max_bytes: int = 0
+    instances: int = 1
+    static_rows: int = 0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Ticket:
     """One request from arrival to answer. Only requests of one `kind` (their fixed dimensions) can share a batch.
 
-    `taken` rows were handed to batches so far; `over`: it was answered, or its caller has gone.
+    `taken` rows were handed to batches so far; `over`: it was answered, or its caller has gone. `size_bytes`: of its input tensors.
+    `priority`: 0 is the default, 1 goes ahead of what is not older, n > 1 waits as if it had come n - 1 seconds later; since that is a fixed
+    point in time, nothing starves.
     """
 
     rows: int
     deadline_s: float
     kind: Hashable = None
+    size_bytes: int = 0
+    priority: int = 0
     order: tuple[float, int] = field(default=(0.0, 0), init=False)
     arrived_s: float = field(default=0.0, init=False)
     taken: int = field(default=0, init=False)
@@ -87,14 +99,14 @@ class Schedule(Generic[T]):
     def __init__(self, limits: Limits, latency: LatencyModel | None = None) -> None:
         self.limits = limits
         self.latency = latency or LatencyModel()
-        self.running: Batch[T] | None = None
+        self._running: list[Batch[T]] = []
         self.queued_rows = 0
         self._queue: list[T] = []  # sorted: most urgent first
         self._halves: deque[tuple[Share[T], ...]] = deque()  # of failed batches; they go first
         self._arrivals = itertools.count()
 
     def __repr__(self) -> str:
-        running = self.running.rows if self.running else 0
+        running = sum(batch.rows for batch in self._running)
         return (
             f"<Schedule queued={len(self._queue)} rows={self.queued_rows}/{self.limits.max_queue_rows} running={running} {self.latency!r}>"
         )
@@ -102,7 +114,17 @@ class Schedule(Generic[T]):
     @property
     def idle(self) -> bool:
         """Whether nothing runs and nothing waits."""
-        return self.running is None and not self._queue and not self._halves
+        return not self._running and not self._queue and not self._halves
+
+    @property
+    def running(self) -> Batch[T] | None:
+        """The batch that has run longest, if any runs."""
+        return self._running[0] if self._running else None
+
+    @property
+    def full(self) -> bool:
+        """Whether every instance is busy."""
+        return len(self._running) >= self.limits.instances
 
     def offer(self, ticket: T, now_s: float) -> None:
         """Let a request in, or raise InvalidArgument (too large), ResourceExhausted (queue full) or DeadlineExceeded."""
@@ -112,7 +134,7 @@ class Schedule(Generic[T]):
         if self.queued_rows + ticket.rows > self.limits.max_queue_rows:
             raise self._full()
         ticket.arrived_s = now_s
-        ticket.order = (min(ticket.deadline_s, now_s + _PATIENCE_S), next(self._arrivals))
+        ticket.order = (_virtual_deadline_s(ticket, now_s), next(self._arrivals))
         at = bisect.bisect(self._queue, ticket.order, key=_ORDER)
         if self.latency.trusted(now_s):
             self._check_deadlines(ticket, at, now_s)
@@ -121,23 +143,36 @@ class Schedule(Generic[T]):
 
     def next(self, now_s: float) -> tuple[Batch[T] | None, list[T]]:
         """Return the batch to run now, if the runner is free and anything waits, and the requests dropped because they are too late."""
-        if self.running is not None:
+        if self.full:
             return None, []
         late: list[T] = []
+        if self.limits.static_rows and not self._halves and self.queued_rows < self.limits.static_rows:
+            self._drop_late(now_s, late)
+            return None, late
         shares = self._half(now_s, late) or self._fill(now_s, late)
-        if shares:
-            self.running = Batch(shares=shares, rows=sum(s.rows for s in shares), started_s=now_s)
-        return self.running, late
+        if not shares:
+            return None, late
+        batch = Batch(shares=shares, rows=sum(s.rows for s in shares), started_s=now_s)
+        self._running.append(batch)
+        return batch, late
 
-    def finished(self, now_s: float) -> None:
-        """The running batch was computed: learn from it."""
-        batch, self.running = self.running, None
+    def finished(self, now_s: float, batch: Batch[T] | None = None) -> None:
+        """A batch (by default the oldest) was computed: learn from it."""
+        batch = self._end(batch)
         if batch is not None:
             self.latency.observe(batch.rows, now_s - batch.started_s, now_s)
 
-    def failed(self) -> T | None:
-        """The running batch failed: return the request at fault, or None where there were several, which then run again by halves."""
-        batch, self.running = self.running, None
+    def abandoned(self, batch: Batch[T]) -> tuple[T, ...]:
+        """A batch will not come back: forget its requests and return those that still wait for an answer."""
+        self._end(batch)
+        lost = tuple(share.ticket for share in batch.shares if not share.ticket.over)
+        for ticket in lost:
+            self.withdraw(ticket)
+        return lost
+
+    def failed(self, batch: Batch[T] | None = None) -> T | None:
+        """A batch (by default the oldest) failed: return the request at fault, or None where there were several, which run again by halves."""
+        batch = self._end(batch)
         if batch is None:
             return None
         if len(batch.shares) == 1:
@@ -156,6 +191,17 @@ class Schedule(Generic[T]):
         if ticket.taken < ticket.rows:
             del self._queue[bisect.bisect_left(self._queue, ticket.order, key=_ORDER)]
             self.queued_rows -= ticket.rows - ticket.taken
+
+    def again(self, batch: Batch[T]) -> None:
+        """A batch was lost through no fault of its requests: it runs again, next."""
+        self._end(batch)
+        self._halves.appendleft(batch.shares)
+
+    def _end(self, batch: Batch[T] | None) -> Batch[T] | None:
+        batch = batch or self.running
+        if batch is not None:
+            self._running.remove(batch)
+        return batch
 
     # --- composing a batch
 
@@ -181,6 +227,7 @@ class Schedule(Generic[T]):
         shares = [self._take(first, rows)]
         most = self._most_rows(first, now_s) if self.limits.joins else 0
         passed: list[T] = []
+        left_bytes = (self.limits.max_bytes or math.inf) - first.size_bytes
         seen = 1
         for ticket in itertools.islice(self._queue, 1, None):
             if rows >= most:
@@ -190,10 +237,11 @@ class Schedule(Generic[T]):
                 self._give_up(ticket, late)
             elif ticket.kind != first.kind:
                 passed.append(ticket)
-            elif rows + ticket.rows - ticket.taken > most:
+            elif rows + ticket.rows - ticket.taken > most or ticket.size_bytes > left_bytes:
                 passed.append(ticket)
                 break
             else:
+                left_bytes -= ticket.size_bytes
                 shares.append(self._take(ticket, ticket.rows - ticket.taken))
                 rows += shares[-1].rows
         rest = [first] if first.taken < first.rows else []
@@ -256,12 +304,14 @@ class Schedule(Generic[T]):
                 raise self._full("requests already let in would miss their deadlines")
 
     def _free_s(self, now_s: float) -> float:
-        if self.running is None:
+        if not self.full:
             return now_s
-        return max(now_s, self.running.started_s + self.latency.predict_s(self.running.rows))
+        return max(now_s, min(batch.started_s + self.latency.predict_s(batch.rows) for batch in self._running))
 
     def _duration_s(self, rows: int) -> float:
-        return self.latency.predict_s(rows, -(-rows // self.limits.max_rows))
+        """Return how long rows take that wait in one queue before all instances: they take from it side by side, batch by batch."""
+        batches = -(-rows // self.limits.max_rows)
+        return self.latency.predict_s(rows, batches) / min(self.limits.instances, max(1, batches))
 
     def _full(self, why: str = "") -> PlaitError:
         wait_s = min(max(self._duration_s(self.queued_rows), _MIN_RETRY_S), _MAX_RETRY_S)
@@ -274,6 +324,13 @@ class Schedule(Generic[T]):
             f"an answer would take about {needs_s * 1e3:.1f} ms and {left_s * 1e3:.1f} ms are left: allow the call more time",
             reason="DEADLINE_CANNOT_BE_MET",
         )
+
+
+def _virtual_deadline_s(ticket: Ticket, now_s: float) -> float:
+    if ticket.priority == 1:
+        return min(ticket.deadline_s, now_s)
+    later_s = min(ticket.priority - 1, _PATIENCE_S) if ticket.priority > 1 else 0.0
+    return min(ticket.deadline_s, now_s + _PATIENCE_S) + later_s
 
 
 def _expired() -> PlaitError:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_worker import artifacts, backends, classification
+from model_worker import artifacts, backends, background, classification
 from model_worker.artifacts import Artifact, Fetcher
 from model_worker.backends import LoadOptions, Model
 from model_worker.batcher import Batcher, Request
 from model_worker.classification import Labels
 from model_worker.cpus import available_cpus
+from model_worker.instances import Instances
 from model_worker.instruments import Instruments
+from model_worker.process_instance import ProcessModel
 from model_worker.proof import Proven, prove
 from model_worker.quarantine import Health
 from model_worker.ragged import Layout
-from model_worker.runner import Runner
 from model_worker.schedule import Limits, Schedule
 from model_worker.settings import BatchingSettings, ModelSettings
 from model_worker.tensors import Codec
 from plait.registry.artifact import ArtifactManifest
+from plait.registry.artifact import digest as digest_of
 from plait.registry.records import Execution, ModelVersion
+from plait.telemetry.tracing import Tracing
 
 Admit = Callable[[Artifact, str, int], None]  # artifact, device, copies of its weights; raises where there is no memory for it
 
@@ -31,7 +36,7 @@ class Prepared:
     """A version that was verified, loaded, proven and warmed, in whatever thread did that; it needs only its place on the event loop."""
 
     manifest: ArtifactManifest
-    model: Model
+    models: tuple[Model, ...]
     layout: Layout
     proven: Proven
     limits: Limits
@@ -41,11 +46,12 @@ class Prepared:
     @property
     def memory_bytes(self) -> int:
         """Bytes that all copies of its weights take."""
-        return self.model.memory_bytes * _copies(self.manifest.execution)
+        return sum(model.memory_bytes for model in set(self.models))
 
     def close(self) -> None:
         """Give back what a version holds that is not going to serve. Blocks."""
-        self.model.close()
+        for model in set(self.models):
+            model.close()
         self.artifact.close()
 
 
@@ -60,21 +66,29 @@ class Served:
     limits: Limits
     codec: Codec
     batcher: Batcher
-    runner: Runner
-    artifact: Artifact
+    instances: Instances
+    prepared: Prepared
 
     async def close(self) -> None:
-        """Answer what is held, then end the thread and let go of the artifact."""
+        """Answer what is held, then end the threads and processes and let go of the artifact."""
         await self.batcher.close()
-        await self.runner.stop()
-        self.artifact.close()
+        await self.instances.stop()
+        await asyncio.to_thread(self.prepared.close)
 
 
 class Loader:
     """Makes `Served` out of what the registry says; the only part that knows which backend loads what."""
 
-    def __init__(self, models: ModelSettings, batching: BatchingSettings, instruments: Instruments, fetcher: Fetcher | None = None) -> None:
+    def __init__(
+        self,
+        models: ModelSettings,
+        batching: BatchingSettings,
+        instruments: Instruments,
+        fetcher: Fetcher | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         """Without a `fetcher`, artifacts are used where they lie."""
+        self._tracing = tracing
         self._fetcher = fetcher
         self._models = models
         self._batching = batching
@@ -96,35 +110,92 @@ class Loader:
         manifest = artifact.manifest
         admit(artifact, "cpu", _copies(manifest.execution))
         labels = classification.load_labels(artifact)
-        model = backends.load(artifact, LoadOptions(num_threads=self._models.num_threads or available_cpus()))
+        models = self._instances_of(artifact)
+        try:
+            return self._proven(artifact, models, labels)
+        except BaseException:
+            for model in set(models):
+                model.close()
+            raise
+
+    def _instances_of(self, artifact: Artifact) -> tuple[Model, ...]:
+        """Load one model for all threads, or one per process."""
+        execution = artifact.manifest.execution
+        options = LoadOptions(
+            num_threads=self._models.num_threads or available_cpus(),
+            device=self._models.device,
+            autocast=execution.autocast,
+            buckets=artifact.manifest.batching.buckets,
+            allow_native=self._models.allow_native,
+        )
+        if execution.kind == "thread":
+            return (backends.load(artifact, options),) * execution.instances
+        digest = digest_of(artifact.folder)
+        models: list[Model] = []
+        try:
+            for i in range(execution.instances):
+                name = f"{artifact.manifest.name} process {i}"
+                models.append(
+                    background.at_normal_priority(
+                        functools.partial(
+                            ProcessModel, artifact.folder, digest, options, name=name, call_timeout_s=self._budget_s(execution) or None
+                        )
+                    )
+                )
+        except BaseException:
+            for model in models:
+                model.close()
+            raise
+        return tuple(models)
+
+    def _budget_s(self, execution: Execution) -> float:
+        return execution.timeout_ms / 1e3 or self._models.compute_timeout_s
+
+    def _proven(self, artifact: Artifact, models: tuple[Model, ...], labels: Labels) -> Prepared:
+        manifest = artifact.manifest
         layout = Layout.of(manifest.signature, manifest.batching)
         max_rows = self._batching.max_rows or manifest.batching.max_rows
-        proven = prove(model, layout, artifact, max_rows)
+        proven = prove(models[0], layout, artifact, max_rows)
         limits = Limits(
             max_rows=max_rows,
             max_queue_rows=max(max_rows, self._batching.max_queue_rows or manifest.batching.max_queue_rows),
             margin_s=self._batching.margin_ms / 1e3,
             joins=proven.joins,
             splits=proven.splits,
+            max_bytes=manifest.batching.max_bytes,
+            instances=len(models),
+            static_rows=self._batching.static_rows,
         )
-        return Prepared(manifest=manifest, model=model, layout=layout, proven=proven, limits=limits, labels=labels, artifact=artifact)
+        return Prepared(manifest=manifest, models=models, layout=layout, proven=proven, limits=limits, labels=labels, artifact=artifact)
 
     def serve(self, model: str, version: str, prepared: Prepared, health: Health | None = None) -> Served:
         """Give a prepared version its batcher and thread. On the event loop. `health` is told of every batch."""
         name = f"{model}/{version}"
-        runner = Runner(f"model {name}", prepared.model.prepare_thread)
+        execution = prepared.manifest.execution
+        instances = Instances(name, prepared.models)
         schedule: Schedule[Request] = Schedule(prepared.limits, prepared.proven.latency)
-        batcher = Batcher(name, prepared.model, prepared.layout, schedule, runner, self._instruments.of(model, version), health=health)
+        batcher = Batcher(
+            name,
+            instances,
+            prepared.layout,
+            schedule,
+            self._instruments.of(model, version),
+            budget_s=self._budget_s(execution) if execution.kind == "thread" else 0.0,  # a process is watched by its own model
+            finite=execution.finite,
+            sizes=prepared.manifest.batching.buckets,
+            health=health,
+            tracing=self._tracing,
+        )
         return Served(
             model=model,
             version=version,
-            platform=prepared.model.platform,
+            platform=prepared.models[0].platform,
             manifest=prepared.manifest,
             limits=prepared.limits,
             codec=Codec(prepared.manifest.signature, prepared.labels),
             batcher=batcher,
-            runner=runner,
-            artifact=prepared.artifact,
+            instances=instances,
+            prepared=prepared,
         )
 
     @property

@@ -46,6 +46,13 @@ class ModelSettings(Group):
         le=256,
         description="threads one operator of a model may use; 0 = as many as the container has CPUs; more helps only large batches",
     )
+    device: str = Field("cpu", pattern=r"^(cpu|cuda:\d{1,2})$", description="where models compute: cpu, or cuda:<number>")
+    allow_native: bool = Field(
+        False, description="load AOTInductor packages, which are native code that runs as this process: switch on for artifacts you sign"
+    )
+    compute_timeout_s: float = Field(
+        30.0, ge=0, le=3600, description="time one forward pass may take before its instance counts as hung, seconds; 0 = for ever"
+    )
     retry_s: float = Field(5.0, gt=0, le=3600, description="time before a version that failed to load is tried again, doubling, seconds")
     max_retry_s: float = Field(300.0, gt=0, le=86_400, description="longest time between such tries, seconds")
     unload_after_s: float = Field(
@@ -122,6 +129,9 @@ class BatchingSettings(Group):
 
     max_rows: int | None = Field(None, ge=1, description="most rows in one forward pass")
     max_queue_rows: int | None = Field(None, ge=1, description="most rows waiting for one model; more are answered RESOURCE_EXHAUSTED")
+    static_rows: int = Field(
+        0, ge=0, description="wait for that many rows before anything runs, however long it takes; 0 = never wait. Made for measuring"
+    )
     margin_ms: float = Field(
         0.5,
         ge=0,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,15 @@ import pytest
 from tests.fakes.registry_world import eventually
 
 from model_worker.batcher import Answer, Batcher, Request
+from model_worker.instances import Instances
 from model_worker.instruments import Instruments
 from model_worker.ragged import Layout
-from model_worker.runner import Runner
 from model_worker.schedule import Limits, Schedule
 from plait.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
 from plait.registry.records import Batching, Signature, TensorSpec
 from plait.telemetry.metrics import Metrics
 
-POISON, WIDE, SHORT = -1.0, -2.0, -3.0
+POISON, WIDE, SHORT, NAN, LOST, MEMORY = -1.0, -2.0, -3.0, -4.0, -5.0, -6.0
 LAYOUT = Layout.of(
     Signature(
         inputs=(TensorSpec(name="x", dtype="float64", shape=(-1,)),), outputs=(TensorSpec(name="y", dtype="float64", shape=(-1, -1)),)
@@ -38,6 +39,16 @@ class GatedModel:
         self.open = threading.Event()
         self.open.set()
         self.batches: list[list[float]] = []
+        self.losses = 0
+
+    platform = "gated"
+    memory_bytes = 0
+
+    def prepare_thread(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     def __call__(self, inputs: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         [x] = inputs
@@ -45,6 +56,13 @@ class GatedModel:
         assert self.open.wait(30)
         if (x == POISON).any():
             raise ValueError("poison")
+        if (x == NAN).any():
+            return [np.where(x == NAN, np.nan, x)[:, None]]
+        if (x == MEMORY).any():
+            raise ResourceExhausted("too large for the device", reason="OUT_OF_DEVICE_MEMORY")
+        if (x == LOST).any() and self.losses:
+            self.losses -= 1
+            raise Unavailable("the process ended", reason="INSTANCE_LOST")
         if (x == SHORT).any():
             return [x[:-1, None]]
         return [np.repeat(x[:, None] * 10, 2 if x[0] == WIDE else 1, axis=1)]
@@ -70,17 +88,18 @@ class World:
 
 
 @asynccontextmanager
-async def world(**limits: Any) -> AsyncIterator[World]:
+async def world(more: Mapping[str, Any] = MappingProxyType({}), **limits: Any) -> AsyncIterator[World]:
     schedule: Schedule[Request] = Schedule(Limits(**{"max_rows": 100, "max_queue_rows": 1000, "margin_s": 0.0, **limits}))
-    runner, model, metrics = Runner("model m/1", lambda: None), GatedModel(), Metrics()
-    batcher = Batcher("m/1", model, LAYOUT, schedule, runner, Instruments(metrics).of("m", "1"), clock=lambda: w.clock_s)
+    model, metrics = GatedModel(), Metrics()
+    instances = Instances("m/1", (model,) * schedule.limits.instances)
+    batcher = Batcher("m/1", instances, LAYOUT, schedule, Instruments(metrics).of("m", "1"), clock=lambda: w.clock_s, **more)
     w = World(batcher, model, schedule, metrics)
     try:
         yield w
     finally:
         model.open.set()
         await batcher.close()
-        await runner.stop()
+        await instances.stop()
 
 
 def values(answer: Answer) -> list[float]:
@@ -255,3 +274,111 @@ async def test_what_is_computed_is_measured() -> None:
         assert sample("plait_model_worker_batch_rows_count", labels) == 1
         assert sample("plait_model_worker_queue_seconds_count", labels) == 2
         assert sample("plait_model_worker_compute_seconds_count", labels) == 1
+
+
+async def test_several_instances_compute_side_by_side() -> None:
+    async with world(instances=2, max_rows=1) as w:
+        w.model.open.clear()
+        asked = [w.ask(1), w.ask(2), w.ask(3)]
+        await eventually(lambda: len(w.model.batches) == 2)
+        assert sorted(w.model.batches) == [[1], [2]]
+        assert w.schedule.queued_rows == 1
+        w.model.open.set()
+        assert [values(a) for a in await asyncio.gather(*asked)] == [[10], [20], [30]]
+
+
+async def test_a_request_of_priority_goes_first_and_the_default_before_the_patient() -> None:
+    async with world(max_rows=1) as w:
+        first = await w.busy(0)
+        asked = [asyncio.create_task(w.batcher.submit((np.array([x]),), 1, math.inf, p)) for x, p in ((3.0, 5), (2.0, 0), (1.0, 1))]
+        await eventually(lambda: w.schedule.queued_rows == 3)
+        w.model.open.set()
+        await asyncio.gather(first, *asked)
+        assert w.model.batches == [[0], [1], [2], [3]]
+
+
+async def test_a_batch_holds_no_more_bytes_than_it_may() -> None:
+    async with world(max_bytes=16) as w:
+        first = await w.busy(0)
+        asked = [w.ask(1), w.ask(2), w.ask(3), w.ask(4, 5, 6)]
+        await eventually(lambda: w.schedule.queued_rows == 6)
+        w.model.open.set()
+        await asyncio.gather(first, *asked)
+        assert w.model.batches == [[0], [1, 2], [3], [4, 5, 6]]
+
+
+async def test_nan_hurts_its_own_caller_only_and_names_the_model() -> None:
+    async with world(more={"finite": True}) as w:
+        good, bad, other = await asyncio.gather(w.ask(1), w.ask(NAN), w.ask(2), return_exceptions=True)
+        assert isinstance(good, Answer)
+        assert isinstance(other, Answer)
+        assert isinstance(bad, Internal)
+        assert bad.reason == "MODEL_OUTPUT_NOT_FINITE"
+    async with world() as w:
+        assert np.isnan((await w.ask(NAN)).outputs[0]).all()
+
+
+async def test_a_batch_too_large_for_the_device_is_halved() -> None:
+    async with world() as w:
+        small, large = await asyncio.gather(w.ask(1), w.ask(MEMORY), return_exceptions=True)
+        assert isinstance(small, Answer)
+        assert isinstance(large, ResourceExhausted)
+        assert large.reason == "OUT_OF_DEVICE_MEMORY"
+
+
+async def test_a_batch_whose_process_died_runs_once_more() -> None:
+    async with world() as w:
+        w.model.losses = 1
+        assert [values(a) for a in await asyncio.gather(w.ask(LOST), w.ask(2))] == [[-50], [20]]
+        assert w.model.batches == [[LOST, 2], [LOST, 2]]
+        w.model.losses = 9
+        lost, other = await asyncio.gather(w.ask(LOST), w.ask(2), return_exceptions=True)
+        assert isinstance(lost, Unavailable)
+        assert lost.reason == "INSTANCE_LOST"
+        assert isinstance(other, Answer)
+
+
+async def test_a_model_that_hangs_is_left_behind_and_others_are_served() -> None:
+    async with world(more={"budget_s": 0.05}, max_rows=1) as w:
+        w.model.open.clear()
+        hung, waiting = w.ask(1), w.ask(2)
+        with pytest.raises(DeadlineExceeded) as refused:
+            await hung
+        assert refused.value.reason == "MODEL_HUNG"
+        assert "m/1" in refused.value.message
+        w.model.open.set()
+        assert isinstance((await asyncio.gather(waiting, return_exceptions=True))[0], Answer | DeadlineExceeded)
+        assert values(await w.ask(3)) == [30]
+        assert (w.metrics.registry.get_sample_value("plait_model_worker_instance_restarts_total", {"model": "m", "version": "1"}) or 0) >= 1
+
+
+async def test_a_model_that_always_hangs_is_given_up_and_says_so() -> None:
+    async with world(more={"budget_s": 0.02}, max_rows=1) as w:
+        w.model.open.clear()
+        for _ in range(7):
+            with pytest.raises(DeadlineExceeded) as refused:
+                await w.ask(1)
+            assert refused.value.reason == "MODEL_HUNG"
+        assert len(w.model.batches) == 5  # the first, and four replacements
+
+
+async def test_time_in_the_model_is_attributed_whole_and_by_rows() -> None:
+    async with world(max_rows=3) as w:
+        first = await w.busy(0)
+        asked = [w.ask(1), w.ask(2, 3), w.ask(*range(5)), w.ask(4)]
+        await eventually(lambda: w.schedule.queued_rows == 9)
+        w.model.open.set()
+        answers = await asyncio.gather(first, *asked)
+        labels = {"model": "m", "version": "1"}
+        busy_s = w.metrics.registry.get_sample_value("plait_model_worker_busy_seconds_total", labels)
+        await eventually(lambda: w.metrics.registry.get_sample_value("plait_model_worker_batch_rows_sum", labels) == 10)
+        busy_s = w.metrics.registry.get_sample_value("plait_model_worker_busy_seconds_total", labels)
+        assert sum(answer.compute_s for answer in answers) == pytest.approx(busy_s, rel=0.01)
+        assert answers[2].compute_s == pytest.approx(2 * answers[1].compute_s) or w.model.batches[1] != [1, 2, 3]
+
+
+async def test_batches_are_padded_to_a_bucket_and_answers_are_not() -> None:
+    async with world(more={"sizes": (4, 8)}) as w:
+        assert values(await w.ask(1, 2, 3)) == [10, 20, 30]
+        assert values(await w.ask(*range(5))) == [0, 10, 20, 30, 40]
+        assert [len(batch) for batch in w.model.batches] == [4, 8]

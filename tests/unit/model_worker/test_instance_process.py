@@ -120,7 +120,6 @@ def test_the_child_imports_no_library_it_does_not_need() -> None:
         "onnxruntime",
         "asyncpg",
         "redis",
-        "structlog",
         "opentelemetry.sdk",
         "psutil",
     }  # grpc is there: plait.errors holds its codes

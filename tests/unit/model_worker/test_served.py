@@ -33,7 +33,7 @@ async def test_a_published_ranker_answers(tmp_path: Path) -> None:
     assert [a.tolist() for a in answer.outputs] == [[2, 10], [0, 1]]
     assert (served.model, served.version, served.platform) == ("ranker", "7", "pytorch_torchscript")
     await served.close()
-    assert "stopped" in repr(served.runner)
+    assert "closing" in repr(served.batcher)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +61,10 @@ def test_what_a_model_can_is_found_out_not_declared(tmp_path: Path) -> None:
 async def test_an_artifact_is_held_while_its_model_serves_and_let_go_afterwards(tmp_path: Path) -> None:
     made = loader(fetcher=Fetcher(ArtifactSettings(cache=tmp_path / "cache"), None))
     served = made.serve("ranker", "7", made.prepare(publish_ranker(tmp_path / "m")))
-    assert served.artifact.folder.parent == tmp_path / "cache"
-    assert "held" in repr(served.artifact.lease)
+    assert served.prepared.artifact.folder.parent == tmp_path / "cache"
+    assert "held" in repr(served.prepared.artifact.lease)
     await served.close()
-    assert "closed" in repr(served.artifact.lease)
+    assert "closed" in repr(served.prepared.artifact.lease)
 
 
 def test_the_artifact_of_a_model_that_cannot_be_served_is_let_go(tmp_path: Path) -> None:

@@ -165,6 +165,7 @@ async def test_the_models_name_may_come_in_either_field() -> None:
 
 async def test_a_model_is_loaded_as_the_registry_has_it() -> None:
     models = StubModels()
+    enter(Call(method="m", tenant="t", deadline=Deadline.never()))
     request = pb.RepositoryModelLoadRequest(model_name="a")
     request.parameters["config"].string_param = "{}"
     with pytest.raises(InvalidArgument):
@@ -173,7 +174,7 @@ async def test_a_model_is_loaded_as_the_registry_has_it() -> None:
     unload = pb.RepositoryModelUnloadRequest(model_name="a")
     unload.parameters["unload_dependents"].bool_param = False  # tritonclient always says so
     await servicer(models).RepositoryModelUnload(unload, None)
-    assert models.told == [("pause", "a")]
+    assert models.told == [("unload", "a", math.inf)]
 
 
 async def test_streams_are_for_services() -> None:
