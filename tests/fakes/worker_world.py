@@ -21,10 +21,12 @@ from model_worker.controls import Controls
 from model_worker.inference import Inference
 from model_worker.instruments import Instruments
 from model_worker.lifecycle import State
+from model_worker.load_report import LoadReport
 from model_worker.models import Models
 from model_worker.served import Loader, Prepared, Served
 from model_worker.servicer import InferenceServicer, StreamServicer
 from model_worker.settings import BatchingSettings, ModelSettings, ProtocolSettings
+from model_worker.triton_metrics import TritonMetrics
 from plait.api.inference.v2 import inference_pb2 as pb
 from plait.api.inference.v2 import inference_pb2_grpc as pb_grpc
 from plait.api.model_worker.v1 import model_worker_service_pb2 as stream_pb
@@ -32,7 +34,7 @@ from plait.api.model_worker.v1 import model_worker_service_pb2_grpc as stream_pb
 from plait.dtypes import BY_NAME, BY_OIP
 from plait.registry import artifact
 from plait.registry.artifact import ArtifactManifest, SelfTest
-from plait.registry.records import ApiKey, Batching, Model, ModelVersion, Snapshot, TensorSpec
+from plait.registry.records import ApiKey, Batching, Execution, Model, ModelVersion, Snapshot, TensorSpec
 from plait.rpc.channel import open_channel, service_metadata
 from plait.rpc.credentials import Authenticator, digest
 from plait.rpc.deadline import Deadline
@@ -85,7 +87,9 @@ def dot_scores(user: Any, item: Any, scale: float = 1.0) -> list[float]:
     return scores
 
 
-def publish_ranker(folder: Path, *, scale: float = 1.0, self_test_scale: float | None = None, **batching: Any) -> ModelVersion:
+def publish_ranker(
+    folder: Path, *, scale: float = 1.0, self_test_scale: float | None = None, execution: Execution | None = None, **batching: Any
+) -> ModelVersion:
     """Publish a DotRanker as TorchScript; its self test is right unless `self_test_scale` differs from `scale`."""
     folder.mkdir(parents=True)
     scripted(DotRanker(scale)).save(str(folder / "model.pt"))
@@ -103,6 +107,7 @@ def publish_ranker(folder: Path, *, scale: float = 1.0, self_test_scale: float |
         inputs=(USER, ITEM),
         outputs=(SCORE, RANK),
         batching=Batching(row_splits="row_splits", **batching),
+        execution=execution or Execution(),
         self_test=SelfTest(file="self_test.npz"),
     )
     return published(folder, manifest)
@@ -298,7 +303,9 @@ async def worker_world(
     follower = asyncio.create_task(held.run())
     settings = RpcSettings(**{"grace_s": 2, **rpc})
     server = RpcServer(settings, authenticator=Authenticator(world.keys.get, service_token=SERVICE_TOKEN), metrics=metrics)
-    inference = Inference(held, instruments.statistics)
+    inference = Inference(held, instruments.statistics, instruments.failed)
+    metrics.registry.register(TritonMetrics(instruments.statistics))
+    load = LoadReport(1, lambda: instruments.statistics.busy_s, lambda: held.queued_rows)
     server.add(
         pb_grpc.add_GRPCInferenceServiceServicer_to_server,
         InferenceServicer(
@@ -310,6 +317,7 @@ async def worker_world(
             max_in_flight=settings.max_in_flight,
             default_timeout_s=settings.default_timeout_s,
             tracing=off(),
+            load=load,
         ),
         "inference.GRPCInferenceService",
         scope="infer",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from tests.fakes.registry_world import eventually
 from tests.fakes.worker_world import (
@@ -28,6 +31,7 @@ from tests.fakes.worker_world import (
 )
 
 from model_worker.latency import WINDOW
+from model_worker.process_instance import State as ProcessState
 from plait.api.inference.v2 import inference_pb2 as pb
 from plait.api.model_worker.v1 import model_worker_service_pb2 as stream_pb
 from plait.errors import (
@@ -43,7 +47,7 @@ from plait.errors import (
     Unavailable,
     from_rpc_error,
 )
-from plait.registry.records import ModelVersion, Route, Variant
+from plait.registry.records import Execution, ModelVersion, Route, Variant
 
 ONE = [1.0, 2.0, 3.0]
 ROWS = [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]
@@ -521,3 +525,71 @@ async def test_a_model_that_fails_on_everything_is_taken_out_and_tested_back(v1:
         assert error.retry_after_s
         await eventually(lambda: w.states() == {"ranker/1": "READY"})
         assert outputs(await w.infer(ranking(ONE, ROWS)))["score"] == [1, 5]
+
+
+async def test_a_process_instance_that_is_killed_is_survived_by_the_others(tmp_path: Path) -> None:
+    version = publish_ranker(tmp_path / "m", execution=Execution(instances=2, kind="process"))
+    async with worker_world(snapshot(model("ranker", version))) as w:
+        served = w.models.get("ranker")
+        children = [psutil.Process(pid) for m in served.prepared.models if (pid := m.pid) is not None]
+        assert len(children) == 2
+        assert {child.ppid() for child in children} == {os.getpid()}
+        request = ranking([1, 2, 3], [[1, 0, 0], [0, 1, 0]])
+        assert outputs(await w.infer(request))["score"] == [1, 2]
+
+        async def calls(count: int) -> list[Any]:
+            return [await w.infer(request) for _ in range(count)]
+
+        load = [asyncio.create_task(calls(100)) for _ in range(4)]
+        await w.infer(request)
+        children[0].send_signal(signal.SIGKILL)
+        answers = [a for part in await asyncio.gather(*load) for a in part]
+        assert len(answers) == 400
+        assert all(outputs(a)["score"] == [1, 2] for a in answers)
+        await eventually(lambda: all(m.pid is not None and m.state is ProcessState.READY for m in served.prepared.models), 60)
+        children += [psutil.Process(m.pid) for m in served.prepared.models]
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+async def test_answers_carry_what_they_cost_and_how_loaded_the_worker_is(tmp_path: Path) -> None:
+    async with worker_world(snapshot(model("ranker", publish_ranker(tmp_path / "m")))) as w:
+        call = w.stub.ModelInfer(ranking([1, 2, 3], [[1, 0, 0], [0, 1, 0]]), metadata=TOKEN, timeout=20)
+        await call
+        trailers = dict(await call.trailing_metadata())
+        assert trailers["plait-model-version"] == "1"
+        assert int(trailers["plait-batch-rows"]) == 2
+        assert int(trailers["plait-compute-us"]) >= 0
+        assert int(trailers["plait-queue-us"]) >= 0
+        assert b"endpoint-load-metrics-bin" in await _raw_answer(w.server.address)  # gRPC's own client keeps it for its balancer
+        assert w.sample("nv_inference_request_success", model="ranker", version="1") == 2
+        with pytest.raises(grpc.aio.AioRpcError):
+            await w.infer(ranking([1, 2, 3], [[POISON, 0, 0]]))
+        failures = {"model": "ranker", "version": "1", "reason": "MODEL_EXECUTION_FAILED"}
+        assert w.sample("plait_model_worker_request_failures_total", **failures) == 1
+
+
+async def _raw_answer(address: str) -> bytes:
+    """Call ModelInfer in bare HTTP/2 and return every byte of the answer: headers are written literally, so names can be read."""
+    host, port = address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    def header(name: str, value: str) -> bytes:
+        return b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+
+    headers = {
+        ":method": "POST", ":scheme": "http", ":path": "/inference.GRPCInferenceService/ModelInfer", ":authority": address,
+        "content-type": "application/grpc", "te": "trailers", TOKEN[0][0]: TOKEN[0][1],
+    }  # fmt: skip
+    message = ranking([1, 2, 3], [[1, 0, 0]]).SerializeToString()
+    body = b"\x00" + len(message).to_bytes(4, "big") + message
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+    writer.write(frame(1, 4, 1, b"".join(header(k, v) for k, v in headers.items())) + frame(0, 1, 1, body))
+    seen = b""
+    while b"grpc-status" not in seen or b"plait-batch-rows" not in seen:
+        seen += await asyncio.wait_for(reader.read(65536), 10)
+    writer.close()
+    await writer.wait_closed()
+    return seen

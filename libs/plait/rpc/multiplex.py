@@ -28,7 +28,7 @@ log = get_logger(__name__)
 
 _MAX_TIMEOUT_S: Final = 3600.0
 
-Fill = Callable[[Any, Any], Awaitable[None]]
+Fill = Callable[[Any, Any], Awaitable[object]]
 
 
 async def serve(

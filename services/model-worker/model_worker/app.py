@@ -9,12 +9,15 @@ from importlib.metadata import version
 from model_worker import memory
 from model_worker.artifacts import Fetcher
 from model_worker.controls import Controls
+from model_worker.cpus import available_cpus
 from model_worker.inference import Inference
 from model_worker.instruments import Instruments
+from model_worker.load_report import LoadReport
 from model_worker.models import Models
 from model_worker.served import Loader
 from model_worker.servicer import InferenceServicer, StreamServicer
 from model_worker.settings import ModelWorkerSettings
+from model_worker.triton_metrics import TritonMetrics
 from plait.api.inference.v2 import inference_pb2 as pb
 from plait.api.inference.v2 import inference_pb2_grpc as pb_grpc
 from plait.api.model_worker.v1 import model_worker_service_pb2 as stream_pb
@@ -36,6 +39,7 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
     tasks.start(watcher.run(), "registry")
 
     instruments = Instruments(metrics)
+    metrics.registry.register(TritonMetrics(instruments.statistics))
     fetcher = await asyncio.to_thread(Fetcher, settings.artifacts, settings.models.artifact_root)
     stack.callback(fetcher.close)
     loader = Loader(settings.models, settings.batching, instruments, fetcher, tracing)
@@ -51,7 +55,8 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
         required=settings.rpc.require_auth,
     )
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
-    inference = Inference(models, instruments.statistics)
+    inference = Inference(models, instruments.statistics, instruments.failed)
+    load = LoadReport(available_cpus(), lambda: instruments.statistics.busy_s, lambda: models.queued_rows)
     server.add(
         pb_grpc.add_GRPCInferenceServiceServicer_to_server,
         InferenceServicer(
@@ -63,6 +68,7 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
             max_in_flight=settings.rpc.max_in_flight,
             default_timeout_s=settings.rpc.default_timeout_s,
             tracing=tracing,
+            load=load if settings.protocol.trailers else None,
         ),
         pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
         scope="infer",

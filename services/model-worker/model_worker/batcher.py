@@ -118,6 +118,11 @@ class Batcher:
     def __repr__(self) -> str:
         return f"<Batcher {self._name} {self._schedule!r}{' closing' if self._closing else ''}>"
 
+    @property
+    def queued_rows(self) -> int:
+        """Rows waiting for a batch."""
+        return self._schedule.queued_rows
+
     async def submit(self, inputs: tuple[Array, ...], rows: int, deadline_s: float, priority: int = 0) -> Answer:
         """Return the answer to one request: `inputs` in the signature's order, `deadline_s` on the batcher's clock, `priority` as `Ticket` has it.
 

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
+from model_worker.batcher import Answer
 from model_worker.models import Models
 from model_worker.served import Served
 from model_worker.statistics import ModelStatistics, Statistics
 from plait.api.inference.v2 import inference_pb2 as pb
+from plait.errors import PlaitError
 from plait.rpc.call import current
 
 
 class Inference:
     """Answers ModelInfer requests with the models at hand, and counts them."""
 
-    def __init__(self, models: Models, statistics: Statistics) -> None:
+    def __init__(self, models: Models, statistics: Statistics, failed: Callable[[str, str, str], None] = lambda *_: None) -> None:
+        """`failed` is told model, version and reason of each request that ends in an error."""
         self._models = models
+        self._failed = failed
         self._statistics = statistics
 
-    async def infer(self, request: pb.ModelInferRequest, response: pb.ModelInferResponse) -> None:
-        """Fill `response`. Raises what `Models.get`, `Codec.decode` and `Batcher.submit` raise."""
+    async def infer(self, request: pb.ModelInferRequest, response: pb.ModelInferResponse) -> Answer:
+        """Fill `response` and return what it was made of. Raises what `Models.get`, `Codec.decode` and `Batcher.submit` raise."""
         began_s = time.monotonic()
         served = self._models.get(request.model_name, request.model_version)
         counters = self._statistics.of(served.model, served.version)
         try:
-            await self._answer(served, request, response, counters, began_s)
-        except BaseException:  # a caller that went away was not answered either
+            return await self._answer(served, request, response, counters, began_s)
+        except BaseException as error:  # a caller that went away was not answered either
             counters.failed(time.monotonic() - began_s)
+            self._failed(served.model, served.version, error.reason if isinstance(error, PlaitError) else type(error).__name__)
             raise
 
     async def _answer(
         self, served: Served, request: pb.ModelInferRequest, response: pb.ModelInferResponse, counters: ModelStatistics, began_s: float
-    ) -> None:
+    ) -> Answer:
         query = served.codec.decode(request)
         read_s = time.monotonic()
         deadline_s = current().deadline.at_s
@@ -55,3 +61,4 @@ class Inference:
             compute_s=answer.compute_s,
             output_s=ended_s - write_s,
         )
+        return answer

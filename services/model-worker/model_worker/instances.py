@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from model_worker.backends import Model
-from model_worker.process_instance import ProcessModel, State
+from model_worker.process_instance import State
 from model_worker.runner import Runner
 
 _MAX_STUCK: Final = 4  # threads of one model that hang; each may hold a core, and none can be ended from outside
@@ -30,7 +30,7 @@ class Instance:
     @property
     def ready(self) -> bool:
         """False while its process is being started again."""
-        return not isinstance(self.model, ProcessModel) or self.model.state is State.READY
+        return getattr(self.model, "state", State.READY) is State.READY
 
     def start(self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
         """Run `work` in the thread, then `done(result, error)` on the event loop."""

@@ -87,6 +87,11 @@ class Models:
         """Return the versions of a model that are ready, oldest first."""
         return [v.version for v in self._versions(model) if (model, v.version) in self._open]
 
+    @property
+    def queued_rows(self) -> int:
+        """Rows waiting for a batch, of all models."""
+        return sum(entry.served.batcher.queued_rows for entry in self._entries.values() if entry.served is not None)
+
     def version_policy(self, model: str) -> VersionPolicy:
         """Return which versions of a model the registry wants held besides those in use."""
         known = self._snapshot.models.get(model)

@@ -14,6 +14,7 @@ from model_worker import model_config
 from model_worker.controls import Controls
 from model_worker.inference import Inference
 from model_worker.lifecycle import State
+from model_worker.load_report import TRAILER, LoadReport
 from model_worker.models import Models
 from model_worker.ordered_stream import answers
 from model_worker.statistics import Statistics
@@ -52,7 +53,10 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         max_in_flight: int,
         default_timeout_s: float,
         tracing: Tracing,
+        load: LoadReport | None = None,
     ) -> None:
+        """With `load`, answers of ModelInfer carry trailers: what they cost, and an ORCA report."""
+        self._load = load
         self._models = models
         self._inference = inference
         self._statistics = statistics
@@ -96,7 +100,23 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         """One call, one answer."""
         response = pb.ModelInferResponse()
-        await self._inference.infer(request, response)
+        try:
+            answer = await self._inference.infer(request, response)
+        except Exception:
+            if self._load is not None:
+                self._load.count(failed=True)
+            raise
+        if self._load is not None:
+            self._load.count()
+            context.set_trailing_metadata(
+                (
+                    ("plait-model-version", response.model_version),
+                    ("plait-queue-us", str(int(answer.queue_s * 1e6))),
+                    ("plait-compute-us", str(int(answer.compute_s * 1e6))),
+                    ("plait-batch-rows", str(answer.batch_rows)),
+                    (TRAILER, self._load()),
+                )
+            )
         return response
 
     async def ModelStreamInfer(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]  # it writes to the context

@@ -144,6 +144,9 @@ class ProtocolSettings(Group):
     """What callers may change in a running worker (besides models.repository_control)."""
 
     log_control: bool = Field(False, description="let callers change the log level (LogSettings)")
+    trailers: bool = Field(
+        True, description="answer ModelInfer with trailers: queue and compute time, batch rows, version, and an ORCA load report"
+    )
     trace_control: bool = Field(False, description="let callers change the share of recorded traces (TraceSetting)")
 
 

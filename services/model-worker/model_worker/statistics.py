@@ -9,7 +9,7 @@ Called on the event loop only.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -90,6 +90,15 @@ class Statistics:
 
     def __init__(self) -> None:
         self._models: dict[tuple[str, str], ModelStatistics] = {}
+
+    def all(self) -> Mapping[tuple[str, str], ModelStatistics]:
+        """Return the counters of every version, by model and version. From any thread: a copy, whose counters go on counting."""
+        return dict(self._models)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds computed so far, by all models."""
+        return sum(duration.ns for counters in self._models.values() for duration in counters.batches.values()) / 1e9
 
     def of(self, model: str, version: str) -> ModelStatistics:
         """Return the counters of one version; the same ones each time, zero from the first on."""

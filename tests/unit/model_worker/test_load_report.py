@@ -1,0 +1,62 @@
+"""The load report is the message that gRPC's and Envoy's balancers parse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+from model_worker.load_report import LoadReport, encode
+
+FIELDS = {
+    "cpu_utilization": 1, "mem_utilization": 2, "rps_fractional": 6, "eps": 7, "application_utilization": 9,
+}  # fmt: skip  # xds/data/orca/v3/orca_load_report.proto
+
+
+def parsed(report: bytes) -> Any:
+    """Read it with a descriptor of the published message."""
+    file = descriptor_pb2.FileDescriptorProto(name="orca.proto", package="xds.data.orca.v3", syntax="proto3")
+    message = file.message_type.add(name="OrcaLoadReport")
+    for name, number in FIELDS.items():
+        message.field.add(name=name, number=number, type=descriptor_pb2.FieldDescriptorProto.TYPE_DOUBLE, label=1)
+    entry = message.nested_type.add(name="NamedMetricsEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=descriptor_pb2.FieldDescriptorProto.TYPE_STRING, label=1)
+    entry.field.add(name="value", number=2, type=descriptor_pb2.FieldDescriptorProto.TYPE_DOUBLE, label=1)
+    message.field.add(
+        name="named_metrics",
+        number=8,
+        type=descriptor_pb2.FieldDescriptorProto.TYPE_MESSAGE,
+        label=3,
+        type_name=".xds.data.orca.v3.OrcaLoadReport.NamedMetricsEntry",
+    )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    found = message_factory.GetMessageClass(pool.FindMessageTypeByName("xds.data.orca.v3.OrcaLoadReport"))()
+    assert found.ParseFromString(report) == len(report)
+    assert not found.DiscardUnknownFields()
+    return found
+
+
+def test_every_field_is_where_the_proto_has_it() -> None:
+    report = parsed(encode(cpu=0.25, rps=1000.5, eps=2.0, application=0.75, named={"queued_rows": 7.0, "x" * 60: -1.0}))
+    assert (report.cpu_utilization, report.rps_fractional, report.eps, report.application_utilization) == (0.25, 1000.5, 2.0, 0.75)
+    assert dict(report.named_metrics) == {"queued_rows": 7.0, "x" * 60: -1.0}
+
+
+def test_rates_are_since_the_last_report_and_reports_are_kept_a_while() -> None:
+    now = {"s": 10.0, "cpu": 1.0, "busy": 0.0}
+    load = LoadReport(2, lambda: now["busy"], lambda: 5.0, clock=lambda: now["s"], cpu_clock=lambda: now["cpu"])
+    for i in range(10):
+        load.count(failed=i < 3)
+    now.update(s=12.0, cpu=3.0, busy=1.0)
+    first = load()
+    report = parsed(first)
+    assert (report.rps_fractional, report.eps, report.cpu_utilization, report.application_utilization) == (5.0, 1.5, 0.5, 0.5)
+    assert report.named_metrics["queued_rows"] == 5.0
+    now["s"] = 12.05
+    load.count()
+    assert load() is first
+    now["s"] = 12.5
+    assert parsed(load()).rps_fractional == pytest.approx(2.0)
