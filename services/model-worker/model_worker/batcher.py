@@ -30,17 +30,19 @@ from model_worker.packed import Array
 from model_worker.quarantine import Fault, Health
 from model_worker.ragged import Layout, Piece
 from model_worker.schedule import Batch, Schedule, Share, Ticket
-from plait.errors import DeadlineExceeded, Internal, PlaitError, Unavailable
+from plait.errors import DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, PlaitError, Unavailable
 from plait.telemetry.logging import get_logger
 from plait.telemetry.tracing import Tracing, off
 
 log = get_logger(__name__)
 
+_NOT_FINITE: Final = "MODEL_OUTPUT_NOT_FINITE"
 # What a failure that is the request's or the device's says nothing about is no fault of the model.
 _FAULTS: Final[Mapping[str, Fault | None]] = MappingProxyType(
     {
         "MODEL_OUTPUT_WRONG": Fault.WRONG_OUTPUT,
-        "MODEL_OUTPUT_NOT_FINITE": Fault.NOT_FINITE,
+        _NOT_FINITE: Fault.NOT_FINITE,
+        "INPUT_NOT_FINITE": None,
         "INSTANCE_LOST": Fault.INSTANCE_LOST,
         "OUT_OF_DEVICE_MEMORY": None,
         "BYTES_NOT_UTF8": None,
@@ -127,7 +129,8 @@ class Batcher:
         """Return the answer to one request: `inputs` in the signature's order, `deadline_s` on the batcher's clock, `priority` as `Ticket` has it.
 
         Raises InvalidArgument (TOO_MANY_ROWS), ResourceExhausted (QUEUE_FULL, OUT_OF_DEVICE_MEMORY), DeadlineExceeded (also MODEL_HUNG),
-        Unavailable (MODEL_UNLOADING, INSTANCE_LOST), Internal (MODEL_EXECUTION_FAILED, MODEL_OUTPUT_WRONG, MODEL_OUTPUT_NOT_FINITE).
+        Unavailable (MODEL_UNLOADING, INSTANCE_LOST), Internal (MODEL_EXECUTION_FAILED, MODEL_OUTPUT_WRONG),
+        FailedPrecondition (MODEL_OUTPUT_NOT_FINITE), InvalidArgument (INPUT_NOT_FINITE).
         Cancelling the caller takes its rows out of the queue.
         """
         if self._closing:
@@ -319,9 +322,22 @@ class Batcher:
             return
         log.error("the model failed on a request", model=self._name, rows=culprit.rows, exc_info=error)
         typed = error if isinstance(error, PlaitError) else None
+        if reason == _NOT_FINITE:
+            typed = self._not_finite(culprit)
+            reason = typed.reason
         if fault := _FAULTS.get(reason, Fault.EXECUTION):
             self._fault(fault)
         self._fail(culprit, typed or Internal(f"{self._name} failed on this request", reason="MODEL_EXECUTION_FAILED"))
+
+    def _not_finite(self, request: Request) -> PlaitError:
+        if not all(map(_finite, request.inputs)):
+            return InvalidArgument(
+                f"{self._name} answers NaN or infinity, as the request holds it: send finite values", reason="INPUT_NOT_FINITE"
+            )
+        return FailedPrecondition(
+            f"{self._name} answers this request with NaN or infinity: check its values, or publish the model with execution.finite false",
+            reason=_NOT_FINITE,
+        )
 
     def _fault(self, fault: Fault) -> None:
         if fault.severe:
@@ -341,13 +357,14 @@ class Batcher:
             request.answer.exception()  # seen: should the caller go away this very moment, nobody misses it
 
 
+def _finite(array: Array) -> bool:
+    return array.dtype.kind not in "fV" or bool(np.isfinite(array).all())  # bfloat16 is of kind V
+
+
 def _check_finite(outputs: Sequence[Array]) -> None:
     for i, output in enumerate(outputs):
-        if output.dtype.kind in "fV" and not np.isfinite(output).all():
-            raise Internal(
-                f"the model answered NaN or infinity in output {i}: check the request's values, or set execution.finite to false",
-                reason="MODEL_OUTPUT_NOT_FINITE",
-            )
+        if not _finite(output):
+            raise FailedPrecondition(f"NaN or infinity in output {i}", reason=_NOT_FINITE)
 
 
 def _piece(share: Share[Request]) -> Piece:

@@ -19,7 +19,7 @@ from model_worker.instances import Instances
 from model_worker.instruments import Instruments
 from model_worker.ragged import Layout
 from model_worker.schedule import Limits, Schedule
-from plait.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
+from plait.errors import DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, ResourceExhausted, Unavailable
 from plait.registry.records import Batching, Signature, TensorSpec
 from plait.telemetry.metrics import Metrics
 
@@ -312,7 +312,11 @@ async def test_nan_hurts_its_own_caller_only_and_names_the_model() -> None:
         good, bad, other = await asyncio.gather(w.ask(1), w.ask(NAN), w.ask(2), return_exceptions=True)
         assert isinstance(good, Answer)
         assert isinstance(other, Answer)
-        assert isinstance(bad, Internal)
+        assert isinstance(bad, FailedPrecondition)
+        assert "m/1" in bad.message
+        wrong = (await asyncio.gather(w.ask(math.nan), return_exceptions=True))[0]
+        assert isinstance(wrong, InvalidArgument)
+        assert wrong.reason == "INPUT_NOT_FINITE"
         assert bad.reason == "MODEL_OUTPUT_NOT_FINITE"
     async with world() as w:
         assert np.isnan((await w.ask(NAN)).outputs[0]).all()
