@@ -34,6 +34,8 @@ class Limits:
     """`margin_s` is added to every predicted duration at admission. `joins`: requests may share a batch; `splits`: one may run in pieces.
 
     `max_bytes`: most bytes of input tensors in a batch of several requests (0 = any). `instances`: batches that run at once.
+    `headroom`: share (0..1) of a request's time left that must remain by prediction where it has to wait: an answer that is ready at the
+    deadline is late at the caller, and under overload every answer would be.
     `static_rows`: wait for that many rows before anything runs, however long it takes (0 = never wait); made for measuring.
     """
 
@@ -45,6 +47,7 @@ class Limits:
     max_bytes: int = 0
     instances: int = 1
     static_rows: int = 0
+    headroom: float = 0.0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -290,11 +293,14 @@ class Schedule(Generic[T]):
         free_s = self._free_s(now_s) + self.limits.margin_s
         all_done_s = free_s + self._duration_s(self.queued_rows + ticket.rows)
         most_urgent = self._queue[0] if at else ticket
-        if all_done_s <= most_urgent.deadline_s:
+        latest_s = ticket.deadline_s
+        if self.full and self.limits.headroom:
+            latest_s -= self.limits.headroom * (ticket.deadline_s - now_s)
+        if all_done_s <= min(most_urgent.deadline_s, latest_s):
             return
         before = sum(t.rows - t.taken for t in itertools.islice(self._queue, at))
         done_s = free_s + self._duration_s(before + ticket.rows)
-        if done_s > ticket.deadline_s:
+        if done_s > latest_s:
             raise self._too_late(done_s - now_s, ticket.deadline_s - now_s)
         rows = before
         for other in itertools.islice(self._queue, at, None):

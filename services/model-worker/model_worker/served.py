@@ -165,6 +165,7 @@ class Loader:
             max_bytes=manifest.batching.max_bytes,
             instances=len(models),
             static_rows=self._batching.static_rows,
+            headroom=self._batching.headroom,
         )
         return Prepared(manifest=manifest, models=models, layout=layout, proven=proven, limits=limits, labels=labels, artifact=artifact)
 

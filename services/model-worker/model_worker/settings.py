@@ -129,6 +129,12 @@ class BatchingSettings(Group):
 
     max_rows: int | None = Field(None, ge=1, description="most rows in one forward pass")
     max_queue_rows: int | None = Field(None, ge=1, description="most rows waiting for one model; more are answered RESOURCE_EXHAUSTED")
+    headroom: float = Field(
+        0.25,
+        ge=0,
+        lt=1,
+        description="share of a waiting request's time left that must remain when its answer is predicted: what is ready at the deadline is late",
+    )
     static_rows: int = Field(
         0, ge=0, description="wait for that many rows before anything runs, however long it takes; 0 = never wait. Made for measuring"
     )

@@ -288,3 +288,18 @@ class Traffic(RuleBasedStateMachine):
 
 Traffic.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 TestTraffic = Traffic.TestCase
+
+
+def test_who_has_to_wait_must_be_done_with_time_to_spare() -> None:
+    for headroom, let_in in ((0.0, True), (0.5, False)):
+        s = schedule(headroom=headroom)
+        for i in range(3):
+            s.latency.observe(1 + i, 10 * MS, 0.0)
+        s.offer(Ticket(rows=1, deadline_s=15 * MS), 0.0)  # nobody to wait for: all of the time may be used
+        s.next(0.0)
+        if let_in:
+            s.offer(Ticket(rows=1, deadline_s=25 * MS), 0.0)
+        else:
+            with pytest.raises(DeadlineExceeded):
+                s.offer(Ticket(rows=1, deadline_s=25 * MS), 0.0)
+            s.offer(Ticket(rows=1, deadline_s=41 * MS), 0.0)
