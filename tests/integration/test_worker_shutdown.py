@@ -28,7 +28,7 @@ from plait.errors import ResourceExhausted, from_rpc_error
 from plait.local.child import Child
 from plait.registry import last_known_good
 from plait.registry.artifact import ArtifactManifest
-from plait.registry.records import Batching, ModelVersion, TensorSpec
+from plait.registry.records import Batching, Execution, ModelVersion, TensorSpec
 from plait.rpc.channel import open_channel
 from plait.settings import ChannelSettings
 
@@ -73,15 +73,29 @@ def no_postgres() -> Iterator[str]:
         yield f"postgresql://nobody@127.0.0.1:{taken.getsockname()[1]}/nothing"
 
 
+@pytest.fixture(params=[Execution(), Execution(kind="process", instances=2)], ids=["thread", "processes"])
+def execution(request: pytest.FixtureRequest) -> Execution:
+    found: Execution = request.param
+    return found
+
+
 @pytest.fixture
-def version(tmp_path: Path) -> ModelVersion:
+def version(execution: Execution, tmp_path: Path) -> ModelVersion:
     folder = tmp_path / "artifact"
     folder.mkdir()
     scripted(Worker()).save(str(folder / "model.pt"))
     x, y = (TensorSpec(name=name, dtype="float32", shape=(-1, 1)) for name in "xy")
     return published(
         folder,
-        ArtifactManifest(name="worker", format="torchscript", entry="model.pt", inputs=(x,), outputs=(y,), batching=Batching(max_rows=1)),
+        ArtifactManifest(
+            name="worker",
+            format="torchscript",
+            entry="model.pt",
+            inputs=(x,),
+            outputs=(y,),
+            batching=Batching(max_rows=1),
+            execution=execution,
+        ),
     )
 
 
@@ -115,6 +129,11 @@ async def started(version: ModelVersion, folder: Path, dsn: str) -> AsyncIterato
         await child.stop(signal.SIGKILL, grace_s=10)
 
 
+def children(pid: int) -> set[Path]:
+    """Return the folders in /proc of what a process has started and not reaped; nothing where there is no /proc."""
+    return {Path("/proc", child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()}
+
+
 async def full(process: Process) -> None:
     """Return once the worker has taken one call of each caller: it then has no place left, not even for a question."""
 
@@ -127,7 +146,9 @@ async def full(process: Process) -> None:
     assert isinstance(from_rpc_error(caught.value), ResourceExhausted), caught.value
 
 
-async def test_what_was_taken_is_answered_and_what_comes_later_is_refused(version: ModelVersion, tmp_path: Path, no_postgres: str) -> None:
+async def test_what_was_taken_is_answered_and_what_comes_later_is_refused(
+    execution: Execution, version: ModelVersion, tmp_path: Path, no_postgres: str
+) -> None:
     async with started(version, tmp_path, no_postgres) as process:
         told = asyncio.Event()
 
@@ -144,11 +165,14 @@ async def test_what_was_taken_is_answered_and_what_comes_later_is_refused(versio
             callers = [group.create_task(caller(number)) for number in range(CALLERS)]
             await full(process)
             assert not any(task.done() for task in callers)
+            instances = children(process.child.pid)
+            assert sys.platform != "linux" or execution.kind == "thread" or len(instances) >= execution.instances
             os.kill(process.child.pid, signal.SIGTERM)
             told.set()
         assert {task.result() for task in callers} == {grpc.StatusCode.UNAVAILABLE}
         async with asyncio.timeout(GRACE_S):
             assert await process.child.wait() == 0, process.child.log_tail()
+        assert not [instance for instance in instances if instance.exists()]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await process.infer(0)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
