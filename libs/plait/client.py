@@ -76,7 +76,9 @@ class TlsConfig:
 class Tensor:
     """A dense tensor: row-major, little-endian, packed. `dtype` is a numpy name such as "float32".
 
-    Goes in and out without numpy, and meets it without a copy: `numpy.asarray(tensor)` is a read-only array on `data`.
+    Goes in and out without numpy, and meets it without a copy: `numpy.asarray(tensor)` is a read-only array on `data`. numpy has no
+    bfloat16: such a tensor is an array of 2-byte voids, which nobody can take for numbers; with the package ml_dtypes
+    `numpy.asarray(tensor).view(ml_dtypes.bfloat16)` has the values.
     """
 
     name: str
@@ -86,16 +88,19 @@ class Tensor:
 
     @classmethod
     def of(cls, name: str, values: Any) -> Tensor:
-        """Return a tensor of whatever has a buffer of numbers: a numpy array, an array.array, a memoryview. Raises InvalidArgument.
+        """Return a tensor of whatever has a buffer of numbers: a numpy array (of ml_dtypes.bfloat16, too), an array.array, a memoryview.
+
+        Raises InvalidArgument.
 
         Example:  Tensor.of("user", numpy.zeros((1, 80), numpy.float32))
         """
+        narrow = getattr(getattr(values, "dtype", None), "name", "") == "bfloat16"  # no format of a buffer means that: its bits travel
         try:
-            view = memoryview(values)
+            view = memoryview(values.view("<u2") if narrow else values)
         except (TypeError, ValueError) as error:
             raise InvalidArgument(f"tensor {name!r}: {type(values).__name__} holds no array of numbers; give a numpy array") from error
         code = view.format.lstrip("@=<")
-        dtype = "bool" if code == "?" else f"{_FORMATS.get(code, '?')}{8 * view.itemsize}"
+        dtype = "bfloat16" if narrow else "bool" if code == "?" else f"{_FORMATS.get(code, '?')}{8 * view.itemsize}"
         if dtype not in dtypes.BY_NAME:
             raise InvalidArgument(f"tensor {name!r}: elements of the format {view.format!r} cannot be sent; give little-endian numbers")
         return cls(name, dtype, tuple(view.shape or ()), view.tobytes())
@@ -106,7 +111,8 @@ class Tensor:
         known = dtypes.BY_NAME[self.dtype]
         if not known.size_bytes:
             raise TypeError(f"tensor {self.name!r}: elements of variable length are no numpy array")
-        return {"version": 3, "shape": self.shape, "typestr": known.numpy, "data": self.data}
+        typestr = "|V2" if self.dtype == "bfloat16" else known.numpy  # the same whether or not somebody has imported ml_dtypes
+        return {"version": 3, "shape": self.shape, "typestr": typestr, "data": self.data}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import ml_dtypes
 import numpy as np
 import pytest
 import trustme
@@ -611,6 +612,36 @@ def test_tensors_are_packed_row_by_row() -> None:
 def test_what_is_no_tensor_is_refused(values: Any) -> None:
     with pytest.raises(InvalidArgument, match="tensor 'x'"):
         Tensor.of("x", values)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 3)])
+def test_bfloat16_goes_in_and_out_with_ml_dtypes(shape: tuple[int, ...]) -> None:
+    values = np.full(shape, -1.5, ml_dtypes.bfloat16)
+    tensor = Tensor.of("x", values)
+    assert (tensor.dtype, tensor.shape, tensor.data) == ("bfloat16", shape, values.tobytes())
+    np.testing.assert_array_equal(np.asarray(tensor).view(ml_dtypes.bfloat16), values)
+
+
+async def test_an_output_of_bfloat16_is_never_taken_for_numbers(client: Any, router: FakeRouter) -> None:
+    router.change = lambda answer: answer.outputs.add(name="score", dtype=14, shape=[2], data=b"\x80\x3f\x20\xc0")
+    score = (await client.predict("home", {})).outputs["score"]
+    assert score == Tensor("score", "bfloat16", (2,), b"\x80\x3f\x20\xc0")
+    bits = np.asarray(score)
+    assert (bits.dtype, bits.shape, bits.flags.writeable) == (np.dtype("V2"), (2,), False)
+    with pytest.raises(TypeError):
+        bits + 1
+    with pytest.raises(ValueError, match="setting an array element"):
+        np.asarray(score, np.float32)
+    assert bits.view(ml_dtypes.bfloat16).tolist() == [1.0, -2.5]
+
+
+def test_bfloat16_needs_nothing_but_numpy_to_be_an_array() -> None:
+    script = (
+        "import sys, numpy; from plait.client import Tensor; tensor = Tensor('x', 'bfloat16', (1,), bytes((0x80, 0x3f)));"
+        "print(numpy.asarray(tensor).dtype.str, numpy.asarray(tensor).tobytes().hex(), 'ml_dtypes' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["|V2", "803f", "False"]
 
 
 def test_tensors_of_texts_are_bytes_and_no_array() -> None:

@@ -10,7 +10,7 @@ import yaml
 from tests.fakes.registry_world import FEATURES, HOME, ITEMS, RANKER, SHOP, WORLD
 
 from plait.cli import render
-from plait.registry.records import Record
+from plait.registry.records import Record, VersionPolicy
 from plait.registry.resources import Change, Resource
 from plait.registry.specs import kind_of, to_manifest, to_stored
 
@@ -74,6 +74,21 @@ def test_a_model_is_described_with_versions_and_history(capsys: pytest.CaptureFi
     assert out.startswith("Model ranker\ngeneration 2 (etag g2), registry revision 9\n")
     assert ["1", "champion", "sha256:aaaaaaaaaaaa", "auc=0.75", "/models/ranker/1"] in [line.split() for line in out.splitlines()]
     assert "  2026-01-02 03:04:05  generation 2  updated by ann@desk: because\n    aliases.champion: nothing → 1\n" in out
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        (VersionPolicy(), "the newest 1 version(s)"),
+        (VersionPolicy(latest=3), "the newest 3 version(s)"),
+        (VersionPolicy(latest=0), "no version of themselves"),
+        (VersionPolicy(specific=("1", "2")), "version(s) 1, 2"),
+        (VersionPolicy(all=True), "every version"),
+    ],
+)
+def test_a_description_says_which_versions_workers_hold(policy: VersionPolicy, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    render.show_description(stored(dataclasses.replace(RANKER, version_policy=policy)), [])
+    assert f"workers hold {says}, and what routes and aliases refer to" in capsys.readouterr().out.splitlines()
 
 
 def test_changes_are_one_line_each_and_updates_their_differences(capsys: pytest.CaptureFixture[str]) -> None:

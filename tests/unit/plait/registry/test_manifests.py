@@ -10,8 +10,10 @@ from tests.fakes.object_store import ObjectStore
 from plait.errors import FailedPrecondition, InvalidArgument
 from plait.registry import artifact, rules
 from plait.registry.manifests import MAX_MANIFEST_BYTES, Manifest, load, parse, pin_artifacts
-from plait.registry.records import Batching, Model, ModelVersion, Tenant, TensorSpec
+from plait.registry.records import Batching, Model, ModelVersion, Tenant, TensorSpec, VersionPolicy
 from plait.registry.sources import StoreOptions
+from plait.registry.specs import to_manifest, to_spec
+from plait.registry.yaml_tree import dump
 
 HEAD = "apiVersion: plait.dev/v1\n"
 TENANT = HEAD + "kind: Tenant\nmetadata: {name: shop}\n"
@@ -120,6 +122,45 @@ def test_a_tenant_needs_no_spec() -> None:
     (manifest,) = parse(TENANT + "---\n# nothing more\n", source="m.yaml")
     assert manifest.record == Tenant(name="shop")
     assert (manifest.kind, manifest.name, manifest.where) == ("Tenant", "shop", "m.yaml:1")
+
+
+MODEL = HEAD + "kind: Model\nmetadata: {name: m}\nspec:\n  versions: [{version: '1', artifact: /m/1}, {version: '2', artifact: /m/2}]\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "policy"),
+    [
+        ("", VersionPolicy()),
+        ("  version_policy: {}\n", VersionPolicy(latest=1)),
+        ("  version_policy: {latest: 2}\n", VersionPolicy(latest=2)),
+        ("  version_policy: {latest: 0}\n", VersionPolicy(latest=0)),
+        ("  version_policy: {specific: ['1']}\n", VersionPolicy(specific=("1",))),
+        ("  version_policy: {all: true}\n", VersionPolicy(all=True)),
+    ],
+)
+def test_a_version_policy_goes_in_and_out(written: str, policy: VersionPolicy) -> None:
+    (manifest,) = parse(MODEL + written)
+    assert isinstance(manifest.record, Model)
+    assert manifest.record.version_policy == policy
+    spec = to_spec(manifest.record)
+    assert ("version_policy" in spec) == (policy != VersionPolicy())
+    (again,) = parse(dump(to_manifest(manifest.record)))
+    assert again.record == manifest.record
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ("{latest: '2'}", "m.yaml:6 spec.version_policy.latest: "),
+        ("{specific: [1]}", "m.yaml:6 spec.version_policy.specific[0]: "),
+        ("{newest: 2}", "m.yaml:6 spec.version_policy.newest: "),
+        ("{specific: ['9']}", "m.yaml:6 spec.version_policy.specific[0]: "),
+        ("{all: true, latest: 2}", "m.yaml:6 spec.version_policy.all: "),
+    ],
+)
+def test_a_wrong_version_policy_is_named_where_it_stands(written: str, problem: str) -> None:
+    (violation,) = violations(f"{MODEL}  version_policy: {written}\n")
+    assert violation.startswith(problem)
 
 
 def test_an_etag_is_taken_along() -> None:

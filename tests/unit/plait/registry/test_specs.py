@@ -11,7 +11,19 @@ from tests.fakes.registry_world import RANKER, WORLD
 
 from plait.errors import Internal
 from plait.registry import manifests
-from plait.registry.records import Entity, Feature, FeatureSchema, FeatureView, Model, ModelVersion, Record, Route, Tenant, Variant
+from plait.registry.records import (
+    Entity,
+    Feature,
+    FeatureSchema,
+    FeatureView,
+    Model,
+    ModelVersion,
+    Record,
+    Route,
+    Tenant,
+    Variant,
+    VersionPolicy,
+)
 from plait.registry.specs import from_stored, kind_of, to_manifest, to_spec, to_stored
 from plait.registry.yaml_tree import dump
 
@@ -30,21 +42,28 @@ views = st.builds(
     max_age_s=floats,
     description=texts,
 )
-models = st.builds(
-    Model,
-    name=names,
-    versions=st.lists(
-        st.builds(
-            ModelVersion,
-            version=st.from_regex(r"[A-Z0-9]{1,5}", fullmatch=True),
-            artifact=st.just("/m"),
-            metrics=st.dictionaries(names, st.floats(-1, 1)),
-        ),
-        min_size=1,
-        max_size=3,
-        unique_by=lambda v: v.version,
-    ).map(tuple),
-)
+versions = st.lists(
+    st.builds(
+        ModelVersion,
+        version=st.from_regex(r"[A-Z0-9]{1,5}", fullmatch=True),
+        artifact=st.just("/m"),
+        metrics=st.dictionaries(names, st.floats(-1, 1)),
+    ),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda v: v.version,
+).map(tuple)
+
+
+def policies(listed: tuple[ModelVersion, ...]) -> st.SearchStrategy[VersionPolicy]:
+    """Policies for a model with these versions."""
+    specific = st.lists(st.sampled_from([v.version for v in listed]), unique=True).map(tuple)
+    return st.one_of(
+        st.builds(VersionPolicy, latest=st.integers(0, 64)), st.builds(VersionPolicy, specific=specific), st.just(VersionPolicy(all=True))
+    )
+
+
+models = versions.flatmap(lambda listed: st.builds(Model, name=names, versions=st.just(listed), version_policy=policies(listed)))
 routes = st.builds(
     Route,
     name=names,
