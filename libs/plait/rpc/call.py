@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from plait.rpc.deadline import Deadline
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # nobody changes it; frozen would triple the cost of making one, and one is made per call
 class Call:
     """One call as the domain sees it. `caller` is a key's id or "service"; `is_service` marks an authenticated plait service."""
 

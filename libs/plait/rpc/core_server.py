@@ -49,11 +49,13 @@ class CoreServer:
     """The part of `grpc.aio.Server` that plait uses, under the same names."""
 
     def __init__(self, *, interceptors: Sequence[grpc.aio.ServerInterceptor] = (), options: Sequence[tuple[str, Any]] = ()) -> None:
-        self._interceptors = tuple(interceptors)
+        self._intercept: Callable[[Any], Any] | None = self._found if interceptors else None
+        for interceptor in reversed(interceptors):
+            self._intercept = _bind(interceptor, self._intercept)
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(tuple(options), False)
         self._server.register_completion_queue(self._queue)
-        self._handlers: dict[bytes, Any] = {}
+        self._handlers: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._posted: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._woken = False
@@ -71,7 +73,7 @@ class CoreServer:
 
     def add_registered_method_handlers(self, service_name: str, method_handlers: dict[str, _Handler]) -> None:
         """Serve the methods of one service, as generated code registers them."""
-        self._handlers |= {f"/{service_name}/{name}".encode(): handler for name, handler in method_handlers.items()}
+        self._handlers |= {f"/{service_name}/{name}": handler for name, handler in method_handlers.items()}
 
     def add_insecure_port(self, address: str) -> int:
         """Listen in clear text; return the port. Raises RuntimeError where that is not possible."""
@@ -107,7 +109,7 @@ class CoreServer:
                 await asyncio.shield(self._ended)
         self._server.cancel_all_calls()
         for task in tuple(self._tasks):
-            task.cancel()
+            self.cancel(task)
         await asyncio.shield(self._ended)
         while self._tasks:
             await asyncio.wait(tuple(self._tasks))
@@ -148,8 +150,9 @@ class CoreServer:
             return
         if not self._stopping:
             self._request()
-        handler = self._handlers.get(event.call_details.method)
-        rpc = Rpc(self, event, handler)
+        method = event.call_details.method.decode()
+        handler = self._handlers.get(method)
+        rpc = Rpc(self, event, method, handler)
         event.call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), rpc._on_close)  # noqa: SLF001
         if handler is None or handler.request_streaming:
             self.post(self._begin, rpc)
@@ -178,13 +181,18 @@ class CoreServer:
     def _begin(self, rpc: Rpc) -> None:
         if rpc.over:
             return
-        task = rpc.task = self._loop.create_task(self._serve(rpc))
+        task = rpc.task = self._loop.create_task(self._serve(rpc, rpc.handler))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, rpc: Rpc) -> None:
+    def cancel(self, task: asyncio.Task[None]) -> None:
+        """Cancel the task of a call. One that has not begun never will, so it cannot sign off itself, as the others do."""
+        task.add_done_callback(self._tasks.discard)
+        task.cancel()
+
+    async def _serve(self, rpc: Rpc, handler: Any) -> None:
         try:
-            handler = await self._intercepted(rpc)
+            if handler is not None and self._intercept is not None:
+                handler = await self._intercept(HandlerCallDetails(rpc.method, rpc.invocation_metadata()))
             if handler is None:
                 rpc.finish(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
             else:
@@ -196,18 +204,12 @@ class CoreServer:
         except Exception as error:
             log.exception("a handler failed", method=rpc.method)
             rpc.finish(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error).__name__}")
+        finally:
+            if rpc.task is not None:
+                self._tasks.discard(rpc.task)  # a done-callback would be one more turn of the loop per call
 
-    async def _intercepted(self, rpc: Rpc) -> Any:
-        async def registered(_details: Any) -> Any:
-            return rpc.handler
-
-        if rpc.handler is None or not self._interceptors:
-            return rpc.handler
-        continuation = registered
-        for interceptor in reversed(self._interceptors[1:]):
-            continuation = _bind(interceptor, continuation)
-        details: Any = HandlerCallDetails(rpc.method, rpc.invocation_metadata())
-        return await self._interceptors[0].intercept_service(continuation, details)
+    async def _found(self, details: HandlerCallDetails) -> Any:
+        return self._handlers.get(details.method)
 
     @staticmethod
     async def _handle(handler: Any, rpc: Rpc) -> None:
@@ -266,13 +268,13 @@ class Rpc:
         "task",
     )  # fmt: skip
 
-    def __init__(self, server: CoreServer, event: Any, handler: Any) -> None:
+    def __init__(self, server: CoreServer, event: Any, method: str, handler: Any) -> None:
         self._server = server
         self._loop = server._loop  # noqa: SLF001
         self._call = event.call
         self._metadata = event.invocation_metadata
         self._deadline_s: float = event.call_details.deadline
-        self.method: str = event.call_details.method.decode()
+        self.method = method
         self.handler = handler
         self.over = False  # answered, or given up by the caller
         self.task: asyncio.Task[None] | None = None
@@ -350,7 +352,7 @@ class Rpc:
         if not self.over:
             self._end()
             if self.task is not None:
-                self.task.cancel()
+                self._server.cancel(self.task)
 
     def _end(self) -> None:
         self.over = True
@@ -510,11 +512,11 @@ class Rpc:
         self._callbacks.append(callback)
 
 
-def _bind(interceptor: Any, inner: Any) -> Any:
-    async def continuation(details: Any) -> Any:
-        return await interceptor.intercept_service(inner, details)
+def _bind(interceptor: Any, inner: Any) -> Callable[[Any], Any]:
+    def intercept(details: Any) -> Any:
+        return interceptor.intercept_service(inner, details)
 
-    return continuation
+    return intercept
 
 
 def _same(message: Any) -> Any:

@@ -10,7 +10,7 @@ import hmac
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -53,6 +53,7 @@ class Identity:
     is_service: bool = False
 
 
+_SERVICE: Final = Identity(caller="service", tenant=DEFAULT_TENANT, scopes=frozenset(), is_service=True)
 ANONYMOUS: Final = Identity(caller="anonymous", tenant=DEFAULT_TENANT, scopes=frozenset({"rank", "features", "infer"}))
 
 
@@ -106,7 +107,7 @@ class Authenticator:
             raise Unauthenticated(
                 "the service token is not this service's: give both sides the same rpc.service_token", reason="SERVICE_TOKEN_WRONG"
             )
-        return Identity(caller="service", tenant=tenant or DEFAULT_TENANT, scopes=frozenset(), is_service=True)
+        return replace(_SERVICE, tenant=tenant) if tenant else _SERVICE
 
     def _key(self, key: str, scope: str) -> Identity:
         record = self._find_key(digest(key)) if len(key) <= _MAX_KEY_CHARS else None

@@ -94,11 +94,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _unary(self, inner: Callable[[Any, Any], Awaitable[Any]], method: str, scope: str) -> Callable[[Any, Any], Awaitable[Any]]:
         seconds = self._seconds.labels(method)
         handled_ok = self._handled.labels(method, "OK")
+        taken_s: list[float] = []  # by the calls that ended in this turn of the loop
+        answered = 0
+
+        def count() -> None:
+            nonlocal answered
+            handled_ok.inc(answered)
+            answered = 0
+            for taken in taken_s:
+                seconds.observe(taken)
+            taken_s.clear()
 
         async def behaviour(request: Any, context: Any) -> Any:
+            nonlocal answered
             started = time.perf_counter()
             self._in_flight += 1
-            later = asyncio.get_running_loop().call_soon  # the caller waits for the answer, nobody for the counters
             try:
                 self._admit(context, method, scope)
                 if request is MALFORMED:
@@ -107,11 +117,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except Exception as error:  # (whatever it is, it must reach the wire as a typed status)
                 await self._fail(context, method, error)
             else:
-                later(handled_ok.inc)
+                answered += 1
                 return response
             finally:
                 self._in_flight -= 1
-                later(seconds.observe, time.perf_counter() - started)
+                if not taken_s:  # the callers wait for their answers, nobody for the counters
+                    asyncio.get_running_loop().call_soon(count)
+                taken_s.append(time.perf_counter() - started)
 
         return behaviour
 
@@ -156,7 +168,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 retry_after_s=0.1,
             )
         left = context.time_remaining()
-        request_id = next((str(v) for k, v in metadata if k == "x-request-id"), "")[:_MAX_REQUEST_ID_CHARS]
+        request_id = ""
+        for name, value in metadata:
+            if name == "x-request-id":
+                request_id = str(value)[:_MAX_REQUEST_ID_CHARS]
+                break
         enter(
             Call(
                 method=method,
