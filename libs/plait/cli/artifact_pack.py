@@ -35,7 +35,9 @@ def pack(
     feature_set: Annotated[str, typer.Option(help="The feature set that yields the inputs.", show_default=False)] = "",
     row_splits: Annotated[str, typer.Option(help="The extra int64 input of a model with per-request inputs.", show_default=False)] = "",
     max_rows: Annotated[int | None, typer.Option(help="Most rows in one forward pass.", show_default=False)] = None,
-    max_queue_delay_ms: Annotated[float | None, typer.Option(help="Longest wait for company, milliseconds.", show_default=False)] = None,
+    max_queue_delay_ms: Annotated[
+        float | None, typer.Option(help="Shown in ModelConfig; plait's worker never waits for company.", show_default=False)
+    ] = None,
     buckets: Annotated[
         list[int] | None, typer.Option("--bucket", help="A row count batches are padded to; may be repeated.", show_default=False)
     ] = None,

@@ -117,9 +117,9 @@ class Batching:
 
     `row_splits`: name of the extra int64 [requests + 1] input through which a model with per-request inputs learns which rows
     belong to which request (as in RaggedTensor); empty for a model whose inputs are all per row.
-    `max_bytes`: most bytes of input tensors in one batch. `preferred_rows`: sizes at which a batch goes although company may still come.
+    `max_bytes`: most bytes of input tensors in one batch. `preferred_rows` and `max_queue_delay_ms`: shown in the protocol's
+    ModelConfig and not used by the worker, where a free instance never waits for company.
     `buckets`: ascending sizes up to which a batch is padded, for models that are fast at fixed shapes (CUDA graphs).
-    `max_queue_delay_ms`: the longest a batch waits for company that is predicted to come; a lone caller never waits.
     """
 
     max_rows: int = 4096

@@ -189,10 +189,16 @@ class Batcher:
     def _wait_for_an_instance(self) -> None:
         """All are busy, and whichever ends starts the next; or their processes are being started again, and somebody has to look."""
         if not len(self._instances):
-            while (batch := self._schedule.next(self._clock())[0]) is not None:
-                self._fail_all(batch, self._hung())
+            batch, late = self._schedule.next(self._clock())
+            while batch is not None or late:
+                for ticket in late:
+                    self._fail(ticket, self._hung())
+                if batch is not None:
+                    self._fail_all(batch, self._hung())
+                batch, late = self._schedule.next(self._clock())
+        if self._schedule.idle:
             self._quiet.set()
-        elif self._schedule.running is None and not self._schedule.idle and not self._woken:
+        elif len(self._instances) and self._schedule.running is None and not self._woken:
             self._woken = True
             self._loop.call_later(_RESTART_LOOK_S, self._start_next)
 

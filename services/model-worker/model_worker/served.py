@@ -24,7 +24,6 @@ from model_worker.schedule import Limits, Schedule
 from model_worker.settings import BatchingSettings, ModelSettings
 from model_worker.tensors import Codec
 from plait.registry.artifact import ArtifactManifest
-from plait.registry.artifact import digest as digest_of
 from plait.registry.records import Execution, ModelVersion
 from plait.telemetry.tracing import Tracing
 
@@ -101,16 +100,16 @@ class Loader:
         """
         artifact = self._fetcher.fetch(version) if self._fetcher is not None else artifacts.fetch(version, self._root)
         try:
-            return self._loaded(artifact, admit)
+            return self._loaded(artifact, version, admit)
         except BaseException:
             artifact.close()
             raise
 
-    def _loaded(self, artifact: Artifact, admit: Admit) -> Prepared:
+    def _loaded(self, artifact: Artifact, version: ModelVersion, admit: Admit) -> Prepared:
         manifest = artifact.manifest
         admit(artifact, "cpu", _copies(manifest.execution))
         labels = classification.load_labels(artifact)
-        models = self._instances_of(artifact)
+        models = self._instances_of(artifact, version)
         try:
             return self._proven(artifact, models, labels)
         except BaseException:
@@ -118,7 +117,7 @@ class Loader:
                 model.close()
             raise
 
-    def _instances_of(self, artifact: Artifact) -> tuple[Model, ...]:
+    def _instances_of(self, artifact: Artifact, version: ModelVersion) -> tuple[Model, ...]:
         """Load one model for all threads, or one per process."""
         execution = artifact.manifest.execution
         options = LoadOptions(
@@ -130,15 +129,19 @@ class Loader:
         )
         if execution.kind == "thread":
             return (backends.load(artifact, options),) * execution.instances
-        digest = digest_of(artifact.folder)
         models: list[Model] = []
         try:
             for i in range(execution.instances):
-                name = f"{artifact.manifest.name} process {i}"
+                name = f"{artifact.manifest.name}/{version.version} process {i}"
                 models.append(
                     background.at_normal_priority(
                         functools.partial(
-                            ProcessModel, artifact.folder, digest, options, name=name, call_timeout_s=self._budget_s(execution) or None
+                            ProcessModel,
+                            artifact.folder,
+                            version.digest,
+                            options,
+                            name=name,
+                            call_timeout_s=self._budget_s(execution) or None,
                         )
                     )
                 )

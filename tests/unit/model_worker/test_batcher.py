@@ -17,6 +17,7 @@ from tests.fakes.registry_world import eventually
 from model_worker.batcher import Answer, Batcher, Request
 from model_worker.instances import Instances
 from model_worker.instruments import Instruments
+from model_worker.process_instance import State
 from model_worker.ragged import Layout
 from model_worker.schedule import Limits, Schedule
 from plait.errors import DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, ResourceExhausted, Unavailable
@@ -40,6 +41,7 @@ class GatedModel:
         self.open.set()
         self.batches: list[list[float]] = []
         self.losses = 0
+        self.state = State.READY
 
     platform = "gated"
     memory_bytes = 0
@@ -386,3 +388,15 @@ async def test_batches_are_padded_to_a_bucket_and_answers_are_not() -> None:
         assert values(await w.ask(1, 2, 3)) == [10, 20, 30]
         assert values(await w.ask(*range(5))) == [0, 10, 20, 30, 40]
         assert [len(batch) for batch in w.model.batches] == [4, 8]
+
+
+async def test_while_its_process_is_starting_requests_wait_and_an_idle_batcher_can_be_closed() -> None:
+    async with world() as w:
+        w.model.state = State.STARTING
+        waiting = w.ask(1)
+        await asyncio.wait((waiting,), timeout=0.1)
+        assert not waiting.done()
+        assert w.model.batches == []
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await asyncio.wait_for(w.batcher.close(), 10)
