@@ -36,7 +36,8 @@ def pack(
     row_splits: Annotated[str, typer.Option(help="The extra int64 input of a model with per-request inputs.", show_default=False)] = "",
     max_rows: Annotated[int | None, typer.Option(help="Most rows in one forward pass.", show_default=False)] = None,
     max_queue_delay_ms: Annotated[
-        float | None, typer.Option(help="Shown in ModelConfig; plait's worker never waits for company.", show_default=False)
+        float | None,
+        typer.Option(help="Longest wait of a free instance for callers that tend to come back; 0 = never.", show_default=False),
     ] = None,
     buckets: Annotated[
         list[int] | None, typer.Option("--bucket", help="A row count batches are padded to; may be repeated.", show_default=False)

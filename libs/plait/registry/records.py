@@ -117,8 +117,9 @@ class Batching:
 
     `row_splits`: name of the extra int64 [requests + 1] input through which a model with per-request inputs learns which rows
     belong to which request (as in RaggedTensor); empty for a model whose inputs are all per row.
-    `max_bytes`: most bytes of input tensors in one batch. `preferred_rows` and `max_queue_delay_ms`: shown in the protocol's
-    ModelConfig and not used by the worker, where a free instance never waits for company.
+    `max_bytes`: most bytes of input tensors in one batch. `preferred_rows`: sizes that are as good as larger ones; a batch that reaches the
+    smallest waits no longer, and one above any of them is cut to the largest it fills. `max_queue_delay_ms`: longest time a free instance
+    waits for callers that were just answered and tend to come back at once (0 = never); a lone caller never waits.
     `buckets`: ascending sizes up to which a batch is padded, for models that are fast at fixed shapes (CUDA graphs).
     """
 

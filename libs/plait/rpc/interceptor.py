@@ -20,7 +20,7 @@ from plait.rpc.call import Call, enter
 from plait.rpc.credentials import Authenticator
 from plait.rpc.deadline import Deadline
 from plait.telemetry.logging import get_logger
-from plait.telemetry.metrics import Metrics
+from plait.telemetry.metrics import Metrics, observe_all
 
 log = get_logger(__name__)
 
@@ -101,8 +101,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             nonlocal answered
             handled_ok.inc(answered)
             answered = 0
-            for taken in taken_s:
-                seconds.observe(taken)
+            observe_all(seconds, taken_s)
             taken_s.clear()
 
         async def behaviour(request: Any, context: Any) -> Any:

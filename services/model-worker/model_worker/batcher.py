@@ -24,14 +24,17 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, SpanContext
 
 from model_worker.backends import buckets
+from model_worker.busy_clock import busy_clock
 from model_worker.instances import Instance, Instances
 from model_worker.instruments import ModelInstruments
 from model_worker.packed import Array
 from model_worker.quarantine import Fault, Health
+from model_worker.queue_delay import GAP_S
 from model_worker.ragged import Layout, Piece
 from model_worker.schedule import Batch, Schedule, Share, Ticket
 from plait.errors import DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, PlaitError, Unavailable
 from plait.telemetry.logging import get_logger
+from plait.telemetry.metrics import observe_all
 from plait.telemetry.tracing import Tracing, off
 
 log = get_logger(__name__)
@@ -53,7 +56,7 @@ _RESTART_LOOK_S: Final = 0.05  # how often to look whether a process is back, wh
 Parts = list[tuple[Array, ...]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: one is made per request, and that triples the cost
 class Answer:
     """One request's outputs in the signature's order, and what it cost: seconds waited, its share by rows of the seconds computed, rows of
     the batch it was in."""
@@ -112,7 +115,8 @@ class Batcher:
         self._instruments = instruments
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._woken = False
+        self._busy = busy_clock()
+        self._woken = self._watching = False
         self._closing = False
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -173,7 +177,7 @@ class Batcher:
             if instance is None:
                 self._wait_for_an_instance()
                 return
-            batch, late = self._schedule.next(self._clock())
+            batch, late = self._schedule.next(self._clock(), self._busy())
             for ticket in late:
                 self._fail(
                     ticket, DeadlineExceeded("the deadline passed, or would have, before the model could run: allow the call more time")
@@ -251,7 +255,8 @@ class Batcher:
             self._start_next()
             return
         parts, compute_s = result
-        self._schedule.finished(self._clock(), batch)
+        self._schedule.finished(self._clock(), batch, self._busy())
+        self._watch_the_gap()
         if self._health is not None:
             self._health.success()
         self._start_next()
@@ -259,6 +264,22 @@ class Batcher:
         for share, part in zip(batch.shares, parts, strict=True):
             self._deliver(batch, share, part, per_row_s * share.rows)
         self._loop.call_soon(self._measure, batch, compute_s)  # after the callers, who wait
+
+    def _watch_the_gap(self) -> None:
+        """While company may still come, look every millisecond whether it does."""
+        if self._schedule.delay.open and not self._watching:
+            self._watching = True
+            self._loop.call_later(GAP_S, self._look, self._schedule.arrivals, self._clock() - self._busy())
+
+    def _look(self, arrivals: int, slept_s: float) -> None:
+        self._watching = False
+        if not self._schedule.delay.open:
+            return
+        slept_s = self._clock() - self._busy() - slept_s
+        if self._schedule.arrivals == arrivals and slept_s >= GAP_S / 2:  # else who came may only not have been heard yet
+            self._schedule.delay.expire()
+        self._watch_the_gap()
+        self._start_next()
 
     def _give_up(self, instance: Instance, batch: Batch[Request]) -> None:
         """A forward pass has used up its budget. A process is ended by `ProcessModel` itself; a thread can only be left behind."""
@@ -305,9 +326,8 @@ class Batcher:
         self._instruments.busy_s.inc(compute_s)
         self._instruments.queued_rows.set(self._schedule.queued_rows)
         self._instruments.statistics.batch(batch.rows, compute_s)
-        for share in batch.shares:
-            if share.start == 0:
-                self._instruments.queue_s.observe(batch.started_s - share.ticket.arrived_s)
+        waited_s = [batch.started_s - share.ticket.arrived_s for share in batch.shares if share.start == 0]
+        observe_all(self._instruments.queue_s, waited_s)
 
     def _blame(self, batch: Batch[Request], error: BaseException | None) -> None:
         reason = error.reason if isinstance(error, PlaitError) else ""

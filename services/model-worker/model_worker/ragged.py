@@ -16,7 +16,7 @@ from plait.errors import Internal
 from plait.registry.records import Batching, Signature
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # as `Share`: not frozen, for its price
 class Piece:
     """Rows [start, stop) of one request's inputs."""
 

@@ -1,6 +1,7 @@
 """Who runs next, decided without I/O and without a clock of its own: every method takes `now_s`, so tests need no time to pass.
 
-- Work-conserving: an idle runner never waits for company; while it is busy, arrivals gather.
+- Work-conserving: while the runner is busy, arrivals gather; when it is free it waits for company only where `queue_delay` has learnt that
+  company comes and costs nobody anything. Preferred sizes are as Triton's: reached, nobody waits any more; above one, the rest goes next.
 - Earliest deadline first, in rows rather than requests (Triton and MLServer count requests, so one caller's thousand rows weigh like one).
 - Admission by prediction: what could not meet its deadline, or would make those already let in miss theirs, is refused at once
   (Clockwork, OSDI '20). What expired while waiting is dropped before it runs, and a batch stops growing where its most urgent
@@ -21,11 +22,13 @@ from operator import attrgetter
 from typing import Final, Generic, TypeVar
 
 from model_worker.latency import LatencyModel
+from model_worker.queue_delay import GAP_S, QueueDelay
 from plait.errors import DeadlineExceeded, InvalidArgument, PlaitError, ResourceExhausted
 
 _PATIENCE_S: Final = 60.0  # a request without a deadline is ordered as if it had this one, so that it cannot starve
 _MIN_RETRY_S: Final = 0.01
 _MAX_RETRY_S: Final = 5.0
+_ENOUGH: Final = 4.0  # rows that take four times the fixed time of a batch: more company could save a fifth at most
 _ORDER: Final = attrgetter("order")
 
 
@@ -36,6 +39,8 @@ class Limits:
     `max_bytes`: most bytes of input tensors in a batch of several requests (0 = any). `instances`: batches that run at once.
     `headroom`: share (0..1) of a request's time left that must remain by prediction where it has to wait: an answer that is ready at the
     deadline is late at the caller, and under overload every answer would be.
+    `max_delay_s`: longest time a free instance waits for company (0 = never); `preferred_rows`: ascending sizes of batches that are as good as
+    larger ones.
     `static_rows`: wait for that many rows before anything runs, however long it takes (0 = never wait); made for measuring.
     """
 
@@ -48,6 +53,8 @@ class Limits:
     instances: int = 1
     static_rows: int = 0
     headroom: float = 0.0
+    max_delay_s: float = 0.0
+    preferred_rows: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -73,7 +80,7 @@ class Ticket:
 T = TypeVar("T", bound=Ticket)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # nobody changes it; frozen would triple the cost of making one, and one is made per request
 class Share(Generic[T]):
     """Rows [start, stop) of a ticket."""
 
@@ -102,11 +109,13 @@ class Schedule(Generic[T]):
     def __init__(self, limits: Limits, latency: LatencyModel | None = None) -> None:
         self.limits = limits
         self.latency = latency or LatencyModel()
+        self.delay = QueueDelay(limits.max_delay_s)
+        self._running_requests = 0
         self._running: list[Batch[T]] = []
         self.queued_rows = 0
         self._queue: list[T] = []  # sorted: most urgent first
         self._halves: deque[tuple[Share[T], ...]] = deque()  # of failed batches; they go first
-        self._arrivals = itertools.count()
+        self.arrivals = 0
 
     def __repr__(self) -> str:
         running = sum(batch.rows for batch in self._running)
@@ -137,33 +146,44 @@ class Schedule(Generic[T]):
         if self.queued_rows + ticket.rows > self.limits.max_queue_rows:
             raise self._full()
         ticket.arrived_s = now_s
-        ticket.order = (_virtual_deadline_s(ticket, now_s), next(self._arrivals))
+        ticket.order = (_virtual_deadline_s(ticket, now_s), self.arrivals)
+        self.arrivals += 1
         at = bisect.bisect(self._queue, ticket.order, key=_ORDER)
         if self.latency.trusted(now_s):
             self._check_deadlines(ticket, at, now_s)
         self._queue.insert(at, ticket)
         self.queued_rows += ticket.rows
+        self.delay.arrived(len(self._queue) + self._running_requests)
 
-    def next(self, now_s: float) -> tuple[Batch[T] | None, list[T]]:
-        """Return the batch to run now, if the runner is free and anything waits, and the requests dropped because they are too late."""
+    def next(self, now_s: float, busy_s: float = 0.0) -> tuple[Batch[T] | None, list[T]]:
+        """Return the batch to run now, if the runner is free, anything waits and not for company, and the requests dropped for being too late.
+
+        `busy_s`: the event loop's `busy_clock`.
+        """
         if self.full:
             return None, []
         late: list[T] = []
         if self.limits.static_rows and not self._halves and self.queued_rows < self.limits.static_rows:
             self._drop_late(now_s, late)
             return None, late
+        if self._holds(now_s):
+            self._drop_late(now_s, late)
+            return None, late
         shares = self._half(now_s, late) or self._fill(now_s, late)
         if not shares:
             return None, late
+        self.delay.started(now_s, busy_s)
+        self._running_requests += len(shares)
         batch = Batch(shares=shares, rows=sum(s.rows for s in shares), started_s=now_s)
         self._running.append(batch)
         return batch, late
 
-    def finished(self, now_s: float, batch: Batch[T] | None = None) -> None:
+    def finished(self, now_s: float, batch: Batch[T] | None = None, busy_s: float = 0.0) -> None:
         """A batch (by default the oldest) was computed: learn from it."""
         batch = self._end(batch)
         if batch is not None:
             self.latency.observe(batch.rows, now_s - batch.started_s, now_s)
+            self.delay.ended(now_s, busy_s)
 
     def abandoned(self, batch: Batch[T]) -> tuple[T, ...]:
         """A batch will not come back: forget its requests and return those that still wait for an answer."""
@@ -204,9 +224,27 @@ class Schedule(Generic[T]):
         batch = batch or self.running
         if batch is not None:
             self._running.remove(batch)
+            self._running_requests -= len(batch.shares)
         return batch
 
     # --- composing a batch
+
+    def _holds(self, now_s: float) -> bool:
+        """Say whether to wait for company, with an instance free: as `QueueDelay` has it, for no more rows than pay, nobody made late by it."""
+        if self._halves or not self._queue or not self.delay.open or self.queued_rows >= self._enough_rows():
+            return False
+        first = self._queue[0]
+        if first.priority == 1:
+            return False
+        slack_s = first.deadline_s - now_s - self.limits.margin_s - self._duration_s(self.queued_rows)
+        return slack_s > 2 * GAP_S and self.delay.holds(len(self._queue) + self._running_requests, self.latency.per_batch_s, now_s)
+
+    def _enough_rows(self) -> float:
+        """Rows for which nobody waits any more: the smallest preferred size, or where most of a batch's time is its rows'."""
+        if self.limits.preferred_rows:
+            return self.limits.preferred_rows[0]
+        most = self.limits.max_rows
+        return min(most, _ENOUGH * self.latency.per_batch_s / self.latency.per_row_s) if self.latency.per_row_s else most
 
     def _half(self, now_s: float, late: list[T]) -> tuple[Share[T], ...]:
         while self._halves:
@@ -229,6 +267,7 @@ class Schedule(Generic[T]):
         rows = min(first.rows - first.taken, self.limits.max_rows if self.limits.splits else first.rows)
         shares = [self._take(first, rows)]
         most = self._most_rows(first, now_s) if self.limits.joins else 0
+        most = self._preferred(min(most, self.queued_rows + rows)) if self.limits.preferred_rows else most
         passed: list[T] = []
         left_bytes = (self.limits.max_bytes or math.inf) - first.size_bytes
         seen = 1
@@ -278,6 +317,10 @@ class Schedule(Generic[T]):
             return self.limits.max_rows
         slack_s = first.deadline_s - now_s - self.limits.margin_s - self.latency.per_batch_s
         return int(min(self.limits.max_rows, slack_s / per_row_s))
+
+    def _preferred(self, rows: int) -> int:
+        """Return the largest preferred size that so many rows fill, or the rows themselves where they fill none."""
+        return next((size for size in reversed(self.limits.preferred_rows) if size <= rows), rows)
 
     # --- admission
 

@@ -169,8 +169,14 @@ class Loader:
             instances=len(models),
             static_rows=self._batching.static_rows,
             headroom=self._batching.headroom,
+            max_delay_s=self._max_delay_ms(manifest) / 1e3,
+            preferred_rows=manifest.batching.preferred_rows,
         )
         return Prepared(manifest=manifest, models=models, layout=layout, proven=proven, limits=limits, labels=labels, artifact=artifact)
+
+    def _max_delay_ms(self, manifest: ArtifactManifest) -> float:
+        given = self._batching.max_queue_delay_ms
+        return manifest.batching.max_queue_delay_ms if given is None else given
 
     def serve(self, model: str, version: str, prepared: Prepared, health: Health | None = None) -> Served:
         """Give a prepared version its batcher and thread. On the event loop. `health` is told of every batch."""

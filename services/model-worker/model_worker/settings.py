@@ -129,6 +129,12 @@ class BatchingSettings(Group):
 
     max_rows: int | None = Field(None, ge=1, description="most rows in one forward pass")
     max_queue_rows: int | None = Field(None, ge=1, description="most rows waiting for one model; more are answered RESOURCE_EXHAUSTED")
+    max_queue_delay_ms: float | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="longest time a free instance waits for company that has just been answered and tends to come back, milliseconds; 0 = never",
+    )
     headroom: float = Field(
         0.25,
         ge=0,

@@ -135,6 +135,54 @@ def test_a_batch_stops_growing_where_its_most_urgent_member_would_be_late() -> N
     assert run(s, 3 * MS) == [patient]
 
 
+def after_sixteen(**limits: Any) -> Schedule:
+    """Return a schedule whose last batches, the last of which ended at 0, had sixteen requests each; a batch takes 1 ms and 1 us a row."""
+    s = taught(1e-6, 1 * MS, max_rows=100, max_delay_s=5 * MS, **limits)
+    for _ in range(8):
+        for _ in range(16):
+            s.offer(ticket(), -2 * MS)
+        while not s.idle:
+            run(s, 0.0)
+        s.latency.observe(16, 1.016 * MS, 0.0)
+    return s
+
+
+def test_a_free_runner_waits_for_company_that_tends_to_come() -> None:
+    s = after_sixteen()
+    tickets = [ticket() for _ in range(16)]
+    for t in tickets[:15]:
+        s.offer(t, 0.1 * MS)
+        assert s.next(0.1 * MS) == (None, [])
+    s.offer(tickets[15], 0.2 * MS)
+    assert run(s, 0.2 * MS) == tickets
+
+
+def test_nobody_waits_who_is_urgent_or_would_be_late() -> None:
+    for t in (Ticket(rows=1, deadline_s=math.inf, priority=1), ticket(deadline_s=2 * MS)):
+        s = after_sixteen()
+        s.offer(t, 0.1 * MS)
+        assert run(s, 0.1 * MS) == [t]
+
+
+def test_nobody_waits_whose_rows_are_enough() -> None:
+    s, many = after_sixteen(), ticket(100)
+    s.offer(many, 0.1 * MS)
+    assert run(s, 0.1 * MS) == [many]
+    s, few = after_sixteen(preferred_rows=(4, 8)), ticket(4)
+    s.offer(few, 0.1 * MS)
+    assert run(s, 0.1 * MS) == [few]
+
+
+def test_a_batch_is_cut_to_the_largest_preferred_size_it_fills() -> None:
+    s = schedule(preferred_rows=(4, 8))
+    s.offer(ticket(), 0.0)
+    s.next(0.0)
+    for _ in range(15):
+        s.offer(ticket(), 0.0)
+    s.finished(0.0)
+    assert [len(run(s, 0.0)) for _ in range(3)] == [8, 4, 3]
+
+
 def test_a_long_request_runs_in_pieces_between_which_urgent_ones_run() -> None:
     s, long = schedule(), ticket(25)
     s.offer(long, 0.0)
@@ -201,7 +249,7 @@ class Traffic(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.s = schedule(max_rows=8, max_queue_rows=40)
+        self.s = schedule(max_rows=8, max_queue_rows=40, max_delay_s=0.5)
         self.now_s = 0.0
         self.waiting: dict[int, Ticket] = {}
         self.rows: dict[int, int] = {}
@@ -230,6 +278,10 @@ class Traffic(RuleBasedStateMachine):
         self.now_s += seconds
 
     @rule()
+    def expire(self) -> None:
+        self.s.delay.expire()
+
+    @rule()
     def start(self) -> None:
         busy = self.s.running
         batch, late = self.s.next(self.now_s)
@@ -240,7 +292,10 @@ class Traffic(RuleBasedStateMachine):
             assert (batch, late) == (None, [])
             return
         if batch is None:
-            assert self.s.idle, "an idle runner left work waiting"
+            if not self.s.idle:  # it waits for company, which ends when nobody comes
+                self.s.delay.expire()
+                self.start()
+                assert self.s.idle or self.s.running, "an idle runner left work waiting"
             return
         assert 1 <= batch.rows <= 8
         assert len({share.ticket.kind for share in batch.shares}) == 1
