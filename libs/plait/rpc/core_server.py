@@ -16,7 +16,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import grpc
@@ -45,10 +45,34 @@ class HandlerCallDetails(NamedTuple):
     invocation_metadata: Any
 
 
+class Refusal(NamedTuple):
+    """What is answered to calls of the services named beyond `most` unary ones at once, before anything of them is looked at.
+
+    Refusing in the polling thread costs a third of letting a call reach the event loop to be refused there, and what waits for the loop stays
+    bounded. `told` hears of each, in the polling thread.
+    """
+
+    most: int
+    services: Container[str]
+    code: grpc.StatusCode
+    details: str
+    trailers: tuple[tuple[str, str | bytes], ...]
+    told: Callable[[str], None]
+
+
 class CoreServer:
     """The part of `grpc.aio.Server` that plait uses, under the same names."""
 
-    def __init__(self, *, interceptors: Sequence[grpc.aio.ServerInterceptor] = (), options: Sequence[tuple[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        options: Sequence[tuple[str, Any]] = (),
+        refusal: Refusal | None = None,
+    ) -> None:
+        self._refusal = refusal
+        self._arrived = 0  # unary calls; written by the polling thread
+        self._left = 0  # and written by the event loop
         self._intercept: Callable[[Any], Any] | None = self._found if interceptors else None
         for interceptor in reversed(interceptors):
             self._intercept = _bind(interceptor, self._intercept)
@@ -152,11 +176,30 @@ class CoreServer:
             self._request()
         method = event.call_details.method.decode()
         handler = self._handlers.get(method)
+        if handler is not None and not handler.request_streaming:
+            if self._refusal is not None and self._is_too_many(method, self._refusal):
+                self._refuse(event, method, self._refusal)
+                return
+            self._arrived += 1
         rpc = Rpc(self, event, method, handler)
         event.call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), rpc._on_close)  # noqa: SLF001
         if handler is None or handler.request_streaming:
             self.post(self._begin, rpc)
         rpc._receive()  # noqa: SLF001
+
+    def _is_too_many(self, method: str, refusal: Refusal) -> bool:
+        return self._arrived - self._left >= refusal.most and method[1:].partition("/")[0] in refusal.services
+
+    @staticmethod
+    def _refuse(event: Any, method: str, refusal: Refusal) -> None:
+        status = cygrpc.SendStatusFromServerOperation(refusal.trailers, refusal.code.value[0], refusal.details.encode(), 0)
+        operations = (cygrpc.SendInitialMetadataOperation((), 0), cygrpc.ReceiveCloseOnServerOperation(0), status)
+        event.call.start_server_batch(operations, Rpc._on_finished)  # noqa: SLF001
+        refusal.told(method)
+
+    def left(self) -> None:
+        """A unary call is over. On the event loop."""
+        self._left += 1
 
     def _fault(self, error: BaseException) -> None:
         self._loop.call_exception_handler({"message": "the polling thread failed on a call", "exception": error})
@@ -356,6 +399,8 @@ class Rpc:
 
     def _end(self) -> None:
         self.over = True
+        if self.handler is not None and not self.handler.request_streaming:
+            self._server.left()
         for callback in self._callbacks:
             callback(self)
         self._wake_reader()

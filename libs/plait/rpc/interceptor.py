@@ -17,6 +17,7 @@ from prometheus_client import Counter, Histogram
 
 from plait.errors import DETAILS_KEY, Internal, InvalidArgument, PlaitError, ResourceExhausted
 from plait.rpc.call import Call, enter
+from plait.rpc.core_server import Refusal
 from plait.rpc.credentials import Authenticator
 from plait.rpc.deadline import Deadline
 from plait.telemetry.logging import get_logger
@@ -74,6 +75,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         wrapped = self._wrap(handler, method, scope)
         self._wrapped[method] = wrapped
         return wrapped
+
+    def refusal(self) -> Refusal:
+        """Return what a server that can refuse calls before they get here answers beyond the limit."""
+        error = self._overloaded()
+        return Refusal(
+            most=self._max_in_flight,
+            services=self._scopes,
+            code=error.code,
+            details=error.message,
+            trailers=_trailers(error),
+            told=lambda method: self._handled.labels(method, error.code.name).inc(),
+        )
 
     def drain(self) -> None:
         """End the request side of every open stream, as if its client had finished, so that handlers answer what they hold and return."""
@@ -161,11 +174,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metadata = context.invocation_metadata() or ()
         identity = self._authenticator.identify(metadata, scope)
         if self._in_flight > self._max_in_flight:
-            raise ResourceExhausted(
-                f"{self._max_in_flight} calls are under way, which is all this process takes: retry later",
-                reason="OVERLOADED",
-                retry_after_s=0.1,
-            )
+            raise self._overloaded()
         left = context.time_remaining()
         request_id = ""
         for name, value in metadata:
@@ -184,6 +193,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             )
         )
 
+    def _overloaded(self) -> ResourceExhausted:
+        return ResourceExhausted(
+            f"{self._max_in_flight} calls are under way, which is all this process takes: retry later",
+            reason="OVERLOADED",
+            retry_after_s=0.1,
+        )
+
     async def _fail(self, context: Any, method: str, error: Exception) -> None:
         if isinstance(error, grpc.aio.AbortError):
             raise error
@@ -192,10 +208,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             error = Internal("a fault inside plait; it was logged, please report it with the time of the call")
         self._handled.labels(method, error.code.name).inc()
         log.debug("a call was refused", method=method, code=error.code.name, reason=error.reason)
-        trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, error.to_status().SerializeToString())]
-        if isinstance(error, ResourceExhausted):
-            trailers.append(_PUSHBACK)
-        await context.abort(error.code, error.message, tuple(trailers))
+        await context.abort(error.code, error.message, _trailers(error))
 
 
 class RequestStream:
@@ -233,6 +246,11 @@ class RequestStream:
         self._ended = True
         if self._reader is not None:
             self._reader.cancel()
+
+
+def _trailers(error: PlaitError) -> tuple[tuple[str, str | bytes], ...]:
+    details = (DETAILS_KEY, error.to_status().SerializeToString())
+    return (details, _PUSHBACK) if isinstance(error, ResourceExhausted) else (details,)
 
 
 def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -43,15 +43,18 @@ class RpcServer:
             default_timeout_s=settings.default_timeout_s,
         )
         self._health = HealthServicer()
-        self._server: Any = (CoreServer if settings.server == "core" else grpc.aio.server)(
-            interceptors=[*self.tracing.server_interceptors(), self._interceptor],
-            options=[
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", settings.max_message_bytes),
-                ("grpc.so_reuseport", 0),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ],
+        interceptors = [*self.tracing.server_interceptors(), self._interceptor]
+        options = [
+            ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.max_send_message_length", settings.max_message_bytes),
+            ("grpc.so_reuseport", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+        self._server: Any = (
+            CoreServer(interceptors=interceptors, options=options, refusal=self._interceptor.refusal())
+            if settings.server == "core"
+            else grpc.aio.server(interceptors=interceptors, options=options)
         )
         self.address = ""
 

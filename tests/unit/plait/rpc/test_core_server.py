@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from plait.rpc.core_server import CoreServer
+from plait.rpc.core_server import CoreServer, Refusal
 
 SERVERS: dict[str, Callable[..., Any]] = {"core": CoreServer, "aio": grpc.aio.server}
 
@@ -351,3 +351,43 @@ async def test_an_abandoned_crowd_is_forgotten() -> None:
         while "calls=0" not in repr(world.server) and time.monotonic() < until_s:
             await asyncio.sleep(0.01)
         assert "calls=0" in repr(world.server)
+
+
+async def test_calls_beyond_the_limit_are_refused_before_they_reach_the_loop() -> None:
+    told: list[str] = []
+    trailers = (("why", "busy"),)
+    refusal = Refusal(2, ("e.Echo",), grpc.StatusCode.RESOURCE_EXHAUSTED, "too many", trailers, told.append)
+    echo = Echo()
+    server = CoreServer(options=[("grpc.so_reuseport", 0)], refusal=refusal)
+    server.add_registered_method_handlers("e.Echo", echo.handlers())
+    server.add_registered_method_handlers("e.Health", echo.handlers())
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        unary = channel.unary_unary("/e.Echo/Unary")
+        held = [asyncio.ensure_future(_awaited(unary(b"hold"))) for _ in range(2)]
+        async with asyncio.timeout(10):
+            while len(server._tasks) < 2:
+                await asyncio.sleep(0.001)
+        for message in (b"small", bytes(1 << 20)):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await unary(message)
+            assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "too many")
+            assert ("why", "busy") in [(key, value) for key, value in caught.value.trailing_metadata() or ()]
+        assert told == ["/e.Echo/Unary"] * 2
+        assert await channel.unary_unary("/e.Health/Unary")(b"other services go on") == b"other services go on"
+        assert [m async for m in channel.stream_stream("/e.Echo/Writing")(iter([b"a"]))] == [b"a"]
+        echo.release.set()
+        assert await asyncio.gather(*held) == [b"hold"] * 2
+        assert await asyncio.gather(*[_awaited(unary(b"%d" % i)) for i in range(2)]) == [b"0", b"1"]
+        echo.release.clear()
+        gone = unary(b"hold", timeout=0.05)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await gone
+        assert await unary(b"who leaves makes room") == b"who leaves makes room"
+    await server.stop(5)
+
+
+async def _awaited(call: Any) -> bytes:
+    answer: bytes = await call
+    return answer
