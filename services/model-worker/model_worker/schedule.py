@@ -28,7 +28,7 @@ from plait.errors import DeadlineExceeded, InvalidArgument, PlaitError, Resource
 _PATIENCE_S: Final = 60.0  # a request without a deadline is ordered as if it had this one, so that it cannot starve
 _MIN_RETRY_S: Final = 0.01
 _MAX_RETRY_S: Final = 5.0
-_ENOUGH: Final = 4.0  # rows that take four times the fixed time of a batch: more company could save a fifth at most
+_ENOUGH: Final = 9.0  # rows that take nine times the fixed time of a batch: more company could save a tenth at most
 _ORDER: Final = attrgetter("order")
 
 
