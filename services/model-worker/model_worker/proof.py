@@ -23,6 +23,7 @@ from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, PlaitError
 from plait.registry.artifact import ArtifactManifest
 
+OUT_OF_MEMORY: Final = "OUT_OF_DEVICE_MEMORY"
 _WARM_ROWS: Final = 1024
 _WARM_RUNS: Final = 4
 _WARM_LIMIT_S: Final = 2.0
@@ -94,7 +95,12 @@ class Warming:
         copies = 1
         while copies == 1 or (self.whole.stop * copies <= min(self.max_rows, _WARM_ROWS) and time.monotonic() - started_s <= _WARM_LIMIT_S):
             if not self.sizes or self.whole.stop * copies > self.sizes[-1]:  # smaller batches are padded, and so never of this size
-                self._joined(model, copies, latency)
+                try:
+                    self._joined(model, copies, latency)
+                except FailedPrecondition as error:
+                    if error.reason != OUT_OF_MEMORY or copies == 1:
+                        raise
+                    return same  # no batch has to be that large: one that does not fit is halved
             copies *= 4
         return same
 

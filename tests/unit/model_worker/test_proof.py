@@ -13,7 +13,7 @@ import pytest
 from model_worker.artifacts import Artifact, Sample
 from model_worker.proof import Proven, prove
 from model_worker.ragged import Layout
-from plait.errors import FailedPrecondition
+from plait.errors import FailedPrecondition, ResourceExhausted
 from plait.registry.artifact import ArtifactManifest
 from plait.registry.records import Batching, Execution, TensorSpec
 
@@ -246,3 +246,24 @@ def test_company_may_change_an_answer_by_what_the_narrow_type_cannot_tell(autoca
         return [inputs[0].sum(1) * np.float32(1 + len(inputs[0]) * 1e-4)]
 
     assert show(rounds, autocast=autocast).joins is joins
+
+
+def full_from(rows: int, sizes: list[int]) -> Callable[[Arrays], Any]:
+    def model(inputs: Arrays) -> list[Any]:
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) >= rows:
+            raise ResourceExhausted("the device is full", reason="OUT_OF_DEVICE_MEMORY")
+        return sums(inputs)
+
+    return model
+
+
+def test_warming_ends_where_the_devices_memory_does() -> None:
+    sizes: list[int] = []
+    assert show(full_from(64, sizes), max_rows=1024).joins
+    assert sizes[-1] == 64
+
+
+def test_buckets_that_do_not_fit_the_device_are_refused() -> None:
+    assert refused(full_from(64, []), buckets=(8, 64)) == "OUT_OF_DEVICE_MEMORY"
+    assert refused(full_from(3, [])) == "OUT_OF_DEVICE_MEMORY"
