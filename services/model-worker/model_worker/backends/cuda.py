@@ -9,6 +9,7 @@ torch's own cache of pinned memory, which come back to it once the answer was se
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import traceback
 from collections import deque
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from model_worker.backends import staging
 from model_worker.backends.graphs import Rule
+from model_worker.backends.lending import Lender
 from model_worker.backends.staging import Place
 from model_worker.packed import Array
 from model_worker.placement import index
@@ -38,6 +40,7 @@ _RETRY_S: Final = 1.0
 _OUT_OF_MEMORY: Final = ("cuda out of memory", "cuda error: out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
 # One recording at a time in a process, says torch's documentation: the allocator's state during one is the process's, and so is this lock.
 _RECORDING: Final = threading.Lock()
+_STREAMS_IN_TORCH: Final = 32  # of one GPU and priority; handed out in turn
 
 
 def why_unavailable(*, built: bool, count: int, number: int) -> str:
@@ -74,6 +77,32 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error means that the device's memory did not suffice."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _OUT_OF_MEMORY)
+
+
+class _Streams:
+    """torch's streams by GPU, lent so that no two lanes share one before all are lent: see `lending`."""
+
+    def __init__(self) -> None:
+        self._lenders: dict[torch.device, Lender[torch.cuda.Stream]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, device: torch.device) -> Lender[torch.cuda.Stream]:
+        """Return who lends the streams of a GPU."""
+        with self._lock:
+            if device not in self._lenders:
+                self._lenders[device] = Lender(functools.partial(_another_stream, device))
+            return self._lenders[device]
+
+
+_STREAMS: Final = _Streams()  # the streams are the process's, and so is the list of who has which
+
+
+def _another_stream(device: torch.device, existing: Sequence[torch.cuda.Stream]) -> torch.cuda.Stream | None:
+    for _ in range(_STREAMS_IN_TORCH):
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        if stream not in existing:
+            return stream
+    return None
 
 
 class Staging:
@@ -119,8 +148,9 @@ class _Recorded:
 class _Lane:
     """What one call at a time computes with. The graphs share a pool: they never run at once, so what one is done with the next may use."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    def __init__(self, streams: Lender[torch.cuda.Stream]) -> None:
+        self.loan = streams.take()
+        self.stream = self.loan.thing
         self.staging = Staging(pin=True)
         self.pool = torch.cuda.graph_pool_handle()
         self.recorded: dict[int, _Recorded] = {}
@@ -164,12 +194,13 @@ class CudaModel:
         """`forward` computes on `device` ("cuda:<n>"), where its weights are; `to_array` gives a tensor's memory to numpy."""
         self._forward: Forward | None = forward
         self._device = torch.device(device)
+        self._streams = _STREAMS.of(self._device)
         self._rule = rule
         self._num_threads = num_threads
         self._to_array = to_array
         self._weight_bytes = weight_bytes
         self._records = True
-        self._lanes = [_Lane(self._device) for _ in range(lanes)]
+        self._lanes = [_Lane(self._streams) for _ in range(lanes)]
         self._free = deque(self._lanes)
         self.lanes = lanes
         self.platform = platform
@@ -207,9 +238,13 @@ class CudaModel:
     def close(self) -> None:
         """Let go of the weights and graphs, and give what torch has cached of them back to the device."""
         self._forward = None
-        for lane in tuple(self._free):  # not that of a thread which hangs: waiting for its stream would hang too
-            lane.quiet()
-            lane.recorded.clear()
+        with contextlib.suppress(IndexError):
+            while True:  # not the lane of a thread which hangs: waiting for its stream would hang too
+                lane = self._free.popleft()
+                with lane.loan.lock:
+                    lane.quiet()
+                lane.recorded.clear()
+                self._streams.give_back(lane.loan)
         _give_back()
 
     def __call__(self, inputs: Sequence[Array]) -> list[Array]:
@@ -222,13 +257,8 @@ class CudaModel:
             raise RuntimeError("the model was closed")
         lane = self._take()
         try:
-            with torch.cuda.device(self._device), torch.cuda.stream(lane.stream), torch.inference_mode():
-                return self._computed(forward, lane, inputs)
-        except Exception as error:
-            explained = self._explained(lane, error)
-            if explained is error:
-                raise
-            raise explained from error
+            with lane.loan.lock:
+                return self._guarded(forward, lane, inputs)
         finally:
             self._free.append(lane)
 
@@ -236,9 +266,19 @@ class CudaModel:
         try:
             return self._free.popleft()
         except IndexError:  # a thread that hangs has not given its lane back
-            lane = _Lane(self._device)
+            lane = _Lane(self._streams)
             self._lanes.append(lane)
             return lane
+
+    def _guarded(self, forward: Forward, lane: _Lane, inputs: Sequence[Array]) -> list[Array]:
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(lane.stream), torch.inference_mode():
+                return self._computed(forward, lane, inputs)
+        except Exception as error:
+            explained = self._explained(lane, error)
+            if explained is error:
+                raise
+            raise explained from error
 
     def _computed(self, forward: Forward, lane: _Lane, inputs: Sequence[Array]) -> list[Array]:
         laid = staging.places(inputs)

@@ -400,3 +400,16 @@ def test_a_gpu_that_is_not_there_is_refused_by_number(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match="there is no cuda:99") as refused:
         backends.load(mlp_artifact(tmp_path, "torchscript"), LoadOptions(device="cuda:99"))
     assert refused.value.reason == "DEVICE_UNAVAILABLE"
+
+
+@needs_gpu
+def test_no_two_lanes_share_a_stream_before_torch_has_no_more() -> None:
+    for _ in range(40):  # loads and unloads: torch hands its 32 streams out in turn
+        bare(lambda given_: given_).close()
+    models = [bare(lambda given_: [given_[0] + 1], lanes=16) for _ in range(2)]
+    streams = [lane.stream for model in models for lane in model._lanes]
+    assert len(set(streams)) == len(streams)
+    third = bare(lambda given_: [given_[0] + 1])
+    assert third([np.ones(2, np.float32)])[0].tolist() == [2, 2]
+    for model in (*models, third):
+        model.close()
