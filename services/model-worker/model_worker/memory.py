@@ -56,6 +56,10 @@ class Claim:
         """Return it and those beside it."""
         return (self, *(self.beside.all() if self.beside is not None else ()))
 
+    def on(self, device: str) -> int:
+        """Return the bytes held of a device."""
+        return sum(claim.size_bytes for claim in self.all() if claim.device == device)
+
 
 class Ledger:
     """All claims. `budget(device)`: bytes that models may take there, None = any number; `free(device)`: bytes that are really left there

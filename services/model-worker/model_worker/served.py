@@ -131,20 +131,16 @@ class Loader:
             buckets=artifact.manifest.batching.buckets,
             allow_native=self._models.allow_native,
         )
-        models: list[Model] = []
+        loaded: list[Model] = []
         try:
-            for device in devices:
-                there = dataclasses.replace(options, device=device)
-                if threads:
-                    models += [backends.load(artifact, there)] * execution.instances
-                    continue
-                for _ in range(execution.instances):
-                    models.append(self._process(artifact, version, there, len(models)))
+            # Device by device, so that batches that run side by side are on different ones first.
+            for there in [dataclasses.replace(options, device=device) for device in devices] * (1 if threads else execution.instances):
+                loaded.append(backends.load(artifact, there) if threads else self._process(artifact, version, there, len(loaded)))
         except BaseException:
-            for model in set(models):
+            for model in loaded:
                 model.close()
             raise
-        return tuple(models)
+        return tuple(loaded) * (execution.instances if threads else 1)
 
     def _process(self, artifact: Artifact, version: ModelVersion, options: LoadOptions, number: int) -> Model:
         return background.at_normal_priority(

@@ -66,6 +66,7 @@ def test_a_version_on_several_gpus_holds_an_equal_part_of_each_and_nothing_of_th
     assert used(ledger) == [90, 40, 40]
     ledger.settle(claim, 61)
     assert used(ledger) == [0, 31, 31]
+    assert [claim.on(device) for device in ("cpu", "cuda:1", "cuda:2")] == [0, 31, 0]
     assert not any(held.pending for held in claim.all())
     ledger.release(claim)
     ledger.release(claim)

@@ -11,6 +11,7 @@ import pytest
 from tests.fakes.gpu import needs_gpu
 from tests.fakes.worker_world import Doubler, publish_doubler, publish_ranker, published, scripted
 
+from model_worker import placement
 from model_worker.artifacts import Artifact, Fetcher
 from model_worker.backends.cuda import CudaModel
 from model_worker.instruments import Instruments
@@ -161,3 +162,15 @@ async def test_instances_on_a_gpu_share_its_weights_and_answer(tmp_path: Path) -
     assert answer.outputs[0].tolist() == [[2, 2]] * 5
     assert model.replays == before + 1
     await served.close()
+
+
+def test_instances_are_dealt_out_device_by_device_with_one_copy_on_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the CPU stands for two GPUs here."""
+    monkeypatch.setattr(placement, "devices", lambda *_: ("cpu", "cpu"))
+    prepared = loader().prepare(publish_ranker(tmp_path / "m", execution=Execution(instances=2)))
+    first, second, *others = prepared.models
+    assert first is not second
+    assert others == [first, second]
+    assert prepared.limits.instances == 4
+    assert prepared.memory_bytes == first.memory_bytes + second.memory_bytes
+    prepared.close()

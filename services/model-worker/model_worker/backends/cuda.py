@@ -204,6 +204,8 @@ class CudaModel:
         self._free = deque(self._lanes)
         self.lanes = lanes
         self.platform = platform
+        if rule.why_not:
+            log.info("a model on a GPU runs without CUDA graphs", device=device, why=rule.why_not)
         torch.cuda.current_stream(self._device).synchronize()  # the weights were sent on another stream than those that will read them
 
     def __repr__(self) -> str:
