@@ -6,6 +6,7 @@ And what is left of that once requests come over gRPC?
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -142,9 +143,9 @@ def in_process(
 ) -> dict[str, Any]:
     """Return the figures of every candidate, by "<rows> rows, <threads> threads", with the ratio of rows per second to eager PyTorch."""
     found = {}
-    everybody = list(candidates(network, model, device))
-    for count in rows:
-        for threads in THREADS:
+    with ExitStack() as stack:
+        everybody = list(candidates(network, model, device, stack))
+        for count, threads in itertools.product(rows, THREADS):
             measured = in_turn(everybody, network, count, threads, plan, say)
             figures = {name: timed.figures() for name, timed in measured.items()}
             for name, timed in measured.items():
@@ -154,15 +155,26 @@ def in_process(
     return found
 
 
-def candidates(network: Network, model: Model, device: str) -> Iterator[Candidate]:
-    """Yield eager PyTorch and ours: plain, with graphs where there is a GPU, and in half precision."""
+def candidates(network: Network, model: Model, device: str, stack: ExitStack) -> Iterator[Candidate]:
+    """Yield eager PyTorch and ours: plain, with graphs where there is a GPU, and in half precision. `stack` closes them."""
     artifact = artifacts.fetch(model.versions[0], None)
+
+    def ours(name: str, buckets: tuple[int, ...] = (), autocast: Any = "") -> Candidate:
+        loaded = backends.load(artifact, LoadOptions(device=device, instances=max(THREADS), buckets=buckets, autocast=autocast))
+        stack.callback(loaded.close)
+
+        def call(x: Rows) -> Rows:
+            [scores] = loaded((x,))
+            return scores
+
+        return Candidate(name=name, prepare=loaded.prepare_thread, call=call, tolerance=_NARROW if autocast else _CLOSE)
+
     yield _eager(network, device, "")
-    yield _ours(artifact, device, "plait")
+    yield ours("plait")
     if device != CPU:
-        yield _ours(artifact, device, "plait, graphs", buckets=BUCKETS)
+        yield ours("plait, graphs", BUCKETS)
         yield _eager(network, device, "float16")
-        yield _ours(artifact, device, "plait, graphs, float16", buckets=BUCKETS, autocast="float16")
+        yield ours("plait, graphs, float16", BUCKETS, "float16")
 
 
 def _eager(network: Network, device: str, autocast: str) -> Candidate:
@@ -176,16 +188,6 @@ def _eager(network: Network, device: str, autocast: str) -> Candidate:
 
     name = f"{EAGER}, {autocast}" if autocast else EAGER
     return Candidate(name=name, prepare=_one_thread, call=call, tolerance=_NARROW if autocast else _CLOSE)
-
-
-def _ours(artifact: artifacts.Artifact, device: str, name: str, *, buckets: tuple[int, ...] = (), autocast: Any = "") -> Candidate:
-    loaded = backends.load(artifact, LoadOptions(device=device, instances=max(THREADS), buckets=buckets, autocast=autocast))
-
-    def call(x: Rows) -> Rows:
-        [scores] = loaded((x,))
-        return scores
-
-    return Candidate(name=name, prepare=loaded.prepare_thread, call=call, tolerance=_NARROW if autocast else _CLOSE)
 
 
 def _one_thread() -> None:

@@ -146,7 +146,12 @@ class _Recorded:
 
 
 class _Lane:
-    """What one call at a time computes with. The graphs share a pool: they never run at once, so what one is done with the next may use."""
+    """What one call at a time computes with. The graphs share a pool: they never run at once, so what one is done with the next may use.
+
+    They come and go together, and only on a stream that is no other's: torch keeps cuBLAS's workspaces by stream, and the end of one graph frees
+    those that the others on its stream still write to (https://github.com/pytorch/pytorch/issues/193402). That they are kept for the process, and
+    not for the thread that recorded, which ends after the load, holds for torch 2.13 (https://github.com/pytorch/pytorch/pull/180283 tried the other).
+    """
 
     def __init__(self, streams: Lender[torch.cuda.Stream]) -> None:
         self.loan = streams.take()
@@ -301,7 +306,7 @@ class CudaModel:
         """Return the bucket's graph, recorded now where that has not been tried; None where the model runs without."""
         if not bucket:
             return None
-        if bucket not in lane.recorded and self._records:
+        if bucket not in lane.recorded and self._records and not lane.loan.shared:
             block = host.to(self._device)
             given = views(block, laid)
             for _ in range(_RUNS_BEFORE_RECORDING):
@@ -318,6 +323,7 @@ class CudaModel:
                 outputs = forward(given)
         except Exception as error:  # whatever it is, the passes before it have shown that the model runs without a graph
             self._records = False  # what one bucket does not allow no other will; and each attempt costs
+            lane.recorded.clear()
             log.warning("a model runs without CUDA graphs: one could not be recorded", device=str(self._device), error=_first_line(error))
             traceback.clear_frames(error.__traceback__)
             return None

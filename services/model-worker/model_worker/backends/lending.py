@@ -21,6 +21,11 @@ class Loan(Generic[T]):
         self.lock = threading.Lock()
         self.users = 0
 
+    @property
+    def shared(self) -> bool:
+        """Whether others use it too."""
+        return self.users > 1
+
 
 class Lender(Generic[T]):
     """Lends what `make` returns, which is called as long as it gives something new (None: no more) and everything else is lent."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,17 @@ def test_a_block_is_used_again_until_it_is_too_small_and_never_kept_when_giant()
 # --- where there is a GPU
 
 
+MADE: list[CudaModel] = []
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """Close what a test has made: the streams it holds are torch's, who has 32."""
+    yield
+    while MADE:
+        MADE.pop().close()
+
+
 def mlp() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -161,11 +172,12 @@ def expected(x: Any) -> Any:
 def on_gpu(made: Artifact, **options: Any) -> CudaModel:
     model = backends.load(made, LoadOptions(device="cuda:0", buckets=made.manifest.batching.buckets, **options))
     assert isinstance(model, CudaModel)
+    MADE.append(model)
     return model
 
 
 def bare(forward: Callable[[Sequence[Tensor]], Sequence[Tensor]], *, rule: Rule = NO_GRAPHS, lanes: int = 1) -> CudaModel:
-    return CudaModel(
+    model = CudaModel(
         forward,
         device="cuda:0",
         rule=rule,
@@ -175,6 +187,8 @@ def bare(forward: Callable[[Sequence[Tensor]], Sequence[Tensor]], *, rule: Rule 
         weight_bytes=0,
         to_array=lambda t: t.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if t.dtype == torch.bfloat16 else t.numpy(),
     )
+    MADE.append(model)
+    return model
 
 
 FORMATS = pytest.mark.parametrize("format_", ["torchscript", "torch_export", "safetensors"])
@@ -409,7 +423,38 @@ def test_no_two_lanes_share_a_stream_before_torch_has_no_more() -> None:
     models = [bare(lambda given_: [given_[0] + 1], lanes=16) for _ in range(2)]
     streams = [lane.stream for model in models for lane in model._lanes]
     assert len(set(streams)) == len(streams)
-    third = bare(lambda given_: [given_[0] + 1])
-    assert third([np.ones(2, np.float32)])[0].tolist() == [2, 2]
-    for model in (*models, third):
+    third = bare(lambda given_: [given_[0] + 1], rule=Rule(buckets=frozenset({2})))
+    for _ in range(2):
+        assert third([np.ones(2, np.float32)])[0].tolist() == [2, 2]
+    assert third.recordings == 0  # on a stream that is another's too
+    for model in models:
         model.close()
+    assert third([np.ones(2, np.float32)])[0].tolist() == [2, 2]
+    assert third.recordings == 1
+    third.close()
+
+
+@needs_gpu
+def test_graphs_outlive_those_of_other_models_that_come_and_go(tmp_path: Path) -> None:
+    """cuBLAS's workspaces are kept by stream, and are freed with the graphs that were recorded on it."""
+    kept = on_gpu(mlp_artifact(tmp_path, "safetensors"), instances=2)
+    for rows in (8, 8, 32, 32):
+        kept([x_of(rows)])
+    for number in range(40):
+        other = bare(lambda given_: [given_[0] @ given_[0].T], rule=Rule(buckets=frozenset({64, 512})), lanes=1 + number % 3)
+        for rows in (64, 64, 64, 512, 512, 512):
+            other([np.ones((rows, 256), np.float32)])
+        other.close()
+        for rows in (8, 32):
+            np.testing.assert_allclose(kept([x_of(rows)])[0], expected(x_of(rows)), rtol=1e-4, atol=1e-4)
+    assert kept.recordings == 4
+
+
+@needs_gpu
+def test_a_lane_whose_recording_fails_gives_up_its_other_graphs() -> None:
+    model = bare(lambda given_: [given_[0] * (given_[0].sum().item() if len(given_[0]) == 8 else 1)], rule=Rule(buckets=frozenset({4, 8})))
+    model([np.ones(4, np.float32)])
+    assert model.recordings == 1
+    assert model([np.ones(8, np.float32)])[0].tolist() == [8] * 8
+    assert model([np.ones(4, np.float32)])[0].tolist() == [1] * 4
+    assert model.recordings == 0

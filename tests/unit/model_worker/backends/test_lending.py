@@ -36,7 +36,10 @@ def test_what_is_given_back_is_lent_again_before_anything_new_is_made() -> None:
 
 def test_those_who_share_have_one_lock() -> None:
     lends = lender(1)
-    assert lends.take() is lends.take()
+    first = lends.take()
+    assert not first.shared
+    assert lends.take() is first
+    assert first.shared
 
 
 def test_a_lender_of_nothing_says_so() -> None:
