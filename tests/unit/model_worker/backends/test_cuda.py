@@ -374,7 +374,7 @@ def test_what_a_model_holds_is_known_and_given_back(tmp_path: Path) -> None:
     model.close()
     with pytest.raises(RuntimeError, match="closed"):
         model([x_of(1)])
-    assert torch.cuda.memory_allocated(0) - before < 16 * 1024**2  # cuBLAS keeps its workspaces
+    assert torch.cuda.memory_allocated(0) - before < 128 * 1024**2  # cuBLAS may keep workspaces, of 32 MiB on large GPUs
     free, total = backends.device_memory("cuda:0") or (0, 0)
     assert 0 < free <= total
 
