@@ -14,7 +14,7 @@ import numpy as np
 
 from model_worker import instance_process
 from model_worker.packed import Array
-from plait.errors import FailedPrecondition, ResourceExhausted
+from plait.errors import FailedPrecondition, ResourceExhausted, Unavailable
 
 COMMAND = (sys.executable, "-P", __file__)  # -P: this folder holds a model_worker too
 
@@ -38,6 +38,8 @@ class Puppet:
                 raise KeyError("a secret value")
             case (b"oom", _, _):
                 raise ResourceExhausted("the device is full", reason="OUT_OF_DEVICE_MEMORY", retry_after_s=1.5)
+            case (b"lost", _, _):
+                raise Unavailable("the device does not answer", reason="DEVICE_LOST")
             case (b"hang", _, path):
                 Path(os.fsdecode(path)).write_text(str(os.getpid()))
                 threading.Event().wait()

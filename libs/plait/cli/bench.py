@@ -40,6 +40,12 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", help="Measure on this device, for example cuda, against eager PyTorch. Default: the CPU.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Measure the mesh or a part of it against its floor, side by side on this machine.
 
@@ -48,19 +54,26 @@ def bench(
     Example:  plait bench rank --json reports/bench-rank.json
 
     Example:  plait bench worker --peers mosec,kserve --json reports/bench-worker.json
+
+    Example:  plait bench worker --device cuda
     """
     from rich.console import Console  # noqa: PLC0415
 
     run = extensions.find(extensions.BENCHES, name)
-    run(Console(), json_path, state, quick, **_peers(run, name, peers))
+    run(Console(), json_path, state, quick, **_taken(run, name, {"peers": peers, "device": device}))
 
 
-def _peers(run: Any, name: str, peers: str | None) -> dict[str, str]:
-    """Return the argument for a benchmark that compares. Raises InvalidArgument (BENCH_WITHOUT_PEERS) for one that does not."""
+def _taken(run: Any, name: str, given: dict[str, str | None]) -> dict[str, str]:
+    """Return what was given of the options that not every benchmark takes.
+
+    Raises InvalidArgument (BENCH_WITHOUT_PEERS, BENCH_WITHOUT_DEVICE) where this one does not.
+    """
     from plait.errors import InvalidArgument  # noqa: PLC0415
 
-    if peers is None:
-        return {}
-    if "peers" not in inspect.signature(run).parameters:
-        raise InvalidArgument(f"the benchmark {name!r} knows no peers: leave --peers out", reason="BENCH_WITHOUT_PEERS")
-    return {"peers": peers}
+    found = {option: value for option, value in given.items() if value is not None}
+    for option in found:
+        if option not in inspect.signature(run).parameters:
+            raise InvalidArgument(
+                f"the benchmark {name!r} knows no {option}: leave --{option} out", reason=f"BENCH_WITHOUT_{option.upper()}"
+            )
+    return found

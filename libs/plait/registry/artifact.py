@@ -45,6 +45,7 @@ _NEVER_PICKLE: Final = "pickle is never loaded: export the model, or save its we
 
 MAX_NAME_BYTES: Final = 255
 MAX_INSTANCES: Final = 64
+MAX_DEVICES: Final = 16  # GPUs of one machine
 MAX_TIMEOUT_MS: Final = 3_600_000
 MAX_BATCH_BYTES: Final = 1 << 40
 MAX_SIZES: Final = 64  # preferred rows, buckets
@@ -256,6 +257,13 @@ def _check_sizes(field_name: str, sizes: tuple[int, ...], max_rows: int) -> Iter
 def _check_execution(execution: Execution) -> Iterable[rules.Finding]:
     if not 1 <= execution.instances <= MAX_INSTANCES:
         yield ("execution", "instances"), f"expected 1 to {MAX_INSTANCES}, found {execution.instances}"
+    if len(execution.devices) > MAX_DEVICES:
+        yield ("execution", "devices"), f"has {len(execution.devices)} entries; at most {MAX_DEVICES} are allowed"
+    for place, number in enumerate(execution.devices):
+        if not 0 <= number < MAX_DEVICES:
+            yield ("execution", "devices", place), f"expected the number of a GPU, 0 to {MAX_DEVICES - 1}, found {number}"
+        elif number in execution.devices[:place]:
+            yield ("execution", "devices", place), f"names GPU {number} twice: raise instances instead"
     if not 0 <= execution.timeout_ms <= MAX_TIMEOUT_MS:
         yield ("execution", "timeout_ms"), f"expected 0 (the worker's setting) to {MAX_TIMEOUT_MS}, found {execution.timeout_ms:g}"
 

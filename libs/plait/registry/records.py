@@ -137,12 +137,14 @@ class Execution:
     """How one version is run; what a worker's settings say comes first.
 
     `instances` compute side by side, in threads (one copy of the weights) or in processes (one copy each; a crash or a hang stays theirs).
+    `devices`: numbers of the GPUs that each get so many instances, as the worker numbers them; empty: whatever the worker computes on.
     `autocast`: compute in this type where the device is faster at it. `timeout_ms`: budget of one forward pass, after which the instance is
     taken for hung (0 = the worker's setting). `finite`: refuse to answer NaN or infinity.
     """
 
     instances: int = 1
     kind: Literal["thread", "process"] = "thread"
+    devices: tuple[int, ...] = ()
     autocast: Literal["", "float16", "bfloat16"] = ""
     timeout_ms: float = 0.0
     finite: bool = True

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 
-from model_worker import memory
+from model_worker import backends, memory
 from model_worker.artifacts import Fetcher
 from model_worker.controls import Controls
 from model_worker.cpus import available_cpus
@@ -43,7 +43,7 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
     fetcher = await asyncio.to_thread(Fetcher, settings.artifacts, settings.models.artifact_root)
     stack.callback(fetcher.close)
     loader = Loader(settings.models, settings.batching, instruments, fetcher, tracing)
-    models = Models(settings.models, loader, instruments, memory.ledger(settings.models))
+    models = Models(settings.models, loader, instruments, memory.ledger(settings.models, backends.device_memory))
     stack.push_async_callback(models.close)
     await watcher.first(registry.first_snapshot_timeout_s)
     watcher.subscribe(models.adopt)

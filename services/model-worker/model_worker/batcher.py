@@ -342,7 +342,7 @@ class Batcher:
             self._schedule.again(batch)
             log.warning("a batch whose instance was lost runs again", model=self._name, requests=len(batch.shares), rows=batch.rows)
             return
-        culprit = self._schedule.failed(batch)
+        culprit = self._schedule.failed(batch, too_large=reason == "OUT_OF_DEVICE_MEMORY")
         if culprit is None:
             log.warning("a batch failed and runs again by halves", model=self._name, requests=len(batch.shares), rows=batch.rows)
             return

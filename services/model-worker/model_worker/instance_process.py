@@ -62,6 +62,8 @@ def serve(channel: socket.socket, inputs: Arena, outputs: Arena, load: Load) -> 
                 answer = outputs.write(model(inputs.read(table)))
             except Exception as error:
                 _tell(channel, error)
+                if isinstance(error, PlaitError) and error.reason == "DEVICE_LOST":
+                    return  # no call of this process will reach the device again; the next process's will
             else:
                 send(channel, Kind.ANSWER, answer)
     except Disconnected:

@@ -149,12 +149,9 @@ def _room(shortfalls: Collection[Need], entries: Mapping[Key, Entry]) -> list[Ke
     not marked as unwanted)."""
     for need in shortfalls:
         lingering = sorted(
-            (entry.unwanted_since_s, key, entry.claim.size_bytes)
+            (entry.unwanted_since_s, key, entry.claim.on(need.device))
             for key, entry in entries.items()
-            if entry.state is State.READY
-            and entry.unwanted_since_s < NEVER
-            and entry.claim is not None
-            and entry.claim.device == need.device
+            if entry.state is State.READY and entry.unwanted_since_s < NEVER and entry.claim is not None and entry.claim.on(need.device)
         )
         chosen, missing = [], need.size_bytes
         for _, key, size_bytes in lingering:

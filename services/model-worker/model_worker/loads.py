@@ -111,7 +111,7 @@ class Loads:
         def admit(artifact: Artifact, device: str, copies: int) -> None:
             load.sample = artifact.sample
             load.need = memory.estimate(artifact.manifest, device, copies)
-            load.claim = self._ledger.claim(load.key, load.need)
+            load.claim = self._ledger.claim(load.key, load.need, beside=load.claim)
 
         prepared = self._loader.prepare(load.version, admit)
         if load.claim is not None:

@@ -21,10 +21,15 @@ from plait.registry.artifact import ArtifactManifest
 REASON: Final = "MEMORY_EXCEEDED"
 CPU: Final = "cpu"
 _LISTED: Final = 5
+_RAISED: Final = "models.max_memory_bytes and the container's limit"
+_RAISED_DEVICE: Final = "models.device_memory_share"
 # Peak of resident memory (VmHWM) while loading and in the first run, above what the libraries take, per byte of the artifact's files. Measured on
 # 84 MB models of linear layers: torchscript 5.0, torch_export 4.3, safetensors 2.0; onnx 2.5 to 3.1 with its weights beside or in the graph, and
 # 3.7 to 4.1 where the graph transposes them, which onnxruntime does once. aotinductor is a bound until somebody measures it.
 _PEAK: Final = {"torchscript": 5.1, "torch_export": 4.4, "aotinductor": 3.5, "onnx": 4.2, "safetensors": 2.1}
+# On a GPU: the weights, which go there once, and what a pass over the sample takes. A bound until somebody measures it.
+_DEVICE_PEAK: Final = 1.5
+_DEVICE_CONTEXT_BYTES: Final = 512 * 1024**2  # what CUDA and its libraries take there for each further process
 
 Name = tuple[str, str]  # model, version
 
@@ -39,12 +44,21 @@ class Need:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Claim:
-    """What one version holds, or will once it is loaded (`pending`)."""
+    """What one version holds of a device, or will once it is loaded (`pending`); `beside`: its claim on another device, if any."""
 
     name: Name
     device: str
     size_bytes: int
     pending: bool = True
+    beside: Claim | None = None
+
+    def all(self) -> tuple[Claim, ...]:
+        """Return it and those beside it."""
+        return (self, *(self.beside.all() if self.beside is not None else ()))
+
+    def on(self, device: str) -> int:
+        """Return the bytes held of a device."""
+        return sum(claim.size_bytes for claim in self.all() if claim.device == device)
 
 
 class Ledger:
@@ -70,30 +84,42 @@ class Ledger:
         with self._lock:
             return self._shortfall(need, self._claims)
 
-    def claim(self, name: Name, need: Need) -> Claim:
-        """Take `need` for a version that is to be loaded. Raises FailedPrecondition (MEMORY_EXCEEDED) where it does not fit."""
+    def claim(self, name: Name, need: Need, beside: Claim | None = None) -> Claim:
+        """Take `need` for a version that is to be loaded; `beside` is what it has claimed elsewhere, and is settled and released with it.
+
+        Raises FailedPrecondition (MEMORY_EXCEEDED) where it does not fit.
+        """
         with self._lock:
             if self._shortfall(need, self._claims) > 0:
                 raise self._exceeded(name, need, self._claims)
-            claim = Claim(name=name, device=need.device, size_bytes=need.size_bytes)
+            claim = Claim(name=name, device=need.device, size_bytes=need.size_bytes, beside=beside)
             self._claims.append(claim)
             return claim
 
     def settle(self, claim: Claim, size_bytes: int) -> None:
-        """Set a claim to what was measured; the memory is taken already. Raises FailedPrecondition (MEMORY_EXCEEDED) and leaves it as it is
-        where the budget has no room for that."""
+        """Set a claim to what was measured; the memory is taken already. Of a version on several GPUs, each holds the same part of that, and
+        the process's own memory, through which the weights went, nothing.
+
+        Raises FailedPrecondition (MEMORY_EXCEEDED) and leaves all as it is where a budget has no room for that.
+        """
         with self._lock:
-            others = [c for c in self._claims if c is not claim]
-            need, budget = Need(device=claim.device, size_bytes=size_bytes), self._budget(claim.device)
-            if budget is not None and size_bytes + sum(c.size_bytes for c in others if c.device == claim.device) > budget:
-                raise self._exceeded(claim.name, need, others)
-            claim.size_bytes, claim.pending = size_bytes, False
+            everywhere = claim.all()
+            holding = [c for c in everywhere if c is claim or c.device != CPU]
+            each_bytes = -(-size_bytes // len(holding))
+            others = [c for c in self._claims if c not in everywhere]
+            for held in holding:
+                need, budget = Need(device=held.device, size_bytes=each_bytes), self._budget(held.device)
+                if budget is not None and each_bytes + sum(c.size_bytes for c in others if c.device == held.device) > budget:
+                    raise self._exceeded(claim.name, need, others)
+            for held in everywhere:
+                held.size_bytes, held.pending = (each_bytes if held in holding else 0), False
 
     def release(self, claim: Claim) -> None:
-        """Give a claim back, once; its memory is free again."""
+        """Give a claim and those beside it back, once; their memory is free again."""
         with self._lock:
-            if claim in self._claims:
-                self._claims.remove(claim)
+            for held in claim.all():
+                if held in self._claims:
+                    self._claims.remove(held)
 
     def _shortfall(self, need: Need, claims: Iterable[Claim]) -> int:
         here = [claim for claim in claims if claim.device == need.device]
@@ -111,14 +137,18 @@ class Ledger:
         return FailedPrecondition(
             f"{'/'.join(name)} needs {_amount(need.size_bytes)} of {need.device} memory, and {_amount(sum(c.size_bytes for c in here))} of "
             f"{_amount(budget) if budget is not None else 'no fixed budget'} are held by {held}{more}{left}: "
-            "unload something, or raise models.max_memory_bytes and the container's limit",
+            f"unload something, or raise {_RAISED if need.device == CPU else _RAISED_DEVICE}",
             reason=REASON,
         )
 
 
 def estimate(manifest: ArtifactManifest, device: str, copies: int) -> Need:
-    """Return the peak a version needs while it is loaded: `copies` of its weights (one per process), and what its format makes of them."""
+    """Return the peak a version needs of a device while it is loaded: `copies` of its weights (one per process), and what its format makes
+    of them."""
     stored = sum(file.size_bytes for file in manifest.files.values())
+    if device != CPU:
+        contexts = copies if manifest.execution.kind == "process" else 0
+        return Need(device=device, size_bytes=int(stored * _DEVICE_PEAK) * copies + contexts * _DEVICE_CONTEXT_BYTES)
     return Need(device=device, size_bytes=int(stored * _PEAK[manifest.format] * copies))
 
 

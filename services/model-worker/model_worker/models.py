@@ -239,7 +239,7 @@ class Models:
         entry.breaker.restored(time.monotonic())
         instruments = self._instruments.of(*key)
         instruments.ready.set(1)
-        instruments.memory.set(entry.claim.size_bytes if entry.claim is not None else 0)
+        instruments.memory.set(sum(claim.size_bytes for claim in entry.claim.all()) if entry.claim is not None else 0)
         self._instruments.loaded(key[0], "READY")
         seconds = round(time.monotonic() - load.began_s, 3)
         log.info("a model is ready", model=key[0], version=key[1], seconds=seconds, proven=repr(prepared.proven))
@@ -272,7 +272,7 @@ class Models:
             if missing_bytes <= 0:
                 entry.due_s = -NEVER
             else:
-                coming_bytes = sum(claim.size_bytes for claim in leaving if claim.device == need.device)
+                coming_bytes = sum(claim.on(need.device) for claim in leaving)
                 found[key] = Need(device=need.device, size_bytes=missing_bytes - coming_bytes)
         return found
 

@@ -82,11 +82,12 @@ T = TypeVar("T", bound=Ticket)
 
 @dataclass(slots=True)  # nobody changes it; frozen would triple the cost of making one, and one is made per request
 class Share(Generic[T]):
-    """Rows [start, stop) of a ticket."""
+    """Rows [start, stop) of a ticket. `half`: of what was too large for the device as a whole."""
 
     ticket: T
     start: int
     stop: int
+    half: bool = False
 
     @property
     def rows(self) -> int:
@@ -193,18 +194,26 @@ class Schedule(Generic[T]):
             self.withdraw(ticket)
         return lost
 
-    def failed(self, batch: Batch[T] | None = None) -> T | None:
-        """A batch (by default the oldest) failed: return the request at fault, or None where there were several, which run again by halves."""
+    def failed(self, batch: Batch[T] | None = None, *, too_large: bool = False) -> T | None:
+        """A batch (by default the oldest) failed: return the request at fault, or None where there were several, which run again by halves.
+
+        `too_large`: the device's memory did not suffice. Then a request that is alone runs again in halves too, once, where it may be split.
+        """
         batch = self._end(batch)
         if batch is None:
             return None
-        if len(batch.shares) == 1:
-            ticket = batch.shares[0].ticket
-            self.withdraw(ticket)
-            return ticket
-        middle = len(batch.shares) // 2
-        self._halves.extendleft((batch.shares[middle:], batch.shares[:middle]))
-        return None
+        if len(batch.shares) > 1:
+            middle = len(batch.shares) // 2
+            self._halves.extendleft((batch.shares[middle:], batch.shares[:middle]))
+            return None
+        [share] = batch.shares
+        if too_large and self.limits.splits and share.rows > 1 and not share.half:
+            between = (share.start + share.stop) // 2
+            first, second = ((share.start, between), (between, share.stop))
+            self._halves.extendleft(((Share(share.ticket, *second, half=True),), (Share(share.ticket, *first, half=True),)))
+            return None
+        self.withdraw(share.ticket)
+        return share.ticket
 
     def withdraw(self, ticket: T) -> None:
         """Forget a request: its caller has gone, or it was answered otherwise. What already runs is not stopped, only not delivered."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_worker import artifacts, backends, background, classification
+from model_worker import artifacts, backends, background, classification, placement
 from model_worker.artifacts import Artifact, Fetcher
 from model_worker.backends import LoadOptions, Model
 from model_worker.batcher import Batcher, Request
@@ -107,9 +108,11 @@ class Loader:
 
     def _loaded(self, artifact: Artifact, version: ModelVersion, admit: Admit) -> Prepared:
         manifest = artifact.manifest
-        admit(artifact, "cpu", _copies(manifest.execution))
+        devices = placement.devices(manifest.execution, self._models.device)
+        for device in _claimed(devices):
+            admit(artifact, device, _copies(manifest.execution))
         labels = classification.load_labels(artifact)
-        models = self._instances_of(artifact, version)
+        models = self._instances_of(artifact, version, devices)
         try:
             return self._proven(artifact, models, labels)
         except BaseException:
@@ -117,39 +120,39 @@ class Loader:
                 model.close()
             raise
 
-    def _instances_of(self, artifact: Artifact, version: ModelVersion) -> tuple[Model, ...]:
-        """Load one model for all threads, or one per process."""
+    def _instances_of(self, artifact: Artifact, version: ModelVersion, devices: Sequence[str]) -> tuple[Model, ...]:
+        """Load, on each device, one model for all threads, or one per process."""
         execution = artifact.manifest.execution
+        threads = execution.kind == "thread"
         options = LoadOptions(
             num_threads=self._models.num_threads or available_cpus(),
-            device=self._models.device,
+            instances=execution.instances if threads else 1,
             autocast=execution.autocast,
             buckets=artifact.manifest.batching.buckets,
             allow_native=self._models.allow_native,
         )
-        if execution.kind == "thread":
-            return (backends.load(artifact, options),) * execution.instances
-        models: list[Model] = []
+        loaded: list[Model] = []
         try:
-            for i in range(execution.instances):
-                name = f"{artifact.manifest.name}/{version.version} process {i}"
-                models.append(
-                    background.at_normal_priority(
-                        functools.partial(
-                            ProcessModel,
-                            artifact.folder,
-                            version.digest,
-                            options,
-                            name=name,
-                            call_timeout_s=self._budget_s(execution) or None,
-                        )
-                    )
-                )
+            # Device by device, so that batches that run side by side are on different ones first.
+            for there in [dataclasses.replace(options, device=device) for device in devices] * (1 if threads else execution.instances):
+                loaded.append(backends.load(artifact, there) if threads else self._process(artifact, version, there, len(loaded)))
         except BaseException:
-            for model in models:
+            for model in loaded:
                 model.close()
             raise
-        return tuple(models)
+        return tuple(loaded) * (execution.instances if threads else 1)
+
+    def _process(self, artifact: Artifact, version: ModelVersion, options: LoadOptions, number: int) -> Model:
+        return background.at_normal_priority(
+            functools.partial(
+                ProcessModel,
+                artifact.folder,
+                version.digest,
+                options,
+                name=f"{artifact.manifest.name}/{version.version} process {number}",
+                call_timeout_s=self._budget_s(artifact.manifest.execution) or None,
+            )
+        )
 
     def _budget_s(self, execution: Execution) -> float:
         return execution.timeout_ms / 1e3 or self._models.compute_timeout_s
@@ -158,7 +161,7 @@ class Loader:
         manifest = artifact.manifest
         layout = Layout.of(manifest.signature, manifest.batching)
         max_rows = self._batching.max_rows or manifest.batching.max_rows
-        proven = prove(models[0], layout, artifact, max_rows)
+        proven = prove(models[0], layout, artifact, max_rows, others=[m for m in dict.fromkeys(models) if m is not models[0]])
         limits = Limits(
             max_rows=max_rows,
             max_queue_rows=max(max_rows, self._batching.max_queue_rows or manifest.batching.max_queue_rows),
@@ -211,6 +214,11 @@ class Loader:
     @property
     def _root(self) -> Path | None:
         return self._models.artifact_root
+
+
+def _claimed(devices: Sequence[str]) -> Sequence[str]:
+    """Return whose memory a version takes: that of its devices, and before that the process's own, through which the weights go there."""
+    return devices if placement.CPU in devices else (placement.CPU, *devices)
 
 
 def _copies(execution: Execution) -> int:

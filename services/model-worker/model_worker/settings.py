@@ -46,7 +46,11 @@ class ModelSettings(Group):
         le=256,
         description="threads one operator of a model may use; 0 = as many as the container has CPUs; more helps only large batches",
     )
-    device: str = Field("cpu", pattern=r"^(cpu|cuda:\d{1,2})$", description="where models compute: cpu, or cuda:<number>")
+    device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|cuda(:\d{1,2})?)$",
+        description="where models compute: cpu, cuda (the GPUs their model.yaml lists, else GPU 0) or cuda:<number> (that GPU only)",
+    )
     allow_native: bool = Field(
         False, description="load AOTInductor packages, which are native code that runs as this process: switch on for artifacts you sign"
     )

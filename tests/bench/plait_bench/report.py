@@ -13,24 +13,25 @@ Figures = Mapping[str, Any]
 
 def tables(facts: Figures) -> Iterator[Table]:
     """Yield a table per question."""
-    yield _rates("The load generator's own limit: servers that only read and answer", facts["ceiling"])
+    yield rates("The load generator's own limit: servers that only read and answer", facts["ceiling"])
     for load, figures in facts["model_infer"].items():
-        yield _rates(f"ModelInfer 100 × 80 float32, {load}", figures)
+        yield rates(f"ModelInfer 100 × 80 float32, {load}", figures)
     yield from _peers(facts["peers"])
     for network, found in facts["batching"].items():
-        yield _rates(f"Single rows, {network}: the model alone does {found['model_alone_rows_per_s']:.0f} rows/s", found["figures"])
+        yield rates(f"Single rows, {network}: the model alone does {found['model_alone_rows_per_s']:.0f} rows/s", found["figures"])
     for rows, found in facts["lone_caller"].items():
-        yield _rates(f"A lone caller, {rows}: p50 is {found['p50_on_to_off']:.2f} × of batching off", found["figures"])
+        yield rates(f"A lone caller, {rows}: p50 is {found['p50_on_to_off']:.2f} × of batching off", found["figures"])
 
 
 def _peers(peers: Figures) -> Iterator[Table]:
     for name, peer in peers.items():
         for load, found in peer["loads"].items():
             title = f"{name} {peer['version']} ({peer['protocol']}; {found['setting']}), {load}"
-            yield _rates(title, found["figures"], found["ours_to_peer"])
+            yield rates(title, found["figures"], found["ours_to_peer"])
 
 
-def _rates(title: str, figures: Figures, ours_to_peer: Figures | None = None) -> Table:
+def rates(title: str, figures: Figures, ours_to_peer: Figures | None = None) -> Table:
+    """Return a table of one row per contender."""
     latency = ["p50 ms", "p99 ms", "CPU ms"]
     table = _table(title, ["", "calls/s", *latency, "rate", "CPU"] if ours_to_peer else ["", "calls/s", "from", "to", *latency])
     for name, one in figures.items():

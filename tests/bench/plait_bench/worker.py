@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from model_worker.settings import ModelWorkerSettings
+from plait.errors import InvalidArgument
 from plait.settings import fields
-from plait_bench import own, report, scenarios
+from plait_bench import gpu, own, report, scenarios
 from plait_bench.measure import FULL, QUICK, Plan
 from plait_bench.models import HEAVY, MLP, publish
 from plait_bench.own import OwnWorker
@@ -35,13 +36,23 @@ Say = Callable[[str, float], None]
 
 
 def run(
-    console: Console, json_path: Path | None = None, state_dir: Path | None = None, quick: bool = False, peers: str = "none"
+    console: Console,
+    json_path: Path | None = None,
+    state_dir: Path | None = None,
+    quick: bool = False,
+    peers: str = "none",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Measure, print tables, write the figures to `json_path`, return them.
 
-    `quick`: under a minute, rougher. `peers`: names with commas between, or all. Raises InvalidArgument (BENCH_PEER_UNKNOWN), Unavailable
-    (BENCH_PEER_NOT_INSTALLED, BENCH_SERVER_FAILED), Internal (BENCH_ANSWER_WRONG).
+    `quick`: under a minute, rougher. `peers`: names with commas between, or all. `device`: any but "cpu" is measured against eager PyTorch
+    instead (`gpu`). Raises InvalidArgument (BENCH_PEER_UNKNOWN), Unavailable (BENCH_PEER_NOT_INSTALLED, BENCH_SERVER_FAILED), Internal
+    (BENCH_ANSWER_WRONG), and what `gpu.run` does.
     """
+    if device != "cpu":
+        if peers != "none":
+            raise InvalidArgument("on a GPU there are no peers, only eager PyTorch: leave --peers out", reason="BENCH_WITHOUT_PEERS")
+        return gpu.run(console, json_path, state_dir, quick, device)
     wanted = chosen(peers)
     facts = measure(console, state_dir, QUICK if quick else FULL, wanted)
     facts["quick"] = quick
@@ -201,8 +212,9 @@ def main() -> None:
     parser.add_argument("--state", type=Path)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--peers", default="none")
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    run(Console(), given.json, given.state, given.quick, given.peers)
+    run(Console(), given.json, given.state, given.quick, given.peers, given.device)
 
 
 if __name__ == "__main__":

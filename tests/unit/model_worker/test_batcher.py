@@ -41,6 +41,7 @@ class GatedModel:
         self.open.set()
         self.batches: list[list[float]] = []
         self.losses = 0
+        self.most_rows = 10**9
         self.state = State.READY
 
     platform = "gated"
@@ -60,7 +61,7 @@ class GatedModel:
             raise ValueError("poison")
         if (x == NAN).any():
             return [np.where(x == NAN, np.nan, x)[:, None]]
-        if (x == MEMORY).any():
+        if (x == MEMORY).any() or len(x) > self.most_rows:
             raise ResourceExhausted("too large for the device", reason="OUT_OF_DEVICE_MEMORY")
         if (x == LOST).any() and self.losses:
             self.losses -= 1
@@ -330,6 +331,35 @@ async def test_a_batch_too_large_for_the_device_is_halved() -> None:
         assert isinstance(small, Answer)
         assert isinstance(large, ResourceExhausted)
         assert large.reason == "OUT_OF_DEVICE_MEMORY"
+
+
+async def test_a_request_too_large_for_the_device_is_halved_once() -> None:
+    async with world() as w:
+        w.model.most_rows = 2
+        answer = await w.ask(1, 2, 3)
+        assert values(answer) == [10, 20, 30]
+        assert w.model.batches == [[1, 2, 3], [1], [2, 3]]
+        w.model.batches.clear()
+        [large] = await asyncio.gather(w.ask(1, 2, 3, 4, 5, 6), return_exceptions=True)
+        assert isinstance(large, ResourceExhausted)
+        assert large.reason == "OUT_OF_DEVICE_MEMORY"
+        assert w.model.batches == [[1, 2, 3, 4, 5, 6], [1, 2, 3]]
+        assert values(await w.ask(7)) == [70]
+
+
+async def test_each_piece_of_a_long_request_may_be_halved_once() -> None:
+    async with world(max_rows=4) as w:
+        w.model.most_rows = 2
+        assert values(await w.ask(1, 2, 3, 4, 5, 6, 7, 8)) == [10, 20, 30, 40, 50, 60, 70, 80]
+        assert [len(batch) for batch in w.model.batches] == [4, 2, 2, 4, 2, 2]
+
+
+async def test_a_request_that_may_not_be_split_is_not_halved() -> None:
+    async with world(splits=False) as w:
+        w.model.most_rows = 2
+        [large] = await asyncio.gather(w.ask(1, 2, 3), return_exceptions=True)
+        assert isinstance(large, ResourceExhausted)
+        assert w.model.batches == [[1, 2, 3]]
 
 
 async def test_a_batch_whose_process_died_runs_once_more() -> None:

@@ -164,3 +164,16 @@ def test_a_wanted_model_never_loses_its_last_ready_version_and_everything_is_tri
             claim = Claim(name=key, device="cpu", size_bytes=1)
             state = State.READY if loads else State.FAILED
             entries[key] = entry(versions[key[1]], state, due_s=now + 1.0, attempts=1, claim=claim)
+
+
+def test_room_on_a_gpu_is_made_by_who_holds_of_that_gpu() -> None:
+    several = Claim(name=("a", "1"), device="cuda:1", size_bytes=5, beside=Claim(name=("a", "1"), device="cuda:0", size_bytes=5))
+    other = Claim(name=("a", "2"), device="cuda:2", size_bytes=50)
+    entries = {
+        ("a", "1"): entry(V1, State.READY, unwanted_since_s=1.0, claim=several),
+        ("a", "2"): entry(V2, State.READY, unwanted_since_s=0.0, claim=other),
+        ("a", "3"): entry(V3, State.READY),
+    }
+    for missing, expected in ((5, (("a", "1"),)), (6, ())):
+        need = Need(device="cuda:0", size_bytes=missing)
+        assert next_step({("a", "3"): V3}, entries, 2.0, 100.0, shortfalls=(need,)).unload == expected

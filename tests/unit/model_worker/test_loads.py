@@ -28,7 +28,8 @@ SAMPLE = Sample(inputs=(np.zeros(2, np.float32),), outputs=None, tolerance=0.0)
 MANIFEST = ArtifactManifest(
     name="m", format="torchscript", entry="m", inputs=(ROWS,), outputs=(ROWS,), files={"m": FileDigest(sha256="0", size_bytes=1000)}
 )
-CLAIMED = 5100  # what a TorchScript file of 1000 bytes is estimated to need
+CLAIMED = 1500  # what a TorchScript file of 1000 bytes is estimated to need on a GPU
+CLAIMED_ON_CPU = 5100
 
 
 @dataclass
@@ -143,7 +144,7 @@ async def test_what_turns_out_larger_than_the_budget_is_closed() -> None:
         ("cpu", 1000, 0, 1000),
         ("cpu", 1000, -50, 1000),  # others may have given memory back
         ("cpu", 1000, 3000, 3000),
-        ("cpu", 1000, 90_000, CLAIMED),  # others may have grown too
+        ("cpu", 1000, 90_000, CLAIMED_ON_CPU),  # others may have grown too
         ("cpu", 8000, 90_000, 8000),
         ("cuda:0", 1000, 3000, 1000),
     ],
@@ -158,7 +159,7 @@ async def test_growth_of_the_process_counts_up_to_the_estimate(
     load = w.begin()
     await w.loads.result(load)
     assert load.need is not None
-    assert (w.used, load.need.size_bytes) == (counted, max(counted, CLAIMED))
+    assert (w.used, load.need.size_bytes) == (counted, max(counted, CLAIMED_ON_CPU if device == "cpu" else CLAIMED))
 
 
 async def test_an_overdue_load_gives_its_slot_back_but_keeps_its_memory() -> None:

@@ -276,3 +276,13 @@ def test_a_real_artifact_is_loaded_checked_and_run(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition) as caught:
         ProcessModel(folder, "sha256:" + "0" * 64, LoadOptions(), name="ranker version 1")
     assert caught.value.reason == "ARTIFACT_CORRUPT"
+
+
+def test_a_process_whose_device_is_lost_is_replaced(own: ProcessModel) -> None:
+    former = own.pid
+    with pytest.raises(Unavailable) as caught:
+        own(say("lost"))
+    assert caught.value.reason == "DEVICE_LOST"
+    until(lambda: ready_again(own, former))
+    assert np.array_equal(own([ROWS])[0], ROWS)
+    assert own.restarts == 1

@@ -13,9 +13,9 @@ import pytest
 from model_worker.artifacts import Artifact, Sample
 from model_worker.proof import Proven, prove
 from model_worker.ragged import Layout
-from plait.errors import FailedPrecondition
+from plait.errors import FailedPrecondition, ResourceExhausted
 from plait.registry.artifact import ArtifactManifest
-from plait.registry.records import TensorSpec
+from plait.registry.records import Batching, Execution, TensorSpec
 
 X = TensorSpec(name="x", dtype="float32", shape=(-1, 2))
 Y = TensorSpec(name="y", dtype="float32", shape=(-1,))
@@ -32,11 +32,22 @@ def show(
     x: TensorSpec = X,
     y: TensorSpec = Y,
     max_rows: int = 64,
+    buckets: tuple[int, ...] = (),
+    autocast: Any = "",
+    others: Sequence[Callable[[Arrays], Any]] = (),
 ) -> Proven:
-    manifest = ArtifactManifest(name="m", format="torchscript", entry="model.pt", inputs=(x,), outputs=(y,))
+    manifest = ArtifactManifest(
+        name="m",
+        format="torchscript",
+        entry="model.pt",
+        inputs=(x,),
+        outputs=(y,),
+        batching=Batching(buckets=buckets),
+        execution=Execution(autocast=autocast),
+    )
     sample = Sample(inputs=(ROWS.copy(),), outputs=None if outputs is None else (np.array(outputs, dtype),), tolerance=tolerance)
     layout = Layout.of(manifest.signature, manifest.batching)
-    return prove(model, layout, Artifact(manifest=manifest, folder=Path(), sample=sample), max_rows)
+    return prove(model, layout, Artifact(manifest=manifest, folder=Path(), sample=sample), max_rows, others=others)
 
 
 def sums(inputs: Arrays) -> list[Any]:
@@ -156,3 +167,103 @@ def test_bytes_are_compared_exactly() -> None:
 
     assert show(texts, outputs=[b"3", b"7", b"11", b"16"], dtype=np.object_, y=y).joins
     assert refused(texts, outputs=[b"3", b"7", b"11", b"17"], dtype=np.object_, y=y) == "SELF_TEST_FAILED"
+
+
+class Watched:
+    """Sums of rows; notes how many rows each call had. `lanes`: places that calls in a row visit in turn."""
+
+    def __init__(self, lanes: int = 1, wrong_from: int = 10**9, add: float = 0.0) -> None:
+        self.lanes = lanes
+        self.sizes: list[int] = []
+        self.visited: list[set[int]] = [set() for _ in range(lanes)]
+        self._wrong_from = wrong_from
+        self._add = add
+
+    def __call__(self, inputs: Arrays) -> list[Any]:
+        rows = len(inputs[0])
+        self.visited[len(self.sizes) % self.lanes].add(rows)
+        self.sizes.append(rows)
+        return [inputs[0].sum(1) + (rows >= self._wrong_from) + np.float32(self._add)]
+
+
+def test_every_size_that_batches_are_padded_to_is_warm_wherever_a_model_computes() -> None:
+    models = [Watched(lanes=7), Watched(lanes=2), Watched()]
+    proven = show(models[0], max_rows=100, buckets=(2, 8, 64, 128), others=models[1:])
+    assert (proven.joins, proven.splits) == (True, True)
+    for model in models:
+        assert all({2, 8, 64} <= visited for visited in model.visited)
+        assert 128 not in model.sizes  # larger than a batch may be
+        warmed = [size for size in model.sizes if size in (2, 8, 64)]
+        assert warmed.index(64) < warmed.index(8)
+
+
+def test_a_slow_model_is_warmed_once_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model_worker.proof._WARM_LIMIT_S", 0.0)
+    model = Watched(lanes=3)
+    show(model, buckets=(16, 32))
+    assert [model.sizes.count(size) for size in (16, 32)] == [3, 3]
+
+
+def test_sizes_between_buckets_are_not_warmed_as_no_batch_has_them() -> None:
+    model = Watched()
+    show(model, max_rows=1024, buckets=(16, 32))
+    assert set(model.sizes) == {4, 9, 2, 16, 32, 64, 256, 1024}  # the sample, joined and split; the buckets; what exceeds them
+
+
+def test_padding_that_changes_an_answer_stops_padding_and_joining_alike() -> None:
+    assert show(Watched(), buckets=(16,)).joins
+    assert not show(Watched(wrong_from=16), buckets=(16,)).joins
+
+
+def test_a_copy_that_answers_otherwise_is_refused() -> None:
+    with pytest.raises(FailedPrecondition) as failed:
+        show(sums, outputs=[3, 7, 11, 16], others=[Watched(), Watched(add=1.0)])
+    assert failed.value.reason == "SELF_TEST_FAILED"
+
+
+def test_a_model_with_row_splits_is_warmed_with_one_request_more() -> None:
+    seen: list[list[int]] = []
+
+    def ranks(inputs: Arrays) -> list[Any]:
+        user, item, splits = inputs
+        seen.append(splits.tolist())
+        assert len(user) == len(splits) - 1
+        return [item.sum(1)]
+
+    user = TensorSpec(name="u", dtype="float32", shape=(1, 3), per="request")
+    manifest = ArtifactManifest(
+        name="m", format="torchscript", entry="m", inputs=(user, X), outputs=(Y,), batching=Batching(row_splits="s", buckets=(8,))
+    )
+    sample = Sample(inputs=(np.ones((1, 3), np.float32), ROWS), outputs=None, tolerance=1e-4)
+    layout = Layout.of(manifest.signature, manifest.batching)
+    assert prove(ranks, layout, Artifact(manifest=manifest, folder=Path(), sample=sample), 64).joins
+    assert seen.count([0, 4, 8]) == 4
+
+
+@pytest.mark.parametrize(("autocast", "joins"), [("", False), ("bfloat16", True)])
+def test_company_may_change_an_answer_by_what_the_narrow_type_cannot_tell(autocast: str, joins: bool) -> None:
+    def rounds(inputs: Arrays) -> list[Any]:
+        return [inputs[0].sum(1) * np.float32(1 + len(inputs[0]) * 1e-4)]
+
+    assert show(rounds, autocast=autocast).joins is joins
+
+
+def full_from(rows: int, sizes: list[int]) -> Callable[[Arrays], Any]:
+    def model(inputs: Arrays) -> list[Any]:
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) >= rows:
+            raise ResourceExhausted("the device is full", reason="OUT_OF_DEVICE_MEMORY")
+        return sums(inputs)
+
+    return model
+
+
+def test_warming_ends_where_the_devices_memory_does() -> None:
+    sizes: list[int] = []
+    assert show(full_from(64, sizes), max_rows=1024).joins
+    assert sizes[-1] == 64
+
+
+def test_buckets_that_do_not_fit_the_device_are_refused() -> None:
+    assert refused(full_from(64, []), buckets=(8, 64)) == "OUT_OF_DEVICE_MEMORY"
+    assert refused(full_from(3, [])) == "OUT_OF_DEVICE_MEMORY"

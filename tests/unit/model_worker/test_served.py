@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.fakes.gpu import needs_gpu
 from tests.fakes.worker_world import Doubler, publish_doubler, publish_ranker, published, scripted
 
+from model_worker import placement
 from model_worker.artifacts import Artifact, Fetcher
+from model_worker.backends.cuda import CudaModel
 from model_worker.instruments import Instruments
 from model_worker.served import Loader
 from model_worker.settings import ArtifactSettings, BatchingSettings, ModelSettings
 from plait.errors import FailedPrecondition
 from plait.registry.artifact import ArtifactManifest
-from plait.registry.records import ModelVersion, TensorSpec
+from plait.registry.records import Execution, ModelVersion, TensorSpec
 from plait.telemetry.metrics import Metrics
 
 
@@ -112,3 +115,62 @@ def test_labels_come_with_the_artifact(tmp_path: Path) -> None:
         name="m", format="torchscript", entry="model.pt", inputs=(tensors[0],), outputs=(tensors[1],), labels={"y": "names.txt"}
     )
     assert loader().prepare(published(tmp_path / "m", manifest)).labels == {"y": ("cat", "dog")}
+
+
+@pytest.mark.parametrize(
+    ("execution", "device", "claims"),
+    [
+        (Execution(instances=2), "cpu", [("cpu", 1)]),
+        (Execution(instances=2), "cuda:1", [("cpu", 1), ("cuda:1", 1)]),
+        (Execution(instances=2, kind="process", devices=(0, 3)), "cuda", [("cpu", 2), ("cuda:0", 2), ("cuda:3", 2)]),
+    ],
+)
+def test_the_memory_of_every_device_is_claimed_before_anything_is_loaded(
+    tmp_path: Path, execution: Execution, device: str, claims: list[tuple[str, int]]
+) -> None:
+    class FullError(Exception):
+        pass
+
+    found: list[tuple[str, int]] = []
+
+    def admit(_: Artifact, where: str, copies: int) -> None:
+        found.append((where, copies))
+        if len(found) == len(claims):
+            raise FullError
+
+    with pytest.raises(FullError):
+        loader({"device": device}).prepare(publish_ranker(tmp_path / "m", execution=execution), admit)
+    assert found == claims
+
+
+def test_a_gpu_in_model_yaml_that_the_worker_does_not_give_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition, match=r"execution\.devices") as refused:
+        loader().prepare(publish_ranker(tmp_path / "m", execution=Execution(devices=(0,))))
+    assert refused.value.reason == "DEVICE_UNAVAILABLE"
+
+
+@needs_gpu
+async def test_instances_on_a_gpu_share_its_weights_and_answer(tmp_path: Path) -> None:
+    made = loader({"device": "cuda"})
+    prepared = made.prepare(publish_doubler(tmp_path / "m", buckets=(8, 16)))
+    [model] = prepared.models
+    assert isinstance(model, CudaModel)
+    assert model.recordings == 2
+    served = made.serve("doubler", "1", prepared)
+    before = model.replays
+    answer = await served.batcher.submit((np.ones((5, 2), np.float32),), 5, time.monotonic() + 60)
+    assert answer.outputs[0].tolist() == [[2, 2]] * 5
+    assert model.replays == before + 1
+    await served.close()
+
+
+def test_instances_are_dealt_out_device_by_device_with_one_copy_on_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the CPU stands for two GPUs here."""
+    monkeypatch.setattr(placement, "devices", lambda *_: ("cpu", "cpu"))
+    prepared = loader().prepare(publish_ranker(tmp_path / "m", execution=Execution(instances=2)))
+    first, second, *others = prepared.models
+    assert first is not second
+    assert others == [first, second]
+    assert prepared.limits.instances == 4
+    assert prepared.memory_bytes == first.memory_bytes + second.memory_bytes
+    prepared.close()

@@ -80,3 +80,16 @@ def test_a_quarantine_that_could_not_work_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(f"PLAIT_MODEL_WORKER_MODELS__QUARANTINE__{name}", value)
     with pytest.raises(SettingsError, match=why):
         load(ModelWorkerSettings)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0", "cuda:15"])
+def test_models_compute_on_the_cpu_or_on_gpus(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setenv("PLAIT_MODEL_WORKER_MODELS__DEVICE", device)
+    assert load(ModelWorkerSettings).models.device == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "mps", "cuda:0,1"])
+def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setenv("PLAIT_MODEL_WORKER_MODELS__DEVICE", device)
+    with pytest.raises(SettingsError, match="MODELS__DEVICE"):
+        load(ModelWorkerSettings)

@@ -15,13 +15,15 @@ from plait.errors import FailedPrecondition
 class LoadOptions:
     """How to load one instance of a model.
 
-    `num_threads`: threads one operator may use. `device`: "cpu" or "cuda:<n>". `autocast`: compute in this type where the device is faster
+    `num_threads`: threads one operator may use. `device`: "cpu" or "cuda:<n>". `instances`: threads that will
+    call it side by side. `autocast`: compute in this type where the device is faster
     at it. `buckets`: ascending row counts that batches are padded to (CUDA graphs are captured at these).
     `allow_native`: load formats that are native code (AOTInductor), which may do whatever this process may.
     """
 
     num_threads: int = 1
     device: str = "cpu"
+    instances: int = 1
     autocast: Literal["", "float16", "bfloat16"] = ""
     buckets: tuple[int, ...] = ()
     allow_native: bool = False
@@ -51,8 +53,16 @@ class Model(Protocol):
         """Give back what it holds."""
 
 
+def device_memory(device: str) -> tuple[int, int] | None:
+    """Return the memory (free, total) of a GPU in bytes, None where there is no such GPU. It is torch that knows, also of ONNX models."""
+    from model_worker.backends import cuda  # noqa: PLC0415 - asked only where the settings name a GPU
+
+    return cuda.memory(device)
+
+
 def load(artifact: Artifact, options: LoadOptions) -> Model:
-    """Load a verified artifact. Blocks. Raises FailedPrecondition: ARTIFACT_INVALID, ARTIFACT_UNSAFE, MODEL_UNSUPPORTED, DEVICE_UNAVAILABLE."""
+    """Load a verified artifact. Blocks. Raises FailedPrecondition: ARTIFACT_INVALID, ARTIFACT_UNSAFE, MODEL_UNSUPPORTED, DEVICE_UNAVAILABLE;
+    ResourceExhausted: OUT_OF_DEVICE_MEMORY."""
     match artifact.manifest.format:
         case "torchscript" | "torch_export" | "aotinductor" | "safetensors":
             from model_worker.backends import torch as torch_backend  # noqa: PLC0415 - a worker without torch models never loads torch

@@ -17,6 +17,7 @@ import onnxruntime as ort
 from model_worker.artifacts import Artifact
 from model_worker.backends import LoadOptions
 from model_worker.packed import Array
+from model_worker.placement import index
 from plait.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from plait.registry.artifact import ArtifactManifest
 from plait.registry.records import TensorSpec
@@ -73,7 +74,11 @@ class OnnxModel:
             outputs: list[Array] = self._run_values(feeds) if self._by_value else self._session.run(self._names, feeds)
         except Exception as error:
             if is_out_of_memory(str(error)):
-                raise ResourceExhausted("the device's memory did not suffice for this batch", reason="OUT_OF_DEVICE_MEMORY") from error
+                raise ResourceExhausted(
+                    "the device's memory did not suffice for this batch: send fewer rows, or publish a smaller batching.max_rows",
+                    reason="OUT_OF_DEVICE_MEMORY",
+                    retry_after_s=1.0,
+                ) from error
             raise
         for i in self._strings:
             outputs[i] = _encoded(outputs[i])
@@ -147,7 +152,7 @@ def _providers(device: str) -> list[Any]:
         return [_CPU]
     if _CUDA not in ort.get_available_providers():
         raise _no_cuda()
-    return [(_CUDA, {"device_id": int(device.partition(":")[2] or 0)}), _CPU]
+    return [(_CUDA, {"device_id": index(device)}), _CPU]
 
 
 def _no_cuda() -> FailedPrecondition:

@@ -1,4 +1,7 @@
-"""Loads what torch runs (TorchScript, torch.export, AOTInductor, weights of a named architecture) from verified bytes and runs it on the CPU."""
+"""Loads what torch runs (TorchScript, torch.export, AOTInductor, weights of a named architecture) from verified bytes onto a device.
+
+Runs it on the CPU; `cuda` runs it on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,14 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 import torch
+from torch.export.passes import move_to_device_pass
 
 from model_worker.artifacts import Artifact
-from model_worker.backends import LoadOptions, architectures, export_guard, script_guard
+from model_worker.backends import LoadOptions, Model, architectures, cuda, export_guard, script_guard
+from model_worker.backends.graphs import Rule
 from model_worker.packed import Array
-from plait.errors import FailedPrecondition
+from model_worker.placement import CPU, index
+from plait.errors import FailedPrecondition, ResourceExhausted
 from plait.registry.artifact import ArtifactManifest
 
 # TorchScript that reads or writes files or talks; a model that is handed over has no business doing so. (aten::warn is let through: torch's
@@ -44,17 +50,39 @@ class _Borrowed:
         self._owner = array
 
 
-class TorchModel:
-    """A loaded model, called with arrays in the signature's order (row splits last), answering arrays in the signature's order."""
+class Forward:
+    """A module, called with tensors in the signature's order (row splits last), answering tensors in the signature's order and types."""
 
-    def __init__(self, module: Callable[..., Any], manifest: ArtifactManifest, options: LoadOptions, memory_bytes: int) -> None:
-        self._module: Callable[..., Any] | None = module
+    def __init__(self, module: Callable[..., Any], manifest: ArtifactManifest, options: LoadOptions) -> None:
+        self._module = module
+        self._device_type = torch.device(options.device).type
         self._output_names = tuple(t.name for t in manifest.outputs)
-        self._num_threads = options.num_threads
         self._autocast = _AUTOCAST.get(options.autocast)
         # Under autocast a model answers in the narrow type; callers were promised the signature's.
         self._output_types = tuple(getattr(torch, t.dtype) for t in manifest.outputs)
-        self.platform = _PLATFORM[manifest.format]
+
+    def __call__(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run one pass, in inference mode. Raises whatever the model raises, TypeError where its answer is not tensors."""
+        if self._autocast is None:
+            return [_checked(t) for t in self._in_order(self._module(*given))]
+        # What autocast caches of the weights ends with the pass, which a recorded graph would not know.
+        with torch.autocast(self._device_type, dtype=self._autocast, cache_enabled=False):
+            answer = [_checked(t) for t in self._in_order(self._module(*given))]
+        return [_as(t, dtype) for t, dtype in zip(answer, self._output_types, strict=True)]
+
+    def _in_order(self, answer: Any) -> Sequence[Any]:
+        if isinstance(answer, Mapping):
+            return [answer[name] for name in self._output_names]
+        return answer if isinstance(answer, tuple | list) else (answer,)
+
+
+class TorchModel:
+    """A loaded model on the CPU, called with arrays in the signature's order (row splits last), answering arrays in the signature's order."""
+
+    def __init__(self, forward: Forward, *, num_threads: int, platform: str, memory_bytes: int) -> None:
+        self._forward: Forward | None = forward
+        self._num_threads = num_threads
+        self.platform = platform
         self.memory_bytes = memory_bytes
 
     def prepare_thread(self) -> None:
@@ -63,36 +91,28 @@ class TorchModel:
 
     def close(self) -> None:
         """Let go of the weights; a call after that is an error."""
-        self._module = None
+        self._forward = None
 
     def __call__(self, inputs: Sequence[Array]) -> list[Array]:
         """Run one forward pass; raises whatever the model raises, TypeError where its answer is not tensors."""
-        if self._module is None:
+        if self._forward is None:
             raise RuntimeError("the model was closed")
         given = [tensor(array) for array in inputs]
         with torch.inference_mode():
-            if self._autocast is None:
-                return [_array(t) for t in self._in_order(self._module(*given))]
-            with torch.autocast("cpu", dtype=self._autocast):
-                answer = self._in_order(self._module(*given))
-            return [_array(_as(t, dtype)) for t, dtype in zip(answer, self._output_types, strict=True)]
-
-    def _in_order(self, answer: Any) -> Sequence[Any]:
-        if isinstance(answer, Mapping):
-            return [answer[name] for name in self._output_names]
-        return answer if isinstance(answer, tuple | list) else (answer,)
+            return [_array(t) for t in self._forward(given)]
 
 
-def load(artifact: Artifact, options: LoadOptions) -> TorchModel:
+def load(artifact: Artifact, options: LoadOptions) -> Model:
     """Load a model from the verified bytes of its file.
 
-    Raises FailedPrecondition: ARTIFACT_INVALID (torch cannot load it), ARTIFACT_UNSAFE, MODEL_UNSUPPORTED.
+    Raises FailedPrecondition: ARTIFACT_INVALID (torch cannot load it), ARTIFACT_UNSAFE, MODEL_UNSUPPORTED, DEVICE_UNAVAILABLE;
+    ResourceExhausted (OUT_OF_DEVICE_MEMORY).
     """
     manifest = artifact.manifest
     if any(t.dtype == "bytes" for t in (*manifest.inputs, *manifest.outputs)):
         raise FailedPrecondition("torch has no BYTES tensors: encode them before the model", reason="MODEL_UNSUPPORTED")
-    if options.device != "cpu":
-        raise FailedPrecondition("torch models are served on the CPU only: set the device to cpu", reason="DEVICE_UNAVAILABLE")
+    if options.device != CPU:
+        cuda.check(options.device)
     if manifest.format == "aotinductor" and not options.allow_native:
         raise FailedPrecondition(
             "an AOTInductor package is native code, which may do whatever the worker may: allow it in the settings, or publish the "
@@ -102,27 +122,44 @@ def load(artifact: Artifact, options: LoadOptions) -> TorchModel:
     torch.set_num_threads(options.num_threads)
     content = artifact.read(manifest.entry)
     try:
-        module = _load(manifest, content)
+        module = _load(manifest, content, options.device)
     except FailedPrecondition:
         raise
     except Exception as error:
+        if cuda.is_out_of_memory(error):
+            raise ResourceExhausted(
+                f"the memory of {options.device} does not suffice for the weights: unload something, or take a larger GPU",
+                reason="OUT_OF_DEVICE_MEMORY",
+            ) from error
         raise FailedPrecondition(
             f"torch {torch.__version__} cannot load it as {manifest.format} ({type(error).__name__}): export it again with this torch",
             reason="ARTIFACT_INVALID",
         ) from error
-    return TorchModel(module, manifest, options, _memory_bytes(module, content))
+    forward, platform, weight_bytes = Forward(module, manifest, options), _PLATFORM[manifest.format], _memory_bytes(module, content)
+    if options.device == CPU:
+        return TorchModel(forward, num_threads=options.num_threads, platform=platform, memory_bytes=weight_bytes)
+    return cuda.CudaModel(
+        forward,
+        device=options.device,
+        rule=Rule.of(manifest, options.buckets),
+        lanes=options.instances,
+        num_threads=options.num_threads,
+        platform=platform,
+        weight_bytes=weight_bytes,
+        to_array=_array,
+    )
 
 
-def _load(manifest: ArtifactManifest, content: bytes) -> Callable[..., Any]:
+def _load(manifest: ArtifactManifest, content: bytes, device: str) -> Callable[..., Any]:
     match manifest.format:
         case "torchscript":
-            return _load_torchscript(content)
+            return _load_torchscript(content, device)
         case "torch_export":
-            return _load_export(content)
+            return _load_export(content, device)
         case "aotinductor":
-            return _load_native(content)
+            return _load_native(content, device)
         case "safetensors":
-            return architectures.build(manifest.architecture, content)
+            return architectures.build(manifest.architecture, content).to(device)
         case other:
             raise FailedPrecondition(f"torch does not run the format {other!r}", reason="MODEL_UNSUPPORTED")
 
@@ -147,11 +184,11 @@ def tensor(array: Array) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _load_torchscript(content: bytes) -> Callable[..., Any]:
+def _load_torchscript(content: bytes, device: str) -> Callable[..., Any]:
     with warnings.catch_warnings():
         # torch deprecates TorchScript in favour of torch.export; plait serves both because teams still hand over both.
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit.*")
-        module = torch.jit.load(io.BytesIO(script_guard.check(content)), map_location="cpu")  # type: ignore[no-untyped-call]
+        module = torch.jit.load(io.BytesIO(script_guard.check(content)), map_location=device)  # type: ignore[no-untyped-call]
         module.eval()
     used = sorted(kind for kind in _FORBIDDEN_OPS if module.inlined_graph.findAllNodes(kind, True))
     if used:
@@ -159,30 +196,44 @@ def _load_torchscript(content: bytes) -> Callable[..., Any]:
     return module  # type: ignore[no-any-return]
 
 
-def _load_export(content: bytes) -> Callable[..., Any]:
+def _load_export(content: bytes, device: str) -> Callable[..., Any]:
     checked = export_guard.check(content)
     if checked.examples:
         # torch.export.load tries `weights_only` first and falls back to a full unpickling; where the first works it never does.
         torch.load(io.BytesIO(checked.examples), weights_only=True)
     program = torch.export.load(io.BytesIO(checked.archive))
+    if device != CPU:  # the weights, and the devices that the graph names where it makes tensors
+        program = move_to_device_pass(program, device)
     return program.module()
 
 
-def _load_native(content: bytes) -> Callable[..., Any]:
+def _load_native(content: bytes, device: str) -> Callable[..., Any]:
     """The package is opened by its path and unpacked from there while it is loaded; what is written is what was hashed."""
+    kind = torch.device(device).type
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.pt2")
         file.write_bytes(content)
-        return torch._inductor.aoti_load_package(str(file))  # noqa: SLF001 - torch's documented name for it
+        package = torch._inductor.aoti_load_package(str(file), device_index=-1 if device == CPU else index(device))  # noqa: SLF001 - torch's documented name for it
+    if (built_for := package.get_metadata().get("AOTI_DEVICE_KEY", kind)) != kind:
+        raise FailedPrecondition(
+            f"this AOTInductor package was compiled for {built_for} and this worker computes on {kind}: compile it for {kind}, or set "
+            f"models.device to match",
+            reason="DEVICE_UNAVAILABLE",
+        )
+    return package
 
 
-def _as(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def _array(value: Any) -> Array:
+def _checked(value: Any) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"the model answered {type(value).__name__} where a tensor was due")
+    return value
+
+
+def _as(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _array(value: torch.Tensor) -> Array:
     plain = value.detach().contiguous()
     if plain.dtype == torch.bfloat16:
         return plain.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)

@@ -235,3 +235,29 @@ assert "torch" not in sys.modules
 """
     ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60)
     assert ran.returncode == 0, ran.stderr
+
+
+NEEDS_CUDA = pytest.mark.skipif(
+    "CUDAExecutionProvider" not in ort.get_available_providers(),
+    reason="needs a GPU and onnxruntime-gpu: this onnxruntime computes on the CPU only",
+)
+
+
+@NEEDS_CUDA
+def test_a_gpu_answers_as_the_cpu_does() -> None:
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [4, 2], np.random.default_rng(1).normal(size=8).tolist())
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size]) for name, size in (("x", 4), ("y", 2)))
+    content = model([helper.make_node("MatMul", ["x", "w"], ["y"])], [x], [y], initializer=[weight])
+    said = Signature(
+        inputs=(TensorSpec(name="x", dtype="float32", shape=(-1, 4)),), outputs=(TensorSpec(name="y", dtype="float32", shape=(-1, 2)),)
+    )
+    there, here = load(content, "onnx", said, device="cuda:0"), load(content, "onnx", said)
+    for rows in (1, 7, 1000):
+        given = np.random.default_rng(rows).normal(size=(rows, 4)).astype(np.float32)
+        np.testing.assert_allclose(there([given])[0], here([given])[0], rtol=1e-3, atol=1e-3)  # ONNX Runtime lets CUDA use TF32
+
+
+@NEEDS_CUDA
+def test_bfloat16_comes_back_from_a_gpu_too() -> None:
+    [found] = load(graph(TensorProto.BFLOAT16), "onnx", signature("bfloat16"), device="cuda:0")([np.full(10, 3, ml_dtypes.bfloat16)])
+    assert found.tolist() == [3] * 10

@@ -250,3 +250,33 @@ def test_native_code_is_refused_unless_allowed() -> None:
     with pytest.raises(FailedPrecondition) as refused:
         load(b"never opened", "aotinductor", signature())
     assert refused.value.reason == "ARTIFACT_UNSAFE"
+
+
+class Moves(nn.Module):
+    """Has weights, a buffer and a constant, and makes tensors itself, one of them on the device it was exported on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("one", torch.ones(4))
+        self.constant = torch.arange(4.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = torch.arange(x.shape[0], device=x.device).unsqueeze(1) + torch.zeros(x.shape[0], 4)
+        return self.linear(x) + self.one + self.constant + made
+
+
+def test_an_exported_program_goes_to_another_device_with_all_it_holds_and_makes() -> None:
+    """The device "meta", which is everywhere, stands for a GPU here: an operator refuses tensors of two devices there too."""
+    content = io.BytesIO()
+    rows = torch.export.Dim("rows", min=1)
+    torch.export.save(torch.export.export(Moves().eval(), (torch.ones(3, 4),), dynamic_shapes=({0: rows},)), content)
+    module = backend._load_export(content.getvalue(), "meta")
+    with torch.inference_mode():
+        assert module(torch.ones(5, 4, device="meta")).device.type == "meta"
+
+
+def test_torchscript_is_loaded_onto_its_device() -> None:
+    module = backend._load_torchscript(saved(Doubled()), "meta")
+    assert isinstance(module, torch.jit.ScriptModule)
+    assert {t.device.type for t in (*module.parameters(), *module.buffers())} == {"meta"}

@@ -16,11 +16,11 @@ Plait = Callable[..., Result]
 
 
 class Recorder(EntryPoint):
-    """An entry point whose benchmark prints what it was given; "worker" knows peers."""
+    """An entry point whose benchmark prints what it was given; "worker" knows peers and devices."""
 
     def load(self) -> Any:
         if self.name == "worker":
-            return lambda console, *arguments, peers="none": console.print(repr((*arguments, peers)))
+            return lambda console, *arguments, peers="none", device="cpu": console.print(repr((*arguments, peers, device)))
         return lambda console, *arguments: console.print(repr(arguments))
 
 
@@ -44,8 +44,15 @@ def test_a_wrong_name_gets_the_right_ones(plait: Plait) -> None:
 
 
 def test_peers_go_to_a_benchmark_that_knows_them(plait: Plait) -> None:
-    assert plait("bench", "worker", "--peers", "mosec,kserve").stdout == repr((None, None, False, "mosec,kserve")) + "\n"
-    assert plait("bench", "worker").stdout == repr((None, None, False, "none")) + "\n"
+    assert plait("bench", "worker", "--peers", "mosec,kserve").stdout == repr((None, None, False, "mosec,kserve", "cpu")) + "\n"
+    assert plait("bench", "worker").stdout == repr((None, None, False, "none", "cpu")) + "\n"
     result = plait("bench", "rank", "--peers", "mosec")
     assert result.exit_code == 1
     assert "the benchmark 'rank' knows no peers: leave --peers out" in result.stderr
+
+
+def test_a_device_goes_to_a_benchmark_that_knows_them(plait: Plait) -> None:
+    assert plait("bench", "worker", "--device", "cuda:1").stdout == repr((None, None, False, "none", "cuda:1")) + "\n"
+    result = plait("bench", "rank", "--device", "cuda")
+    assert result.exit_code == 1
+    assert "the benchmark 'rank' knows no device: leave --device out" in result.stderr

@@ -149,6 +149,9 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path_factory: pyt
         ({"batching": BATCHING | {"buckets": list(range(1, 66))}}, "batching.buckets", "at most 64"),
         ({"execution": {"instances": 0}}, "execution.instances", "expected 1 to 64, found 0"),
         ({"execution": {"instances": 65}}, "execution.instances", "expected 1 to 64, found 65"),
+        ({"execution": {"devices": [0, 16]}}, "execution.devices[1]", "the number of a GPU, 0 to 15, found 16"),
+        ({"execution": {"devices": [1, 0, 1]}}, "execution.devices[2]", "names GPU 1 twice"),
+        ({"execution": {"devices": list(range(17))}}, "execution.devices", "has 17 entries; at most 16"),
         ({"execution": {"timeout_ms": -1}}, "execution.timeout_ms", "to 3600000, found -1"),
         ({"execution": {"kind": "fibre"}}, "execution.kind", "expected one of thread or process"),
         ({"execution": {"autocast": "float64"}}, "execution.autocast", "expected"),
@@ -189,7 +192,7 @@ def test_all_that_can_be_said_reads_back(folder: Path) -> None:
         format="safetensors",
         architecture=Architecture(name="two_tower.v2", config={"hidden": (256, 128), "width": 8, "rate": 0.5, "norm": True, "act": "relu"}),
         batching=Batching(row_splits="row_splits", max_rows=64, max_bytes=1 << 20, preferred_rows=(8, 64), buckets=(1, 8, 64)),
-        execution=Execution(instances=64, kind="process", autocast="bfloat16", timeout_ms=250.0, finite=False),
+        execution=Execution(instances=64, kind="process", devices=(0, 3), autocast="bfloat16", timeout_ms=250.0, finite=False),
         labels={"score": "extra/vocab.txt"},
     )
     artifact.write(folder, full)
