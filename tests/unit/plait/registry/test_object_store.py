@@ -6,6 +6,7 @@ import itertools
 import socket
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,3 +176,57 @@ def test_what_must_be_new_is_never_written_over(object_store: ObjectStore, locat
 def test_a_name_no_store_takes(object_store: ObjectStore) -> None:
     error = refused(lambda: bucket().read("../model.pt", 100))
     assert (type(error), error.reason) == (InvalidArgument, "ARTIFACT_LOCATION")
+
+
+@pytest.fixture(params=["silent", "says no"])
+def without_credentials(
+    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[ObjectStore]:
+    """The store, for a process that no setting and no machine gives credentials; the machine's identity service is real, and ours."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "GOOGLE_BEARER_TOKEN"):
+        monkeypatch.delenv(name)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and never listens
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}" if request.param == "silent" else object_store.url
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", url)
+        monkeypatch.setenv("GCE_METADATA_HOST", url.removeprefix("http://"))
+        yield object_store
+
+
+@both
+def test_a_refusal_is_told_as_one_without_credentials_too(without_credentials: ObjectStore, location: Prefix) -> None:
+    without_credentials.faults[KEY] = lambda handler, _: (handler.fail(403, "AccessDenied"), True)[1]
+    error = refused(lambda: bucket(location, retries=0).read("model.pt", 100))
+    assert (type(error), error.reason) == (FailedPrecondition, "ARTIFACT_FORBIDDEN")
+    assert "HTTP 403 AccessDenied" in error.message
+    assert "has no credentials: set" in error.message
+
+
+@both
+def test_what_is_public_needs_no_credentials(without_credentials: ObjectStore, location: Prefix) -> None:
+    without_credentials.objects[KEY] = CONTENT
+    there = bucket(location, retries=0)
+    assert b"".join(there.chunks("model.pt")) == CONTENT
+    assert refused(lambda: there.read("other.pt", 100)).reason == "ARTIFACT_MISSING"
+    without_credentials.faults[KEY] = lambda handler, _: (handler.fail(503, "SlowDown"), True)[1]
+    assert refused(lambda: there.read("model.pt", 100)).reason == "ARTIFACT_STORE_UNAVAILABLE"
+
+
+@both
+def test_nothing_is_written_without_credentials(without_credentials: ObjectStore, location: Prefix) -> None:
+    error = refused(lambda: bucket(location, retries=0).create("model.pt", b"weights"))
+    assert (type(error), error.reason) == (FailedPrecondition, "ARTIFACT_FORBIDDEN")
+    assert "has no credentials: set" in error.message
+    assert without_credentials.objects.get(KEY) is None
+
+
+def test_credentials_that_are_set_but_cannot_be_fetched_are_trouble(
+    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("test-token")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{object_store.url}/identity")
+    monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", str(tmp_path / "token"))
+    object_store.objects[KEY] = b"public"
+    assert refused(lambda: bucket(retries=0).read("model.pt", 100)).reason == "ARTIFACT_STORE_UNAVAILABLE"
