@@ -51,7 +51,9 @@ def pack(
     labels: Annotated[
         list[str] | None, typer.Option("--labels", metavar="OUTPUT=FILE", help="A text file with a class name a line.", show_default=False)
     ] = None,
-    self_test: Annotated[str, typer.Option(help="An .npz with arrays input.<name> and output.<name>.", show_default=False)] = "",
+    self_test: Annotated[
+        str, typer.Option(help="An .npz with arrays input.<name> and output.<name> (docs/formats.md: bytes, bfloat16).", show_default=False)
+    ] = "",
     tolerance: Annotated[float, typer.Option(help="How far the self test's answer may be off.")] = 1e-4,
     replace: Annotated[bool, typer.Option("--replace", help="Write over the model.yaml that is there; deletes its signature.")] = False,
     as_json: JsonOption = False,
@@ -68,6 +70,7 @@ def pack(
 
     if (folder / artifact.FILE_NAME).exists() and not replace:
         raise AlreadyExists(f"{folder / artifact.FILE_NAME} is there already: --replace writes over it", reason="ARTIFACT_EXISTS")
+    _refuse_pickle(folder, format_, entry)
     problems: list[Violation] = []
     tensors = [[_tensor(f"--{side}", text, problems) for text in given or ()] for side, given in (("input", inputs), ("output", outputs))]
     arguments = dict(_pair("--config", text, problems) for text in config or ())
@@ -94,12 +97,47 @@ def pack(
         labels=label_files,
         self_test=artifact.SelfTest(file=self_test, tolerance=tolerance) if self_test else None,
     )
-    digest = artifact.write(folder, manifest)
+    content = artifact.compose(folder, manifest)
+    _check_self_test(folder, manifest)
+    artifact.write_whole(folder / artifact.FILE_NAME, content)
     signature = folder / signing.FILE_NAME
     if signature.exists():
         signature.unlink()
         write_note(f"{signature} was of the former model.yaml and is deleted: sign again")
-    _tell(folder, artifact.read(folder), digest, as_json=as_json)
+    _tell(folder, artifact.read(folder), artifact.digest_of(content), as_json=as_json)
+
+
+def _refuse_pickle(folder: Path, format_: str, entry: str) -> None:
+    """Say no before anything else is asked for: no answer to the other questions would help."""
+    from plait.registry import pickles  # noqa: PLC0415
+
+    if format_.lower() in pickles.NAMES:
+        raise pickles.refused(f"{format_} is no format for a model")
+    if entry:
+        if pickles.is_pickle(folder / entry):
+            raise pickles.refused(f"{entry} is a pickle")
+        return
+    files = _visible(folder)
+    if files and all(pickles.is_pickle(folder / name) for name in files):
+        raise pickles.refused(f"there is nothing but pickle in {folder} ({', '.join(files[:_SHOWN_FILES])})")
+
+
+def _check_self_test(folder: Path, manifest: ArtifactManifest) -> None:
+    """Say now what a worker would say of the self test."""
+    from plait.registry import artifact, self_test  # noqa: PLC0415
+
+    if manifest.self_test is None:
+        return
+    file = folder / manifest.self_test.file
+    try:
+        self_test.check(file.read_bytes(), manifest)
+    except OSError as error:
+        raise artifact.unreadable(file, error) from error
+
+
+def _visible(folder: Path) -> list[str]:
+    found = (f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
+    return sorted(name.encode(errors="backslashreplace").decode() for name in found)
 
 
 def _tell(folder: Path, manifest: ArtifactManifest, digest: str, *, as_json: bool) -> None:
@@ -162,7 +200,7 @@ def _what_is_missing(flag: str, folder: Path) -> str:
         case "--format":
             return "which format is it? torch_export, torchscript, aotinductor, onnx or safetensors; pickle is never loaded"
         case "--entry":
-            files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
+            files = _visible(folder)
             more = ", …" if len(files) > _SHOWN_FILES else ""
             return (
                 f"which file is loaded? here are {', '.join(files[:_SHOWN_FILES])}{more}"

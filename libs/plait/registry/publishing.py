@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.errors import AlreadyExists, FailedPrecondition
-from plait.registry import artifact, signing
+from plait.registry import artifact, self_test, signing
 from plait.registry.artifact import ArtifactManifest, FileDigest
 from plait.registry.locations import Location, Prefix
+from plait.registry.problems import Problem, refusal
 from plait.registry.signing import PublicKey, Signed, Trust
 from plait.registry.sources import FolderSource, Source, StoreOptions, open_source, read_manifest, read_signature, verified
 
@@ -48,27 +49,48 @@ def describe(location: Location, options: StoreOptions) -> Described:
 
 
 def verify(found: Described, options: StoreOptions, trust: Trust, progress: Progress) -> None:
-    """Check the signature where one is required, then every byte.
+    """Check the signature where one is required, then every byte, then that the self test is one a worker can run.
 
-    Raises FailedPrecondition: SIGNATURE_…, ARTIFACT_CORRUPT, and as `Source` does.
+    Raises FailedPrecondition: SIGNATURE_…, SELF_TEST_UNUSABLE, ARTIFACT_CORRUPT with every file that differs, and as `Source` does.
     """
     if trust.required:
         trust.check(found.content, found.signature)
     source = open_source(found.location, options)
+    problems: list[Problem] = []
     for name, expected in found.manifest.files.items():
-        for chunk in verified(source, name, expected):
-            progress(len(chunk))
+        try:
+            for chunk in verified(source, name, expected):
+                progress(len(chunk))
+        except FailedPrecondition as error:
+            if error.reason != "ARTIFACT_CORRUPT":
+                raise
+            problems.append(Problem(where=name, message=error.message))
+    if problems:
+        raise refusal(
+            FailedPrecondition, problems, f"the artifact at {found.location} is not what was published", reason="ARTIFACT_CORRUPT"
+        )
+    _check_self_test(source, found.manifest)
+
+
+def _check_self_test(source: Source, manifest: ArtifactManifest) -> None:
+    if manifest.self_test is None:
+        return
+    expected = manifest.files[manifest.self_test.file]
+    if expected.size_bytes > self_test.MAX_BYTES:
+        raise self_test.unusable(f"it is {expected.size_bytes} bytes large, at most {self_test.MAX_BYTES} are allowed: publish fewer rows")
+    self_test.check(b"".join(verified(source, manifest.self_test.file, expected)), manifest)
 
 
 def sign(folder: Path, private_pem: bytes) -> PublicKey:
     """Write `model.yaml.sig` for an artifact whose files are what its `model.yaml` says; return the public key.
 
-    Raises FailedPrecondition (ARTIFACT_MISSING, ARTIFACT_INVALID, ARTIFACT_CORRUPT), InvalidArgument (PRIVATE_KEY_INVALID).
+    Raises FailedPrecondition (ARTIFACT_MISSING, ARTIFACT_INVALID, ARTIFACT_CORRUPT, ARTIFACT_UNWRITABLE), InvalidArgument
+    (PRIVATE_KEY_INVALID).
     """
     content = read_manifest(FolderSource(folder))
     artifact.verify_files(folder, artifact.parse(content, source=str(folder / artifact.FILE_NAME)))
     signature, public = signing.sign(content, private_pem)
-    (folder / signing.FILE_NAME).write_bytes(signature)
+    artifact.write_whole(folder / signing.FILE_NAME, signature)
     return public
 
 

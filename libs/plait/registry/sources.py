@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
-from plait.errors import FailedPrecondition
+from plait.errors import FailedPrecondition, InvalidArgument
 from plait.registry import artifact, signing
 from plait.registry.artifact import FileDigest
 from plait.registry.locations import Location
@@ -37,7 +37,8 @@ class StoreOptions:
 class Source(Protocol):
     """An artifact's files by their names in `model.yaml`; its `str` says where they lie.
 
-    Raises FailedPrecondition (ARTIFACT_MISSING, ARTIFACT_FORBIDDEN, ARTIFACT_STORE_MISCONFIGURED), Unavailable (ARTIFACT_STORE_UNAVAILABLE).
+    Raises FailedPrecondition (ARTIFACT_MISSING, ARTIFACT_FORBIDDEN, ARTIFACT_STORE_MISCONFIGURED), InvalidArgument (ARTIFACT_LOCATION),
+    Unavailable (ARTIFACT_STORE_UNAVAILABLE).
     """
 
     def read(self, name: str, most_bytes: int) -> bytes:
@@ -69,18 +70,18 @@ class FolderSource:
 
     def chunks(self, name: str) -> Iterator[bytes]:
         file = self._folder / PurePosixPath(name)
-        if not file.resolve().is_relative_to(self._folder.resolve()):
+        if not artifact.lies_inside(file, self._folder):
             raise FailedPrecondition(f"{name} lies outside the artifact's folder and is not opened", reason="ARTIFACT_CORRUPT")
-        if not file.is_file():
+        if artifact.is_file(self._folder):
+            raise InvalidArgument(f"{self._folder} is a file: name the artifact's folder, where model.yaml is", reason="ARTIFACT_LOCATION")
+        if not artifact.is_file(file):
             raise FailedPrecondition(f"there is no file {name} in {self._folder}", reason="ARTIFACT_MISSING")
         try:
             with file.open("rb") as opened:
                 while chunk := opened.read(CHUNK_BYTES):
                     yield chunk
-        except PermissionError as error:
-            raise FailedPrecondition(f"{file} may not be read by this process", reason="ARTIFACT_FORBIDDEN") from error
         except OSError as error:
-            raise FailedPrecondition(f"{file} cannot be read: {error.strerror}", reason="ARTIFACT_MISSING") from error
+            raise artifact.unreadable(file, error) from error
 
 
 def open_source(location: Location, options: StoreOptions) -> Source:
