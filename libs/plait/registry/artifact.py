@@ -46,6 +46,8 @@ _LISTED_FORMATS: Final = f"one of {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _NEVER_PICKLE: Final = "pickle is never loaded: export the model, or save its weights as safetensors"
 
 MAX_NAME_BYTES: Final = 255
+MAX_PATH_BYTES: Final = 900
+MAX_DEPTH: Final = 32
 MAX_INSTANCES: Final = 64
 MAX_TIMEOUT_MS: Final = 3_600_000
 MAX_BATCH_BYTES: Final = 1 << 40
@@ -340,9 +342,9 @@ def _check_labels(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
 def _check_nesting(names: Iterable[str]) -> Iterable[rules.Finding]:
     known = set(names)
     for name in sorted(known):
-        inside = next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in known), None)
+        inside = next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in known.union(RESERVED)), None)
         if inside is not None:
-            yield ("files", name), f"lies inside {inside!r}, which is listed as a file"
+            yield ("files", name), f"lies inside {inside!r}, which is a file"
 
 
 def _check_file(name: str, file: FileDigest) -> Iterable[rules.Finding]:
@@ -350,6 +352,11 @@ def _check_file(name: str, file: FileDigest) -> Iterable[rules.Finding]:
         yield ("files", name), "must be a plain path inside the artifact's folder"
     if any(len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in name.split("/")):
         yield ("files", name), f"has a part of more than {MAX_NAME_BYTES} bytes, which file systems refuse"
+    if len(name.encode(errors="replace")) > MAX_PATH_BYTES or name.count("/") >= MAX_DEPTH:
+        yield (
+            ("files", name[:80]),
+            f"is longer than {MAX_PATH_BYTES} bytes or deeper than {MAX_DEPTH} folders, which not every place can hold",
+        )
     if name in RESERVED:
         yield ("files", name), "cannot be listed in itself: the registry and the signature vouch for it"
     if not _SHA256.match(file.sha256):

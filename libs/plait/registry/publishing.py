@@ -103,6 +103,8 @@ def push(folder: Path, to: Prefix, options: StoreOptions, progress: Progress) ->
     from plait.registry.object_store import Bucket  # noqa: PLC0415 - whoever has folders only needs no object store's library
 
     found, bucket = describe(folder, options), Bucket(to, options)
+    if found.signature is not None:
+        signing.parse(found.signature)  # before anything is sent
     there = _manifest_in(bucket)
     if there is not None and there != found.content:
         message = f"another artifact is at {to}: what is published is never changed; push this one to a folder of its own"
@@ -111,7 +113,6 @@ def push(folder: Path, to: Prefix, options: StoreOptions, progress: Progress) ->
         for name, expected in found.manifest.files.items():
             bucket.write(name, _reported(FolderSource(folder), name, expected, progress), expected.size_bytes)
     if found.signature is not None:
-        signing.parse(found.signature)
         bucket.write(signing.FILE_NAME, iter((found.signature,)), len(found.signature))
     if there is None:
         bucket.create(artifact.FILE_NAME, found.content)

@@ -170,6 +170,9 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path_factory: pyt
         ({"files": {"model.yaml": {"sha256": "0" * 64, "size_bytes": 1}}}, "files.model.yaml", "cannot be listed in itself"),
         ({"files": {"a/" + "ü" * 128: FILE}}, "files.a/" + "ü" * 128, "more than 255 bytes"),
         ({"files": {"a": FILE, "a/b": FILE}}, "files.a/b", "lies inside 'a'"),
+        ({"files": {"model.yaml/b": FILE}}, "files.model.yaml/b", "lies inside 'model.yaml'"),
+        ({"files": {"a/b/c" * 200: FILE}}, "files." + ("a/b/c" * 200)[:80], "longer than 900 bytes"),
+        ({"files": {"a/" * 32 + "b": FILE}}, "files." + "a/" * 32 + "b", "deeper than 32 folders"),
     ],
 )
 def test_a_bad_model_yaml_is_refused_field_by_field(change: dict[str, object], field: str, part: str, folder: Path) -> None:
