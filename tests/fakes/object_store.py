@@ -142,6 +142,9 @@ class Handler(BaseHTTPRequestHandler):
             self.begin(200, len(content))
             self.wfile.write(content)
             return
+        if int(asked[1]) >= len(content):
+            self.fail(416, "InvalidRange")
+            return
         first, last = int(asked[1]), min(int(asked[2] or len(content) - 1), len(content) - 1)
         self.begin(206, last + 1 - first, ("Content-Range", f"bytes {first}-{last}/{len(content)}"))
         self.wfile.write(content[first : last + 1])

@@ -10,7 +10,9 @@ store's error code.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final
@@ -24,6 +26,12 @@ from plait.registry.locations import Prefix
 from plait.registry.sources import CHUNK_BYTES, StoreOptions
 
 RETRY_AFTER_S: Final = 5.0
+_RANGES: Final = 8
+_RANGE_BYTES: Final = 4 * 1024 * 1024  # times _RANGES is what one file takes of memory on its way
+_LARGE_BYTES: Final = 4 * _RANGE_BYTES
+_NO_RANGE: Final = re.compile(
+    r"non-partial response|status code: 416"
+)  # of a store that does not know ranges; of an object without that one
 _PART_BYTES: Final = 8 * 1024 * 1024
 _MOST_PARTS: Final = 9000  # S3 takes 10 000
 _STATUS: Final = re.compile(r"status code: (\d{3})")
@@ -59,9 +67,17 @@ class Bucket:
                 break
         return bytes(content)
 
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """Yield a file as it arrives; a connection that breaks in the middle is resumed where it broke, as often as `retries` allows."""
+    def chunks(self, name: str, size_bytes: int = 0) -> Iterator[bytes]:
+        """Yield a file as it arrives; a connection that breaks in the middle is resumed where it broke, as often as `retries` allows.
+
+        Stores give each connection so much and no more, so a large file is asked for in ranges, several at once, and yielded in order.
+        One that turns out to be of another size, and one of a store that does not know ranges, comes in one stream.
+        """
         with self._errors(name):
+            first = self._first_range(name) if size_bytes >= _LARGE_BYTES else None
+            if first is not None and first.meta["size"] == size_bytes:
+                yield from self._ranges(name, first, size_bytes)
+                return
             for chunk in self._get(name).stream(min_chunk_size=CHUNK_BYTES):
                 yield bytes(chunk)
 
@@ -79,15 +95,39 @@ class Bucket:
         with self._errors(name):
             obstore.put(self._store, name, content, mode="create", use_multipart=False)
 
-    def _get(self, name: str) -> obstore.GetResult:
+    def _first_range(self, name: str) -> obstore.GetResult | None:
         try:
-            return obstore.get(self._store, name)
+            return self._get(name, {"range": (0, _RANGE_BYTES)})
+        except BaseError as error:
+            if not _NO_RANGE.search(str(error)):
+                raise
+            return None
+
+    def _ranges(self, name: str, first: obstore.GetResult, size_bytes: int) -> Iterator[bytes]:
+        """Yield a file's ranges in order, while the `_RANGES` - 1 behind the one that is waited for arrive too."""
+        with ThreadPoolExecutor(_RANGES, thread_name_prefix="range") as pool:
+            coming = deque([pool.submit(first.bytes)])
+            begin = _RANGE_BYTES
+            try:
+                while coming:
+                    while begin < size_bytes and len(coming) < _RANGES:
+                        coming.append(
+                            pool.submit(obstore.get_range, self._store, name, start=begin, end=min(begin + _RANGE_BYTES, size_bytes))
+                        )
+                        begin += _RANGE_BYTES
+                    yield bytes(coming.popleft().result())
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _get(self, name: str, options: Any = None) -> obstore.GetResult:
+        try:
+            return obstore.get(self._store, name, options=options)
         except BaseError as error:
             if self._anonymous or not _MACHINE.search(str(error)):
                 raise
         # Kept for the files that follow, so that the machine is not asked once for each; another thread may do the same, which is no harm.
         self._store, self._anonymous = _open(self._location, self._options, skip_signature=True), True
-        return obstore.get(self._store, name)
+        return obstore.get(self._store, name, options=options)
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:

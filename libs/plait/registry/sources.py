@@ -44,8 +44,8 @@ class Source(Protocol):
     def read(self, name: str, most_bytes: int) -> bytes:
         """Return a small file, or its first `most_bytes` + 1 bytes where it is larger."""
 
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """Yield a file piece by piece as it arrives."""
+    def chunks(self, name: str, size_bytes: int = 0) -> Iterator[bytes]:
+        """Yield a file piece by piece as it arrives; the size it should have (0 = not known) helps to choose how it is fetched."""
 
 
 class FolderSource:
@@ -68,7 +68,7 @@ class FolderSource:
                 break
         return bytes(content)
 
-    def chunks(self, name: str) -> Iterator[bytes]:
+    def chunks(self, name: str, size_bytes: int = 0) -> Iterator[bytes]:
         file = self._folder / PurePosixPath(name)
         if not artifact.lies_inside(file, self._folder):
             raise FailedPrecondition(f"{name} lies outside the artifact's folder and is not opened", reason="ARTIFACT_CORRUPT")
@@ -130,7 +130,7 @@ def verified(source: Source, name: str, expected: FileDigest) -> Iterator[bytes]
     """
     sha256, size_bytes = hashlib.sha256(), 0
     try:
-        for chunk in source.chunks(name):
+        for chunk in source.chunks(name, expected.size_bytes):
             size_bytes += len(chunk)
             if size_bytes > expected.size_bytes:
                 raise _corrupt(name, f"it holds more than the {expected.size_bytes} bytes that were published")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import socket
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,6 +88,83 @@ def test_a_transfer_that_breaks_again_and_again_is_given_up(object_store: Object
     object_store.objects[KEY] = CONTENT
     object_store.faults[KEY] = lambda handler, content: (handler.cut(content, 10), True)[1]
     assert refused(lambda: list(bucket(location).chunks("model.pt"))).reason == "ARTIFACT_STORE_UNAVAILABLE"
+
+
+LARGE = hashlib.shake_128(b"large").digest(20 * 1024 * 1024 + 7)
+
+
+def large(store: ObjectStore, location: Prefix, content: bytes = LARGE) -> bytes:
+    """Return what arrives of an object that should be as large as LARGE."""
+    store.objects[KEY] = content
+    return b"".join(bucket(location).chunks("model.pt", len(LARGE)))
+
+
+@both
+def test_a_large_file_comes_in_ranges_at_once_and_in_order(object_store: ObjectStore, location: Prefix) -> None:
+    together = threading.Barrier(5)  # as many requests as it has ranges behind the first: none is answered before all are there
+    turns = itertools.count()
+
+    def wait(*_: object) -> bool:
+        if next(turns):
+            together.wait(20)
+        return False
+
+    object_store.faults[KEY] = wait
+    assert large(object_store, location) == LARGE
+    assert object_store.asked("GET", KEY) == 6
+
+
+@both
+def test_a_store_that_knows_no_ranges_is_read_in_one_stream(object_store: ObjectStore, location: Prefix) -> None:
+    def whole(handler: Handler, content: bytes) -> bool:
+        handler.begin(200, len(content))
+        handler.wfile.write(content)
+        return True
+
+    object_store.faults[KEY] = whole
+    assert large(object_store, location) == LARGE
+    assert object_store.asked("GET", KEY) == 2
+
+
+@both
+@pytest.mark.parametrize("content", [LARGE + b"x", LARGE[:-1], b"short", b""], ids=["longer", "shorter", "short", "empty"])
+def test_a_large_file_of_another_size_is_read_as_it_is(object_store: ObjectStore, location: Prefix, content: bytes) -> None:
+    assert large(object_store, location, content) == content
+
+
+@both
+def test_a_range_that_breaks_goes_on_where_it_broke(object_store: ObjectStore, location: Prefix) -> None:
+    turns = itertools.count()
+
+    def cut_the_third(handler: Handler, content: bytes) -> bool:
+        if next(turns) != 2:
+            return False
+        first, last = (int(part) for part in handler.headers["Range"].removeprefix("bytes=").split("-"))
+        handler.begin(206, last + 1 - first, ("Content-Range", f"bytes {first}-{last}/{len(content)}"))
+        handler.wfile.write(content[first : first + 1000])
+        handler.close_connection = True
+        return True
+
+    object_store.faults[KEY] = cut_the_third
+    assert large(object_store, location) == LARGE
+    assert object_store.asked("GET", KEY) == 7
+
+
+@both
+def test_a_range_that_is_refused_ends_the_transfer(object_store: ObjectStore, location: Prefix) -> None:
+    turns = itertools.count()
+    object_store.faults[KEY] = lambda handler, _: bool(next(turns) >= 2 and (handler.fail(403, "AccessDenied"), True)[1])
+    assert refused(lambda: large(object_store, location)).reason == "ARTIFACT_FORBIDDEN"
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("range")]
+
+
+@both
+def test_whoever_stops_reading_a_large_file_leaves_nothing_running(object_store: ObjectStore, location: Prefix) -> None:
+    object_store.objects[KEY] = LARGE
+    chunks = bucket(location).chunks("model.pt", len(LARGE))
+    assert LARGE.startswith(next(chunks))
+    chunks.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("range")]
 
 
 def test_a_silent_store_is_given_up(object_store: ObjectStore) -> None:
