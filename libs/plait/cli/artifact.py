@@ -29,6 +29,8 @@ Start here:
 
   plait artifact pack ranker/ --name ranker --format onnx --entry model.onnx --input x:float32:-1,80 --output score:float32:-1
 
+  plait artifact verify ranker/
+
   plait artifact push ranker/ s3://models/ranker/7
 """
 
@@ -52,9 +54,9 @@ def describe(place: PlaceArgument, allow_http: AllowHttpOption = False, as_json:
     if as_json:
         write_json(_document(found))
         return
-    manifest = found.manifest
+    manifest, signed = found.manifest, _signed(found)
     write_line(f"{manifest.name} ({manifest.format}), {len(manifest.files)} file(s), {found.size_bytes} bytes", "bold")
-    write_line(f"at {found.location}\n{found.digest}\n{_signed(found)}\n")
+    write_line(f"at {found.location}\n{found.digest}\n{signed}\n")
     tensors = [("input", t) for t in manifest.inputs] + [("output", t) for t in manifest.outputs]
     write_table(("", "tensor", "dtype", "shape", "per"), [(side, t.name, t.dtype, _shape(t), t.per) for side, t in tensors])
     write_line("")

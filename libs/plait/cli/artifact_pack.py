@@ -64,6 +64,9 @@ def pack(
 
     Example:  plait artifact pack two-tower/ --name two-tower --format torch_export --entry model.pt2
     --input user:float32:1,41:request --input item:float32:-1,64 --output score:float32:-1 --row-splits row_splits --self-test self_test.npz
+
+    Example:  plait artifact pack mlp/ --name mlp --format safetensors --entry model.safetensors --architecture mlp --config in=4
+    --config "hidden=[8]" --config out=1 --input x:float32:-1,4 --output y:float32:-1,1
     """
     from plait.errors import AlreadyExists, InvalidArgument, Violation  # noqa: PLC0415
     from plait.registry import artifact, records, signing  # noqa: PLC0415
@@ -77,6 +80,10 @@ def pack(
     label_files = dict(_pair("--labels", text, problems) for text in labels or ())
     given_values = {"--name": name, "--format": format_, "--entry": entry, "--input": inputs, "--output": outputs}
     problems += [Violation(flag, _what_is_missing(flag, folder)) for flag, value in given_values.items() if not value]
+    given_files = [("--entry", entry), ("--self-test", self_test), *(("--labels", file) for file in label_files.values())]
+    problems += [
+        Violation(flag, _what_is_not_there(file, folder)) for flag, file in given_files if file and not _is_published(folder, file)
+    ]
     if problems:
         raise InvalidArgument("model.yaml cannot be written yet", reason="ARTIFACT_INCOMPLETE", violations=problems)
     batching: dict[str, Any] = {"max_rows": max_rows, "max_queue_delay_ms": max_queue_delay_ms, "buckets": tuple(sorted(buckets or ()))}
@@ -133,6 +140,22 @@ def _check_self_test(folder: Path, manifest: ArtifactManifest) -> None:
         self_test.check(file.read_bytes(), manifest)
     except OSError as error:
         raise artifact.unreadable(file, error) from error
+
+
+def _is_published(folder: Path, name: str) -> bool:
+    """Say whether a name is one of the folder's own files, which hidden ones are not."""
+    inside = not name.startswith("/") and not any(part.startswith(".") for part in name.split("/"))
+    return inside and (folder / name).is_file()
+
+
+def _what_is_not_there(name: str, folder: Path) -> str:
+    return f"there is no file {name[:80]!r} that can be published; {_what_is_there(folder)}"
+
+
+def _what_is_there(folder: Path) -> str:
+    files = _visible(folder)
+    more = ", …" if len(files) > _SHOWN_FILES else ""
+    return f"here are {', '.join(files[:_SHOWN_FILES])}{more}" if files else "the folder is empty: put the model's files in it"
 
 
 def _visible(folder: Path) -> list[str]:
@@ -200,12 +223,6 @@ def _what_is_missing(flag: str, folder: Path) -> str:
         case "--format":
             return "which format is it? torch_export, torchscript, aotinductor, onnx or safetensors; pickle is never loaded"
         case "--entry":
-            files = _visible(folder)
-            more = ", …" if len(files) > _SHOWN_FILES else ""
-            return (
-                f"which file is loaded? here are {', '.join(files[:_SHOWN_FILES])}{more}"
-                if files
-                else "the folder is empty: put the model's files in it"
-            )
+            return f"which file is loaded? {_what_is_there(folder)}"
         case _:
             return f"which tensors? for example {flag} {'item:float32:-1,64' if flag == '--input' else 'score:float32:-1'}"

@@ -261,6 +261,8 @@ def _root(content: bytes, report: Report) -> Node | None:
 
 
 def _check(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
+    if not manifest.name.isprintable() or not 1 <= len(manifest.name) <= MAX_NAME_BYTES:
+        yield ("name",), f"expected 1 to {MAX_NAME_BYTES} characters that can be printed"
     yield from rules.check_signature(manifest.signature)
     yield from _check_batching(manifest)
     yield from _check_execution(manifest.execution)

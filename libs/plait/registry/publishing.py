@@ -64,11 +64,11 @@ def verify(found: Described, options: StoreOptions, trust: Trust, progress: Prog
         except FailedPrecondition as error:
             if error.reason != "ARTIFACT_CORRUPT":
                 raise
-            problems.append(Problem(where=name, message=error.message))
+            problems.append(Problem(where=name, message=error.metadata.get("problem", error.message)))
     if problems:
-        raise refusal(
-            FailedPrecondition, problems, f"the artifact at {found.location} is not what was published", reason="ARTIFACT_CORRUPT"
-        )
+        advice = " (if it was changed on purpose, pack it again with --replace)" if isinstance(found.location, Path) else ""
+        what = f"the artifact at {found.location} is not what was published{advice}"
+        raise refusal(FailedPrecondition, problems, what, reason="ARTIFACT_CORRUPT")
     _check_self_test(source, found.manifest)
 
 
@@ -84,12 +84,13 @@ def _check_self_test(source: Source, manifest: ArtifactManifest) -> None:
 def sign(folder: Path, private_pem: bytes) -> PublicKey:
     """Write `model.yaml.sig` for an artifact whose files are what its `model.yaml` says; return the public key.
 
-    Raises FailedPrecondition (ARTIFACT_MISSING, ARTIFACT_INVALID, ARTIFACT_CORRUPT, ARTIFACT_UNWRITABLE), InvalidArgument
-    (PRIVATE_KEY_INVALID).
+    Raises as `describe` and `verify` do, FailedPrecondition (ARTIFACT_UNWRITABLE), InvalidArgument (PRIVATE_KEY_INVALID).
     """
     content = read_manifest(FolderSource(folder))
-    artifact.verify_files(folder, artifact.parse(content, source=str(folder / artifact.FILE_NAME)))
     signature, public = signing.sign(content, private_pem)
+    manifest = artifact.parse(content, source=str(folder / artifact.FILE_NAME))
+    found = Described(location=folder, content=content, manifest=manifest, signature=None)
+    verify(found, StoreOptions(), Trust(required=False), lambda _: None)
     artifact.write_whole(folder / signing.FILE_NAME, signature)
     return public
 

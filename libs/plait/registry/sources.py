@@ -148,5 +148,7 @@ def verified(source: Source, name: str, expected: FileDigest) -> Iterator[bytes]
 
 def _corrupt(name: str, message: str) -> FailedPrecondition:
     return FailedPrecondition(
-        f"the artifact's file {name} is not what was published: {message}", reason="ARTIFACT_CORRUPT", metadata={"file": name}
+        f"the artifact's file {name} is not what was published: {message}",
+        reason="ARTIFACT_CORRUPT",
+        metadata={"file": name, "problem": message},
     )

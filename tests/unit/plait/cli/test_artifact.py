@@ -75,9 +75,9 @@ def test_everything_that_is_missing_is_said_at_once(plait: Plait) -> None:
 
 
 def test_what_model_yaml_may_not_say_is_told_by_field(plait: Plait) -> None:
-    result = plait(*PACK, "--format", "safetensors", "--entry", "nothing", "--instances", "99", *TENSORS)
+    result = plait(*PACK, "--format", "safetensors", "--name", "a\x1b[31m", "--instances", "99", *TENSORS)
     assert result.exit_code == 1
-    for part in ("architecture: is required", "entry: 'nothing' is not listed", "execution.instances: expected 1 to 64"):
+    for part in ("architecture: is required", "name: expected 1 to 255 characters", "execution.instances: expected 1 to 64"):
         assert part in result.stderr
     assert not Path("m/model.yaml").exists()
 
@@ -120,6 +120,15 @@ def test_every_flag_reaches_model_yaml(plait: Plait) -> None:
     assert (batching.row_splits, batching.max_rows, batching.max_queue_rows, batching.buckets) == ("splits", 64000, 64000, (8, 64))
     assert (found.feature_set, batching.max_queue_delay_ms, found.execution.instances, found.execution.kind) == ("home", 5.0, 2, "process")
     assert found.self_test == artifact.SelfTest(file="test.npz", tolerance=0.01)
+
+
+def test_files_that_are_not_there_are_told_with_those_that_are(plait: Plait) -> None:
+    Path("m/.hidden").write_bytes(b"")
+    flags = ("--entry", "../m/model.onnx", "--self-test", "gone.npz", "--labels", "score=.hidden")
+    result = plait(*PACK, *TENSORS, *flags)
+    assert "[ARTIFACT_INCOMPLETE]" in result.stderr
+    for flag, name in (("--entry", "../m/model.onnx"), ("--self-test", "gone.npz"), ("--labels", ".hidden")):
+        assert f"{flag}: there is no file '{name}' that can be published; here are labels.txt, model.onnx" in result.stderr
 
 
 PICKLES: dict[str, bytes] = {
@@ -204,8 +213,9 @@ def test_every_file_that_differs_is_named(plait: Plait) -> None:
     Path("m/model.onnx").write_bytes(b"weightz")
     Path("m/labels.txt").unlink()
     message = plait("artifact", "verify", "m").stderr
-    assert "labels.txt is not what was published: it is missing" in message
-    assert "model.onnx is not what was published: expected sha256" in message
+    assert "pack it again with --replace" in message
+    assert "labels.txt: it is missing" in message
+    assert "model.onnx: expected sha256" in message
 
 
 def test_a_model_yaml_that_cannot_be_written_is_told(plait: Plait) -> None:
@@ -283,6 +293,16 @@ def test_what_cannot_be_done_is_told(plait: Plait, object_store: ObjectStore, wo
     result = plait("artifact", *words)
     assert (result.exit_code, result.stdout) == (1, "")
     assert says in result.stderr
+
+
+def test_a_broken_signature_is_told_before_anything_is_printed_or_sent(plait: Plait, object_store: ObjectStore) -> None:
+    good(plait(*PACK, *TENSORS))
+    Path("m/model.yaml.sig").write_bytes(b"nonsense")
+    for words in (("describe", "m"), ("describe", "m", "--json"), ("push", "m", "s3://models/m", "--allow-http")):
+        result = plait("artifact", *words)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "[SIGNATURE_INVALID]" in result.stderr
+    assert object_store.objects == {}
 
 
 def test_a_key_is_never_written_over(plait: Plait) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -266,3 +267,20 @@ def test_writing_refuses_an_entry_that_is_not_there(folder: Path) -> None:
     with pytest.raises(FailedPrecondition, match=r"'other\.pt' is not listed"):
         artifact.write(folder, dataclasses.replace(MANIFEST, entry="other.pt"))
     assert not (folder / "model.yaml").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["extra", "extra/vocab.txt"])
+def test_what_may_not_be_read_is_told_as_that_and_never_left_out(folder: Path, name: str) -> None:
+    artifact.write(folder, MANIFEST)
+    found = artifact.read(folder)
+    before = (folder / name).stat().st_mode
+    (folder / name).chmod(0)
+    for act in (lambda: artifact.write(folder, MANIFEST), lambda: artifact.verify_files(folder, found)):
+        with pytest.raises(FailedPrecondition, match="may not be read by this process") as refused:
+            act()
+        assert refused.value.reason == "ARTIFACT_FORBIDDEN"
+    (folder / name).chmod(before)
+    (folder / "model.yaml").chmod(0)
+    with pytest.raises(FailedPrecondition, match="may not be read by this process"):
+        artifact.read(folder)

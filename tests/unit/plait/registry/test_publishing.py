@@ -110,5 +110,5 @@ def test_only_what_is_whole_is_signed(folder: Path) -> None:
 def test_rot_in_the_store_is_found(folder: Path, object_store: ObjectStore) -> None:
     found = publishing.push(folder, S3, OPTIONS, lambda _: None)
     object_store.objects["models/m/1/model.onnx"] = WEIGHTS[:-1] + b"x"
-    with pytest.raises(PlaitError, match=r"model\.onnx is not what was published"):
+    with pytest.raises(PlaitError, match=r"model\.onnx: expected sha256"):
         publishing.verify(found, OPTIONS, FREE, lambda _: None)
