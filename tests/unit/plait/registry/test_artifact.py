@@ -269,13 +269,14 @@ def test_writing_refuses_an_entry_that_is_not_there(folder: Path) -> None:
     assert not (folder / "model.yaml").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("name", ["extra", "extra/vocab.txt"])
 def test_what_may_not_be_read_is_told_as_that_and_never_left_out(folder: Path, name: str) -> None:
     artifact.write(folder, MANIFEST)
     found = artifact.read(folder)
     before = (folder / name).stat().st_mode
     (folder / name).chmod(0)
+    if os.access(folder / name, os.R_OK):
+        pytest.skip("this user, root, may read everything")
     for act in (lambda: artifact.write(folder, MANIFEST), lambda: artifact.verify_files(folder, found)):
         with pytest.raises(FailedPrecondition, match="may not be read by this process") as refused:
             act()

@@ -109,13 +109,14 @@ def test_folders_need_no_object_store_library(tmp_path: Path, monkeypatch: pytes
         open_source(Prefix(scheme="s3", bucket="models", path="m"), OPTIONS)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("name", ["deep", "deep/vocab.txt"])
 def test_a_file_that_may_not_be_read_is_told_from_one_that_is_not_there(tmp_path: Path, name: str) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "vocab.txt").write_bytes(b"a")
     before = (tmp_path / name).stat().st_mode
     (tmp_path / name).chmod(0)
+    if os.access(tmp_path / name, os.R_OK):
+        pytest.skip("this user, root, may read everything")
     assert refusal(FolderSource(tmp_path), "deep/vocab.txt", digest(b"a")).reason == "ARTIFACT_FORBIDDEN"
     (tmp_path / name).chmod(before)
 
