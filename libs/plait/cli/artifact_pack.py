@@ -109,7 +109,7 @@ def pack(
     artifact.write_whole(folder / artifact.FILE_NAME, content)
     signature = folder / signing.FILE_NAME
     if signature.exists():
-        signature.unlink()
+        artifact.remove(signature)
         write_note(f"{signature} was of the former model.yaml and is deleted: sign again")
     _tell(folder, artifact.read(folder), artifact.digest_of(content), as_json=as_json)
 

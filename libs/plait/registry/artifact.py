@@ -167,6 +167,14 @@ def write_whole(file: Path, content: bytes) -> None:
         raise FailedPrecondition(f"{file} cannot be written: {error.strerror}", reason="ARTIFACT_UNWRITABLE") from error
 
 
+def remove(file: Path) -> None:
+    """Delete a file of an artifact. Raises FailedPrecondition (ARTIFACT_UNWRITABLE)."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise FailedPrecondition(f"{file} cannot be deleted: {error.strerror}", reason="ARTIFACT_UNWRITABLE") from error
+
+
 def digest(path: Path | str) -> str:
     """Return "sha256:<hex>" of the artifact's `model.yaml`. Raises FailedPrecondition (ARTIFACT_MISSING)."""
     return digest_of(_manifest_bytes(manifest_file(path)))

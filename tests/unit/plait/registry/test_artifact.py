@@ -285,3 +285,11 @@ def test_what_may_not_be_read_is_told_as_that_and_never_left_out(folder: Path, n
     (folder / "model.yaml").chmod(0)
     with pytest.raises(FailedPrecondition, match="may not be read by this process"):
         artifact.read(folder)
+
+
+def test_what_cannot_be_deleted_is_told(folder: Path) -> None:
+    artifact.remove(folder / "model.pt")
+    artifact.remove(folder / "model.pt")
+    with pytest.raises(FailedPrecondition, match="cannot be deleted") as refused:
+        artifact.remove(folder / "extra")
+    assert refused.value.reason == "ARTIFACT_UNWRITABLE"

@@ -193,6 +193,17 @@ def test_nobody_listening(object_store: ObjectStore, location: Prefix, monkeypat
 
 
 @both
+def test_what_an_endpoint_holds_besides_its_address_is_not_repeated(
+    object_store: ObjectStore, location: Prefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = object_store.url.replace("http://", "http://test-key:test-secret@")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    monkeypatch.setenv("GOOGLE_BASE_URL", url)
+    object_store.faults[KEY] = lambda handler, _: (handler.fail(403, "AccessDenied"), True)[1]
+    assert refused(lambda: bucket(location).read("model.pt", 100)).reason in {"ARTIFACT_FORBIDDEN", "ARTIFACT_STORE_UNAVAILABLE"}
+
+
+@both
 def test_http_needs_to_be_allowed(object_store: ObjectStore, location: Prefix) -> None:
     object_store.objects[KEY] = b"weights"
     error = refused(lambda: bucket(location, allow_http=False).read("model.pt", 100))
