@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save
 from tests.fakes.artifacts import artifact_of
 from tests.fakes.distribution import install
@@ -239,3 +241,24 @@ def test_an_installed_architecture_that_does_not_work_is_told_with_its_distribut
 
 def test_a_config_that_is_wrong_is_told_rather_than_what_the_architecture_made_of_it(acme: Path) -> None:
     assert "in: expected a whole number" in refused(Architecture(name="picky", config={"in": -1}), save(SCALED)).message
+
+
+VALUES = st.one_of(
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.booleans(),
+    st.text(max_size=8),
+    st.lists(st.integers(-1, 2**40), max_size=300).map(tuple),
+    st.sampled_from(["relu", "probability", "logit", (1, 2), (2**31,), 1, 3]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([MLP, RANKER, DLRM, WIDE]), st.data())
+def test_any_config_is_right_or_refused(architecture: Architecture, data: st.DataObject) -> None:
+    changed = data.draw(st.dictionaries(st.sampled_from([*architecture.config, "activation", "output", "more"]), VALUES, max_size=4))
+    content = save(weights_of(architecture))
+    try:
+        architectures.build(Architecture(name=architecture.name, config={**architecture.config, **changed}), content)
+    except FailedPrecondition as error:
+        assert error.reason == "ARTIFACT_INVALID"  # noqa: PT017 - what was drawn may be right
