@@ -95,6 +95,11 @@ class Bucket:
         with self._errors(name):
             obstore.put(self._store, name, content, mode="create", use_multipart=False)
 
+    def delete(self, name: str) -> None:
+        """Delete a file; one that is not there is no error."""
+        with self._errors(name):
+            obstore.delete(self._store, name)
+
     def _first_range(self, name: str) -> obstore.GetResult | None:
         try:
             return self._get(name, {"range": (0, _RANGE_BYTES)})
