@@ -119,7 +119,7 @@ def push(folder: Path, to: Prefix, options: StoreOptions, progress: Progress) ->
                 for name, expected in found.manifest.files.items():
                     bucket.write(name, _reported(FolderSource(folder), name, expected, progress), expected.size_bytes)
                 _write_signature(bucket, found)
-                bucket.create(artifact.FILE_NAME, found.content)
+                _create_manifest(bucket, found)
     else:
         _write_signature(bucket, found)
     return describe(to, options)
@@ -164,6 +164,14 @@ def _is_there(bucket: Bucket, found: Described) -> bool:
         message = f"another artifact is at {bucket}: what is published is never changed; push this one to a folder of its own"
         raise AlreadyExists(message, reason="ARTIFACT_EXISTS")
     return there is not None
+
+
+def _create_manifest(bucket: Bucket, found: Described) -> None:
+    try:
+        bucket.create(artifact.FILE_NAME, found.content)
+    except AlreadyExists:
+        if not _is_there(bucket, found):  # ours: an answer that was lost on its way, or somebody who pushed the same
+            raise
 
 
 def _write_signature(bucket: Bucket, found: Described) -> None:

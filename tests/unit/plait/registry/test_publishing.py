@@ -102,6 +102,12 @@ def test_of_two_who_push_different_artifacts_at_once_one_is_told(folder: Path, o
     assert object_store.objects["models/m/1/model.yaml"] == b"theirs"
 
 
+def test_of_two_who_push_the_same_artifact_at_once_both_are_right(folder: Path, object_store: ObjectStore) -> None:
+    content = (folder / "model.yaml").read_bytes()
+    publishing.push(folder, S3, OPTIONS, lambda _: object_store.objects.__setitem__("models/m/1/model.yaml", content))
+    assert object_store.objects == {f"models/m/1/{f.name}": f.read_bytes() for f in folder.iterdir()}
+
+
 def other(folder: Path) -> Path:
     """Return another artifact, whose files have the same names."""
     made = folder.with_name("other")
