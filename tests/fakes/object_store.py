@@ -30,6 +30,7 @@ class ObjectStore:
         self.requests: Counter[tuple[str, str]] = Counter()
         self.order: list[tuple[str, str]] = []
         self.faults: dict[str, Fault] = {}
+        self.undeletable: set[str] = set()
         self.authorizations: set[str] = set()
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.lock = threading.Lock()
@@ -120,6 +121,9 @@ class Handler(BaseHTTPRequestHandler):
         name, query = self._name()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         store = self.server.store
+        if "delete" in query:
+            self._delete_all(name, [unquote(key) for key in re.findall(r"<Key>([^<]+)</Key>", body.decode())])
+            return
         if "uploads" in query:
             upload = secrets.token_hex(8)
             store.uploads[upload] = {}
@@ -131,9 +135,25 @@ class Handler(BaseHTTPRequestHandler):
         self._xml('<CompleteMultipartUploadResult><ETag>"whole"</ETag></CompleteMultipartUploadResult>')
 
     def do_DELETE(self) -> None:
-        _, query = self._name()
-        self.server.store.uploads.pop(query.get("uploadId", [""])[0], None)
+        name, query = self._name()
+        if query.get("uploadId"):
+            self.server.store.uploads.pop(query["uploadId"][0], None)
+        elif not self._delete(name):
+            self.fail(403, "AccessDenied")
+            return
         self.begin(204, 0)
+
+    def _delete(self, name: str) -> bool:
+        store = self.server.store
+        if name not in store.undeletable:
+            store.objects.pop(name, None)
+        return name not in store.undeletable
+
+    def _delete_all(self, bucket: str, keys: list[str]) -> None:
+        """S3's DeleteObjects, which obstore deletes single objects with, too."""
+        done, refused = "<Deleted><Key>{}</Key></Deleted>", "<Error><Key>{}</Key><Code>AccessDenied</Code><Message>no</Message></Error>"
+        answers = "".join((done if self._delete(f"{bucket}/{key}") else refused).format(key) for key in keys)
+        self._xml(f"<DeleteResult>{answers}</DeleteResult>")
 
     def send(self, content: bytes) -> None:
         """Answer with an object, or with the part of it that was asked for."""
@@ -141,6 +161,9 @@ class Handler(BaseHTTPRequestHandler):
         if asked is None:
             self.begin(200, len(content))
             self.wfile.write(content)
+            return
+        if int(asked[1]) >= len(content):
+            self.fail(416, "InvalidRange")
             return
         first, last = int(asked[1]), min(int(asked[2] or len(content) - 1), len(content) - 1)
         self.begin(206, last + 1 - first, ("Content-Range", f"bytes {first}-{last}/{len(content)}"))

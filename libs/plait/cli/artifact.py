@@ -29,6 +29,8 @@ Start here:
 
   plait artifact pack ranker/ --name ranker --format onnx --entry model.onnx --input x:float32:-1,80 --output score:float32:-1
 
+  plait artifact verify ranker/
+
   plait artifact push ranker/ s3://models/ranker/7
 """
 
@@ -52,9 +54,9 @@ def describe(place: PlaceArgument, allow_http: AllowHttpOption = False, as_json:
     if as_json:
         write_json(_document(found))
         return
-    manifest = found.manifest
+    manifest, signed = found.manifest, _signed(found)
     write_line(f"{manifest.name} ({manifest.format}), {len(manifest.files)} file(s), {found.size_bytes} bytes", "bold")
-    write_line(f"at {found.location}\n{found.digest}\n{_signed(found)}\n")
+    write_line(f"at {found.location}\n{found.digest}\n{signed}\n")
     tensors = [("input", t) for t in manifest.inputs] + [("output", t) for t in manifest.outputs]
     write_table(("", "tensor", "dtype", "shape", "per"), [(side, t.name, t.dtype, _shape(t), t.per) for side, t in tensors])
     write_line("")
@@ -103,10 +105,15 @@ def keygen(
 
     Example:  plait artifact keygen --out signing.pem
     """
+    from plait.errors import AlreadyExists, InvalidArgument  # noqa: PLC0415
     from plait.registry import signing  # noqa: PLC0415
 
-    pem, public = signing.generate()
     public_file = out.with_suffix(".pub")
+    if public_file == out:
+        raise InvalidArgument(f"{out} is where the public key would go: choose another --out, {out.with_suffix('.pem')}", reason="KEY_NAME")
+    if public_file.exists():
+        raise AlreadyExists(f"{public_file} is there already; a key is never written over: choose another --out", reason="KEY_EXISTS")
+    pem, public = signing.generate()
     _write_new(out, pem, mode=0o600)
     _write_new(public_file, f"{public}\n".encode(), mode=0o644)
     if as_json:
@@ -127,7 +134,7 @@ def sign(
     """
     from plait.registry import artifact, publishing, signing  # noqa: PLC0415
 
-    public = publishing.sign(folder, key.read_bytes())
+    public = publishing.sign(folder, _key_bytes(key))
     if as_json:
         write_json({"file": str(folder / signing.FILE_NAME), "digest": artifact.digest(folder), "key_id": public.id})
         return
@@ -215,6 +222,15 @@ def _key_text(given: str) -> str:
         raise InvalidArgument(f"{given} is neither ed25519:… nor a file that holds it", reason="PUBLIC_KEY_INVALID") from error
 
 
+def _key_bytes(file: Path) -> bytes:
+    from plait.errors import FailedPrecondition  # noqa: PLC0415
+
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise FailedPrecondition(f"the key {file} cannot be read: {error.strerror}", reason="KEY_UNREADABLE") from error
+
+
 def _write_new(file: Path, content: bytes, *, mode: int) -> None:
     from plait.errors import AlreadyExists, FailedPrecondition  # noqa: PLC0415
 
@@ -224,5 +240,9 @@ def _write_new(file: Path, content: bytes, *, mode: int) -> None:
         raise AlreadyExists(f"{file} is there already; a key is never written over: choose another --out", reason="KEY_EXISTS") from error
     except OSError as error:
         raise FailedPrecondition(f"{file} cannot be written: {error.strerror}", reason="KEY_UNWRITABLE") from error
-    with os.fdopen(descriptor, "wb") as opened:
-        opened.write(content)
+    try:
+        with os.fdopen(descriptor, "wb") as opened:
+            opened.write(content)
+    except OSError as error:
+        file.unlink(missing_ok=True)  # half a key is none
+        raise FailedPrecondition(f"{file} cannot be written: {error.strerror}", reason="KEY_UNWRITABLE") from error

@@ -52,7 +52,9 @@ def pack(
     labels: Annotated[
         list[str] | None, typer.Option("--labels", metavar="OUTPUT=FILE", help="A text file with a class name a line.", show_default=False)
     ] = None,
-    self_test: Annotated[str, typer.Option(help="An .npz with arrays input.<name> and output.<name>.", show_default=False)] = "",
+    self_test: Annotated[
+        str, typer.Option(help="An .npz with arrays input.<name> and output.<name> (docs/formats.md: bytes, bfloat16).", show_default=False)
+    ] = "",
     tolerance: Annotated[float, typer.Option(help="How far the self test's answer may be off.")] = 1e-4,
     replace: Annotated[bool, typer.Option("--replace", help="Write over the model.yaml that is there; deletes its signature.")] = False,
     as_json: JsonOption = False,
@@ -63,18 +65,26 @@ def pack(
 
     Example:  plait artifact pack two-tower/ --name two-tower --format torch_export --entry model.pt2
     --input user:float32:1,41:request --input item:float32:-1,64 --output score:float32:-1 --row-splits row_splits --self-test self_test.npz
+
+    Example:  plait artifact pack mlp/ --name mlp --format safetensors --entry model.safetensors --architecture mlp --config in=4
+    --config "hidden=[8]" --config out=1 --input x:float32:-1,4 --output y:float32:-1,1
     """
     from plait.errors import AlreadyExists, InvalidArgument, Violation  # noqa: PLC0415
     from plait.registry import artifact, records, signing  # noqa: PLC0415
 
     if (folder / artifact.FILE_NAME).exists() and not replace:
         raise AlreadyExists(f"{folder / artifact.FILE_NAME} is there already: --replace writes over it", reason="ARTIFACT_EXISTS")
+    _refuse_pickle(folder, format_, entry)
     problems: list[Violation] = []
     tensors = [[_tensor(f"--{side}", text, problems) for text in given or ()] for side, given in (("input", inputs), ("output", outputs))]
     arguments = dict(_pair("--config", text, problems) for text in config or ())
     label_files = dict(_pair("--labels", text, problems) for text in labels or ())
     given_values = {"--name": name, "--format": format_, "--entry": entry, "--input": inputs, "--output": outputs}
     problems += [Violation(flag, _what_is_missing(flag, folder)) for flag, value in given_values.items() if not value]
+    given_files = [("--entry", entry), ("--self-test", self_test), *(("--labels", file) for file in label_files.values())]
+    problems += [
+        Violation(flag, _what_is_not_there(file, folder)) for flag, file in given_files if file and not _is_published(folder, file)
+    ]
     if problems:
         raise InvalidArgument("model.yaml cannot be written yet", reason="ARTIFACT_INCOMPLETE", violations=problems)
     batching: dict[str, Any] = {"max_rows": max_rows, "max_queue_delay_ms": max_queue_delay_ms, "buckets": tuple(sorted(buckets or ()))}
@@ -95,12 +105,63 @@ def pack(
         labels=label_files,
         self_test=artifact.SelfTest(file=self_test, tolerance=tolerance) if self_test else None,
     )
-    digest = artifact.write(folder, manifest)
+    content = artifact.compose(folder, manifest)
+    _check_self_test(folder, manifest)
+    artifact.write_whole(folder / artifact.FILE_NAME, content)
     signature = folder / signing.FILE_NAME
     if signature.exists():
-        signature.unlink()
+        artifact.remove(signature)
         write_note(f"{signature} was of the former model.yaml and is deleted: sign again")
-    _tell(folder, artifact.read(folder), digest, as_json=as_json)
+    _tell(folder, artifact.read(folder), artifact.digest_of(content), as_json=as_json)
+
+
+def _refuse_pickle(folder: Path, format_: str, entry: str) -> None:
+    """Say no before anything else is asked for: no answer to the other questions would help."""
+    from plait.registry import pickles  # noqa: PLC0415
+
+    if format_.lower() in pickles.NAMES:
+        raise pickles.refused(f"{format_} is no format for a model")
+    if entry:
+        if pickles.is_pickle(folder / entry):
+            raise pickles.refused(f"{entry} is a pickle")
+        return
+    files = _visible(folder)
+    if files and all(pickles.is_pickle(folder / name) for name in files):
+        raise pickles.refused(f"there is nothing but pickle in {folder} ({', '.join(files[:_SHOWN_FILES])})")
+
+
+def _check_self_test(folder: Path, manifest: ArtifactManifest) -> None:
+    """Say now what a worker would say of the self test."""
+    from plait.registry import artifact, self_test  # noqa: PLC0415
+
+    if manifest.self_test is None:
+        return
+    file = folder / manifest.self_test.file
+    try:
+        self_test.check(file.read_bytes(), manifest)
+    except OSError as error:
+        raise artifact.unreadable(file, error) from error
+
+
+def _is_published(folder: Path, name: str) -> bool:
+    """Say whether a name is one of the folder's own files, which hidden ones are not."""
+    inside = not name.startswith("/") and not any(part.startswith(".") for part in name.split("/"))
+    return inside and (folder / name).is_file()
+
+
+def _what_is_not_there(name: str, folder: Path) -> str:
+    return f"there is no file {name[:80]!r} that can be published; {_what_is_there(folder)}"
+
+
+def _what_is_there(folder: Path) -> str:
+    files = _visible(folder)
+    more = ", …" if len(files) > _SHOWN_FILES else ""
+    return f"here are {', '.join(files[:_SHOWN_FILES])}{more}" if files else "the folder is empty: put the model's files in it"
+
+
+def _visible(folder: Path) -> list[str]:
+    found = (f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
+    return sorted(name.encode(errors="backslashreplace").decode() for name in found)
 
 
 def _tell(folder: Path, manifest: ArtifactManifest, digest: str, *, as_json: bool) -> None:
@@ -163,12 +224,6 @@ def _what_is_missing(flag: str, folder: Path) -> str:
         case "--format":
             return "which format is it? torch_export, torchscript, aotinductor, onnx or safetensors; pickle is never loaded"
         case "--entry":
-            files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
-            more = ", …" if len(files) > _SHOWN_FILES else ""
-            return (
-                f"which file is loaded? here are {', '.join(files[:_SHOWN_FILES])}{more}"
-                if files
-                else "the folder is empty: put the model's files in it"
-            )
+            return f"which file is loaded? {_what_is_there(folder)}"
         case _:
             return f"which tensors? for example {flag} {'item:float32:-1,64' if flag == '--input' else 'score:float32:-1'}"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import re
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -44,6 +46,8 @@ _LISTED_FORMATS: Final = f"one of {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _NEVER_PICKLE: Final = "pickle is never loaded: export the model, or save its weights as safetensors"
 
 MAX_NAME_BYTES: Final = 255
+MAX_PATH_BYTES: Final = 900
+MAX_DEPTH: Final = 32
 MAX_INSTANCES: Final = 64
 MAX_DEVICES: Final = 16  # GPUs of one machine
 MAX_TIMEOUT_MS: Final = 3_600_000
@@ -62,7 +66,7 @@ class FileDigest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfTest:
-    """An .npz file (read without pickle) with arrays "input.<name>" and "output.<name>".
+    """An .npz file (read without pickle) with arrays "input.<name>" and "output.<name>", in the form that `plait.registry.self_test` tells.
 
     Outputs must agree to `tolerance`, absolute and relative.
     """
@@ -129,16 +133,47 @@ def parse(content: bytes, *, source: str) -> ArtifactManifest:
 def write(folder: Path | str, manifest: ArtifactManifest) -> str:
     """Write `model.yaml` with the digest of every file in the folder (hidden files excepted); return its own digest.
 
-    `manifest.files` is ignored and filled in. Raises FailedPrecondition (ARTIFACT_INVALID) where entry or self test are not there.
+    `manifest.files` is ignored and filled in. Raises FailedPrecondition: ARTIFACT_INVALID where entry or self test are not there, or a file
+    is none that can be published (a link out of the folder, a name that is not UTF-8); ARTIFACT_FORBIDDEN, ARTIFACT_UNWRITABLE.
     """
+    content = compose(folder, manifest)
+    write_whole(Path(folder) / FILE_NAME, content)
+    return digest_of(content)
+
+
+def compose(folder: Path | str, manifest: ArtifactManifest) -> bytes:
+    """Return what `write` would write, proven to be right. Raises as `write` does, except ARTIFACT_UNWRITABLE."""
     root = Path(folder)
     found = {name: _digest_of(root / name) for name in sorted(_files_in(root))}
     filled = dataclasses.replace(manifest, files=MappingProxyType(found))
     data = {"apiVersion": API_VERSION, "kind": KIND, **to_plain(filled, defaults=False)}
     content = dump(data).encode()
     parse(content, source=str(root / FILE_NAME))
-    (root / FILE_NAME).write_bytes(content)
-    return digest_of(content)
+    return content
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a small file whole or not at all, over what is there. Raises FailedPrecondition (ARTIFACT_UNWRITABLE)."""
+    draft = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        try:
+            with draft.open("xb") as opened:
+                opened.write(content)
+                opened.flush()
+                os.fsync(opened.fileno())
+            draft.replace(file)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise FailedPrecondition(f"{file} cannot be written: {error.strerror}", reason="ARTIFACT_UNWRITABLE") from error
+
+
+def remove(file: Path) -> None:
+    """Delete a file of an artifact. Raises FailedPrecondition (ARTIFACT_UNWRITABLE)."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise FailedPrecondition(f"{file} cannot be deleted: {error.strerror}", reason="ARTIFACT_UNWRITABLE") from error
 
 
 def digest(path: Path | str) -> str:
@@ -170,6 +205,22 @@ def verify_files(folder: Path | str, manifest: ArtifactManifest) -> None:
     problems = [p for name, expected in manifest.files.items() for p in _verify_file(root, name, expected)]
     if problems:
         raise refusal(FailedPrecondition, problems, f"the artifact in {root} is not what was published", reason="ARTIFACT_CORRUPT")
+
+
+def lies_inside(file: Path, folder: Path) -> bool:
+    """Say whether a file is below a folder once every link was followed; one that goes round in circles is nowhere."""
+    try:
+        return file.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):
+        return False
+
+
+def is_file(file: Path) -> bool:
+    """Say whether there is a plain file. Raises FailedPrecondition (ARTIFACT_FORBIDDEN) where a folder on the way is not ours to look into."""
+    try:
+        return file.is_file()
+    except OSError as error:
+        raise unreadable(file, error) from error
 
 
 def manifest_file(path: Path | str) -> Path:
@@ -219,6 +270,8 @@ def _root(content: bytes, report: Report) -> Node | None:
 
 
 def _check(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
+    if not manifest.name.isprintable() or not 1 <= len(manifest.name) <= MAX_NAME_BYTES:
+        yield ("name",), f"expected 1 to {MAX_NAME_BYTES} characters that can be printed"
     yield from rules.check_signature(manifest.signature)
     yield from _check_batching(manifest)
     yield from _check_execution(manifest.execution)
@@ -307,9 +360,9 @@ def _check_labels(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
 def _check_nesting(names: Iterable[str]) -> Iterable[rules.Finding]:
     known = set(names)
     for name in sorted(known):
-        inside = next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in known), None)
+        inside = next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in known.union(RESERVED)), None)
         if inside is not None:
-            yield ("files", name), f"lies inside {inside!r}, which is listed as a file"
+            yield ("files", name), f"lies inside {inside!r}, which is a file"
 
 
 def _check_file(name: str, file: FileDigest) -> Iterable[rules.Finding]:
@@ -317,6 +370,11 @@ def _check_file(name: str, file: FileDigest) -> Iterable[rules.Finding]:
         yield ("files", name), "must be a plain path inside the artifact's folder"
     if any(len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in name.split("/")):
         yield ("files", name), f"has a part of more than {MAX_NAME_BYTES} bytes, which file systems refuse"
+    if len(name.encode(errors="replace")) > MAX_PATH_BYTES or name.count("/") >= MAX_DEPTH:
+        yield (
+            ("files", name[:80]),
+            f"is longer than {MAX_PATH_BYTES} bytes or deeper than {MAX_DEPTH} folders, which not every place can hold",
+        )
     if name in RESERVED:
         yield ("files", name), "cannot be listed in itself: the registry and the signature vouch for it"
     if not _SHA256.match(file.sha256):
@@ -333,9 +391,9 @@ def _safe(name: str) -> bool:
 
 def _verify_file(root: Path, name: str, expected: FileDigest) -> Iterable[Problem]:
     file = root / PurePosixPath(name)
-    if not _safe(name) or not file.resolve().is_relative_to(root.resolve()):
+    if not _safe(name) or not lies_inside(file, root):
         yield Problem(where=name, message="lies outside the artifact's folder and is not opened")
-    elif not file.is_file():
+    elif not is_file(file):
         yield Problem(where=name, message="is missing")
     else:
         found = _digest_of(file)
@@ -344,11 +402,41 @@ def _verify_file(root: Path, name: str, expected: FileDigest) -> Iterable[Proble
             yield Problem(where=name, message=f"{wanted}, found {found.sha256} ({found.size_bytes} bytes)")
 
 
-def _files_in(root: Path) -> Iterable[str]:
-    for file in root.rglob("*"):
-        name = file.relative_to(root).as_posix()
-        if file.is_file() and name not in RESERVED and not any(part.startswith(".") for part in name.split("/")):
-            yield name
+def _files_in(root: Path) -> list[str]:
+    """Return the names of a folder's files, hidden ones excepted. What cannot be published is refused, never left out in silence."""
+    names: list[str] = []
+    problems: list[Problem] = []
+    for parent, folders, files in os.walk(root, onerror=_raise_unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent, name) for name in (*folders, *files) if not name.startswith(".")):
+            name = path.relative_to(root).as_posix()
+            trouble = _trouble_with(path, root)
+            if trouble:
+                problems.append(Problem(where=name.encode(errors="backslashreplace").decode(), message=trouble))
+            elif path.is_file() and name not in RESERVED:
+                names.append(name)
+    if problems:
+        raise refusal(FailedPrecondition, problems, f"not all of {root} can be published", reason="ARTIFACT_INVALID")
+    return names
+
+
+def _trouble_with(path: Path, root: Path) -> str:
+    """Say why a file or folder is not what another machine could be given, or return nothing."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8: rename it"
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return "is a link to nothing: delete it, or put the file itself there"
+    if path.is_symlink() and (path.is_dir() or not target.is_relative_to(root.resolve())):
+        return "is a link that is not followed, to a folder or out of this one: put the files themselves there"
+    return "" if path.is_file() or path.is_dir() else "is neither a file nor a folder: delete it"
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise unreadable(Path(error.filename), error) from error
 
 
 def _digest_of(file: Path) -> FileDigest:
@@ -359,7 +447,7 @@ def _digest_of(file: Path) -> FileDigest:
                 sha256.update(chunk)
                 size_bytes += len(chunk)
     except OSError as error:
-        raise FailedPrecondition(f"{file} cannot be read: {error.strerror}", reason="ARTIFACT_MISSING") from error
+        raise unreadable(file, error) from error
     return FileDigest(sha256=sha256.hexdigest(), size_bytes=size_bytes)
 
 
@@ -367,8 +455,17 @@ def _manifest_bytes(file: Path) -> bytes:
     try:
         with file.open("rb") as opened:
             return opened.read(MAX_BYTES + 1)
+    except PermissionError as error:
+        raise unreadable(file, error) from error
     except OSError as error:
         raise FailedPrecondition(f"there is no artifact at {file.parent}: {file} cannot be read", reason="ARTIFACT_MISSING") from error
+
+
+def unreadable(file: Path, error: OSError) -> FailedPrecondition:
+    """Return the error for a file or folder of this machine: ARTIFACT_FORBIDDEN where it is there and not ours to read, or ARTIFACT_MISSING."""
+    if isinstance(error, PermissionError):
+        return FailedPrecondition(f"{file} may not be read by this process: check its owner and mode", reason="ARTIFACT_FORBIDDEN")
+    return FailedPrecondition(f"{file} cannot be read: {error.strerror or type(error).__name__}", reason="ARTIFACT_MISSING")
 
 
 def _corrupt(where: str, message: str) -> FailedPrecondition:

@@ -36,14 +36,25 @@ def parse(text: str, base: Path) -> Location:
     """
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return (base / text).resolve()
+        return _folder(base / text)
     if scheme in ("s3", "gs"):
         return _prefix(cast("Literal['s3', 'gs']", scheme), rest)
     if scheme != "file":
         raise _refused(f"{scheme[:20]!r} is not a scheme artifacts come by; use a folder, file:///…, s3://… or gs://…")
     if not rest.startswith("/"):
         raise _refused("a file:// address needs an absolute path: file:///folder")
-    return Path(rest).resolve()
+    return _folder(Path(rest))
+
+
+def _folder(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links that go round in circles, a NUL in the name
+        raise _refused(f"{str(path)[:80]!r} cannot be the name of a folder: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    return "its links go round in circles" if isinstance(error, RuntimeError) else "it holds what no path may"
 
 
 def _prefix(scheme: Literal["s3", "gs"], rest: str) -> Prefix:

@@ -53,6 +53,8 @@ class Signed:
 
 def public_key(text: str) -> PublicKey:
     """Return the key written as "ed25519:<base64>". Raises InvalidArgument (PUBLIC_KEY_INVALID)."""
+    if "PRIVATE KEY" in text:
+        raise InvalidArgument("this is a private key, keep it to yourself: give the public one, the .pub file", reason="PUBLIC_KEY_INVALID")
     try:
         raw = base64.b64decode(text.strip().removeprefix(_PREFIX), validate=True)
     except (binascii.Error, ValueError):
@@ -144,7 +146,8 @@ def _private(pem: bytes) -> Ed25519PrivateKey:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        message = "this is not an Ed25519 private key in PEM without a password, as `plait artifact keygen` makes it"
+        half = " (this is a public one; the private one lies beside it)" if pem.lstrip().startswith(_PREFIX.encode()) else ""
+        message = f"this is not an Ed25519 private key in PEM without a password, as `plait artifact keygen` makes it{half}"
         raise InvalidArgument(message, reason="PRIVATE_KEY_INVALID") from None
     return key
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
-from plait.errors import FailedPrecondition
+from plait.errors import FailedPrecondition, InvalidArgument
 from plait.registry import artifact, signing
 from plait.registry.artifact import FileDigest
 from plait.registry.locations import Location
@@ -37,14 +37,15 @@ class StoreOptions:
 class Source(Protocol):
     """An artifact's files by their names in `model.yaml`; its `str` says where they lie.
 
-    Raises FailedPrecondition (ARTIFACT_MISSING, ARTIFACT_FORBIDDEN, ARTIFACT_STORE_MISCONFIGURED), Unavailable (ARTIFACT_STORE_UNAVAILABLE).
+    Raises FailedPrecondition (ARTIFACT_MISSING, ARTIFACT_FORBIDDEN, ARTIFACT_STORE_MISCONFIGURED), InvalidArgument (ARTIFACT_LOCATION),
+    Unavailable (ARTIFACT_STORE_UNAVAILABLE).
     """
 
     def read(self, name: str, most_bytes: int) -> bytes:
         """Return a small file, or its first `most_bytes` + 1 bytes where it is larger."""
 
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """Yield a file piece by piece as it arrives."""
+    def chunks(self, name: str, size_bytes: int = 0) -> Iterator[bytes]:
+        """Yield a file piece by piece as it arrives; the size it should have (0 = not known) helps to choose how it is fetched."""
 
 
 class FolderSource:
@@ -67,20 +68,20 @@ class FolderSource:
                 break
         return bytes(content)
 
-    def chunks(self, name: str) -> Iterator[bytes]:
+    def chunks(self, name: str, size_bytes: int = 0) -> Iterator[bytes]:
         file = self._folder / PurePosixPath(name)
-        if not file.resolve().is_relative_to(self._folder.resolve()):
+        if not artifact.lies_inside(file, self._folder):
             raise FailedPrecondition(f"{name} lies outside the artifact's folder and is not opened", reason="ARTIFACT_CORRUPT")
-        if not file.is_file():
+        if artifact.is_file(self._folder):
+            raise InvalidArgument(f"{self._folder} is a file: name the artifact's folder, where model.yaml is", reason="ARTIFACT_LOCATION")
+        if not artifact.is_file(file):
             raise FailedPrecondition(f"there is no file {name} in {self._folder}", reason="ARTIFACT_MISSING")
         try:
             with file.open("rb") as opened:
                 while chunk := opened.read(CHUNK_BYTES):
                     yield chunk
-        except PermissionError as error:
-            raise FailedPrecondition(f"{file} may not be read by this process", reason="ARTIFACT_FORBIDDEN") from error
         except OSError as error:
-            raise FailedPrecondition(f"{file} cannot be read: {error.strerror}", reason="ARTIFACT_MISSING") from error
+            raise artifact.unreadable(file, error) from error
 
 
 def open_source(location: Location, options: StoreOptions) -> Source:
@@ -129,7 +130,7 @@ def verified(source: Source, name: str, expected: FileDigest) -> Iterator[bytes]
     """
     sha256, size_bytes = hashlib.sha256(), 0
     try:
-        for chunk in source.chunks(name):
+        for chunk in source.chunks(name, expected.size_bytes):
             size_bytes += len(chunk)
             if size_bytes > expected.size_bytes:
                 raise _corrupt(name, f"it holds more than the {expected.size_bytes} bytes that were published")
@@ -147,5 +148,7 @@ def verified(source: Source, name: str, expected: FileDigest) -> Iterator[bytes]
 
 def _corrupt(name: str, message: str) -> FailedPrecondition:
     return FailedPrecondition(
-        f"the artifact's file {name} is not what was published: {message}", reason="ARTIFACT_CORRUPT", metadata={"file": name}
+        f"the artifact's file {name} is not what was published: {message}",
+        reason="ARTIFACT_CORRUPT",
+        metadata={"file": name, "problem": message},
     )

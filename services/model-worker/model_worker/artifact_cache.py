@@ -85,8 +85,7 @@ class ArtifactCache:
         self._timeout_s = timeout_s
         self._closed = threading.Event()
         with self._disk_errors():
-            for folder in (self.root, self._partial, self._trash, self._locks):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make_folders()
             self._sweep()
 
     def __repr__(self) -> str:
@@ -103,6 +102,7 @@ class ArtifactCache:
         """
         key = _key(digest)
         with self._disk_errors():
+            self._make_folders()  # who cleans up temporary folders may have taken them
             lease = Lease(self._folder(key), file_locks.acquire(self._use_lock(key), shared=True))
             try:
                 with file_locks.held(self._fetch_lock(key)):
@@ -151,8 +151,11 @@ class ArtifactCache:
             trust.check(content, found)
             assert found is not None  # noqa: S101 - the check refuses None
             draft = folder / f".{signing.FILE_NAME}.{secrets.token_hex(4)}"
-            _write(draft, found)
-            draft.replace(folder / signing.FILE_NAME)
+            try:
+                _write(draft, found)
+                draft.replace(folder / signing.FILE_NAME)
+            finally:
+                draft.unlink(missing_ok=True)
 
     # --- what is not
 
@@ -214,14 +217,16 @@ class ArtifactCache:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _make_room(self, size_bytes: int) -> None:
+        self._remove_dead_partials()
         # In this order, and by key: what arrives between the two looks is counted, and counted once.
         arriving = {folder.name.partition(".")[0]: _reserved_bytes(folder) for folder in self._partial.iterdir()}
+        promised = sum(max(0, _reserved_bytes(folder) - _size_bytes(folder)) for folder in self._partial.iterdir())
         kept = {_key_of(folder): _size_bytes(folder) for folder in self._kept()}
         used = sum((arriving | kept).values())
-        if size_bytes > self._free_bytes() + sum(kept.values()):
+        if size_bytes + promised > self._free_bytes() + sum(kept.values()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for key in sorted(kept, key=lambda key: _last_used_ns(self._folder(key))):
-            if used + size_bytes <= self._max_bytes and size_bytes <= self._free_bytes():
+            if used + size_bytes <= self._max_bytes and size_bytes + promised <= self._free_bytes():
                 return
             if self._evict(key):
                 used -= kept[key]
@@ -253,17 +258,26 @@ class ArtifactCache:
             self._folder(key).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
+    def _make_folders(self) -> None:
+        for folder in (self.root, self._partial, self._trash, self._locks):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
     def _sweep(self) -> None:
         """Delete what processes left behind that were killed."""
         for doomed in self._trash.iterdir():
             shutil.rmtree(doomed, ignore_errors=True)
+        self._remove_dead_partials()
+        for key in (path.stem for path in self._locks.glob("*.use")):
+            self._forget(key)
+
+    def _remove_dead_partials(self) -> None:
+        """Delete what nobody is fetching any more. Who fetches an artifact holds its use lock too, and that one is never somebody else's: the
+        fetch lock's file may have been deleted, by who had the use lock to himself, and made anew."""
         for key in {folder.name.partition(".")[0] for folder in self._partial.iterdir()}:
-            lock = file_locks.attempt(self._fetch_lock(key))
+            lock = file_locks.attempt(self._use_lock(key))
             if lock is not None:
                 self._remove_partial(key)
                 os.close(lock)
-        for key in (path.stem for path in self._locks.glob("*.use")):
-            self._forget(key)
 
     def _forget(self, key: str) -> None:
         """Delete the locks of an artifact that is neither here nor being fetched."""
@@ -278,9 +292,10 @@ class ArtifactCache:
         self._use_lock(key).unlink(missing_ok=True)
 
     def _remove_partial(self, key: str) -> None:
-        """Delete unfinished fetches of an artifact. Its fetch lock must be held: then nobody is at work on them."""
-        for folder in self._partial.glob(f"{key}.*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        """Delete unfinished fetches of an artifact. Its fetch lock, or its use lock exclusively, must be held: then nobody is at work on them."""
+        for folder in self._partial.iterdir():
+            if folder.name.partition(".")[0] == key:
+                shutil.rmtree(folder, ignore_errors=True)
 
     # --- where
 
@@ -387,7 +402,7 @@ def _sync_folder(folder: Path) -> None:
 def _touch(folder: Path) -> None:
     """Note that an artifact was used now, to the nanosecond: the kernel's own idea of now moves in steps of milliseconds."""
     now_ns = time.time_ns()
-    with contextlib.suppress(FileNotFoundError):  # it could not be fetched
+    with contextlib.suppress(OSError):  # it could not be fetched, or may not be written any more: no reason to keep its lock
         os.utime(folder, ns=(now_ns, now_ns))
 
 
@@ -409,4 +424,7 @@ def _size_bytes(folder: Path) -> int:
 
 
 def _reserved_bytes(partial: Path) -> int:
-    return int(partial.name.split(".")[1])
+    """Return what its name says, or what is in it where the name is none of ours."""
+    _, _, rest = partial.name.partition(".")
+    size_bytes = rest.partition(".")[0]
+    return int(size_bytes) if size_bytes.isdecimal() else _size_bytes(partial)

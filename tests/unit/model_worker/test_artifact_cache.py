@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,6 +260,36 @@ def test_locks_of_what_is_not_here_do_not_pile_up(tmp_path: Path) -> None:
     assert {path.stem for path in (again.root / "locks").iterdir()} == {kept_one.removeprefix("sha256:"), "space"}
 
 
+def test_what_is_under_way_is_not_swept_away_whatever_became_of_its_fetch_lock(tmp_path: Path, object_store: ObjectStore) -> None:
+    digest, cache = pushed(object_store, tmp_path / "m"), cache_in(tmp_path)
+    asked, over = threading.Event(), threading.Event()
+    object_store.faults[f"{KEY}/model.pt"] = lambda *_: bool(asked.set() or over.wait()) and False
+    with ThreadPoolExecutor(1) as pool:
+        fetching = pool.submit(take, cache, digest)
+        asked.wait()
+        (cache.root / "locks" / f"{digest.removeprefix('sha256:')}.fetch").unlink()  # as who evicts an artifact does
+        assert len(unfinished(cache_in(tmp_path))) == 1
+        over.set()
+        with fetching.result().lease as lease:
+            assert files(lease.folder) == files(tmp_path / "m")
+
+
+def test_what_dead_processes_reserved_is_no_obstacle_to_other_artifacts(tmp_path: Path) -> None:
+    cache = cache_in(tmp_path, max_bytes=20_000)
+    for name in (f"{'0' * 64}.19000.token", "not of ours"):
+        (cache.root / "partial" / name).mkdir()
+    digest = published(tmp_path / "m", b"w" * 12_000)
+    take(cache, digest, tmp_path / "m").lease.close()
+    assert unfinished(cache) == []
+
+
+def test_folders_that_were_cleaned_away_are_made_again(tmp_path: Path) -> None:
+    digest, cache = published(tmp_path / "m"), cache_in(tmp_path)
+    shutil.rmtree(cache.root)
+    with take(cache, digest, tmp_path / "m").lease as lease:
+        assert files(lease.folder) == files(tmp_path / "m")
+
+
 # --- rot
 
 
@@ -388,6 +419,28 @@ def test_a_full_disk_is_named_and_left_as_it_was(tmp_path: Path) -> None:
         assert said(child) == "ARTIFACT_DISK_FULL"
     assert kept(cache) == set()
     assert unfinished(cache) == []
+
+
+class SmallDisk(ArtifactCache):
+    """A cache on a disk that has room for 30 000 bytes, of which what is there is taken."""
+
+    def _free_bytes(self) -> int:
+        return 30_000 - sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+
+
+def test_what_others_are_still_to_write_is_not_promised_twice(tmp_path: Path, object_store: ObjectStore) -> None:
+    cache = SmallDisk(tmp_path / "cache", max_bytes=1 << 30)
+    first, second = pushed(object_store, tmp_path / "m", b"w" * 18_000), published(tmp_path / "n", b"n" * 18_000)
+    asked, over = threading.Event(), threading.Event()
+    object_store.faults[f"{KEY}/model.pt"] = lambda *_: bool(asked.set() or over.wait()) and False
+    with ThreadPoolExecutor(1) as pool:
+        fetching = pool.submit(take, cache, first)
+        asked.wait()
+        assert reason(cache, second, tmp_path / "n") == "ARTIFACT_DISK_FULL"
+        over.set()
+        fetching.result().lease.close()
+    take(cache, second, tmp_path / "n").lease.close()  # in the place of the first
+    assert kept(cache) == {second}
 
 
 def test_what_no_disk_can_hold_is_refused_before_it_is_fetched_or_anything_deleted(tmp_path: Path, object_store: ObjectStore) -> None:

@@ -7,12 +7,16 @@ import io
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 from tests.fakes.object_store import ObjectStore
 
-from model_worker import artifacts
+from model_worker import artifacts, backends, proof
 from model_worker.artifacts import Fetcher
+from model_worker.backends import LoadOptions
+from model_worker.ragged import Layout
 from model_worker.settings import ArtifactSettings
 from plait.errors import FailedPrecondition, InvalidArgument, Unavailable
 from plait.registry import artifact, signing
@@ -224,6 +228,73 @@ def pickled() -> bytes:
 )
 def test_a_self_test_that_cannot_be_used_is_named(tmp_path: Path, content: Any) -> None:
     assert reason(publish(tmp_path / "m", content)) == "SELF_TEST_UNUSABLE"
+
+
+def text_model(folder: Path, given: Any, expected: Any) -> ModelVersion:
+    """Publish a graph that repeats each of its strings, with a self test of these arrays."""
+    folder.mkdir()
+    x, y = (helper.make_tensor_value_info(name, TensorProto.STRING, ["n"]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("StringConcat", ["x", "x"], ["y"])], "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    np.savez(folder / "test.npz", **{"input.x": given, "output.y": expected})
+    specs = [TensorSpec(name=name, dtype="bytes", shape=(-1,)) for name in "xy"]
+    manifest = ArtifactManifest(
+        name="t", format="onnx", entry="model.onnx", inputs=(specs[0],), outputs=(specs[1],), self_test=SelfTest(file="test.npz")
+    )
+    return ModelVersion(version="1", artifact=str(folder), digest=artifact.write(folder, manifest))
+
+
+def packed(*elements: bytes) -> Any:
+    return np.frombuffer(b"".join(len(e).to_bytes(4, "little") + e for e in elements), np.uint8)
+
+
+def prove(version: ModelVersion) -> None:
+    made = artifacts.fetch(version, None)
+    layout = Layout.of(made.manifest.signature, made.manifest.batching)
+    proven = proof.prove(backends.load(made, LoadOptions()), layout, made, 64)
+    assert (proven.joins, proven.splits) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (np.array([b"ab", "é".encode()]), np.array([b"abab", "éé".encode()])),
+        (np.array(["ab", "é"]), np.array(["abab", "éé"])),
+        (packed(b"ab", b"", b"a\x00"), packed(b"abab", b"", b"a\x00a\x00")),
+        (packed(b"ab", b"c"), np.array([b"abab", b"cc"])),
+    ],
+    ids=["bytes", "text", "packed", "both"],
+)
+def test_a_model_of_strings_is_proven_by_its_self_test(tmp_path: Path, given: Any, expected: Any) -> None:
+    prove(text_model(tmp_path / "m", given, expected))
+
+
+def test_a_model_of_strings_that_answers_another_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition) as refused:
+        prove(text_model(tmp_path / "m", packed(b"a", b"b"), packed(b"aa", b"bb\x00")))
+    assert refused.value.reason == "SELF_TEST_FAILED"
+
+
+def test_packed_bytes_take_the_shape_beside_them(tmp_path: Path) -> None:
+    spec = TensorSpec(name="x", dtype="bytes", shape=(-1, 2))
+    np.savez(tmp_path / "test.npz", **{"input.x": packed(b"a", b"b\x00", b"", b"d"), "shape.input.x": np.int64([2, 2])})
+    with np.load(tmp_path / "test.npz") as arrays:
+        assert artifacts._member(arrays, "input.x", spec).tolist() == [[b"a", b"b\x00"], [b"", b"d"]]
+
+
+def test_a_bfloat16_self_test_is_read_as_such(tmp_path: Path) -> None:
+    array = np.array([1.5, -2], ml_dtypes.bfloat16)
+    np.savez(tmp_path / "test.npz", **{"input.x": array})
+    with np.load(tmp_path / "test.npz") as arrays:
+        found = artifacts._member(arrays, "input.x", TensorSpec(name="x", dtype="bfloat16", shape=(-1,)))
+    assert found.dtype == ml_dtypes.bfloat16
+    assert found.tolist() == array.tolist()
+
+
+def test_no_input_is_made_up_that_would_take_all_memory(tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition, match="publish a self test"):
+        artifacts._made_up(TensorSpec(name="x", dtype="float32", shape=(-1, 1 << 40)))
 
 
 def test_bytes_are_made_up_as_bytes() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,9 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path_factory: pyt
         ({"files": {"model.yaml": {"sha256": "0" * 64, "size_bytes": 1}}}, "files.model.yaml", "cannot be listed in itself"),
         ({"files": {"a/" + "ü" * 128: FILE}}, "files.a/" + "ü" * 128, "more than 255 bytes"),
         ({"files": {"a": FILE, "a/b": FILE}}, "files.a/b", "lies inside 'a'"),
+        ({"files": {"model.yaml/b": FILE}}, "files.model.yaml/b", "lies inside 'model.yaml'"),
+        ({"files": {"a/b/c" * 200: FILE}}, "files." + ("a/b/c" * 200)[:80], "longer than 900 bytes"),
+        ({"files": {"a/" * 32 + "b": FILE}}, "files." + "a/" * 32 + "b", "deeper than 32 folders"),
     ],
 )
 def test_a_bad_model_yaml_is_refused_field_by_field(change: dict[str, object], field: str, part: str, folder: Path) -> None:
@@ -266,3 +270,29 @@ def test_writing_refuses_an_entry_that_is_not_there(folder: Path) -> None:
     with pytest.raises(FailedPrecondition, match=r"'other\.pt' is not listed"):
         artifact.write(folder, dataclasses.replace(MANIFEST, entry="other.pt"))
     assert not (folder / "model.yaml").exists()
+
+
+@pytest.mark.parametrize("name", ["extra", "extra/vocab.txt"])
+def test_what_may_not_be_read_is_told_as_that_and_never_left_out(folder: Path, name: str) -> None:
+    artifact.write(folder, MANIFEST)
+    found = artifact.read(folder)
+    before = (folder / name).stat().st_mode
+    (folder / name).chmod(0)
+    if os.access(folder / name, os.R_OK):
+        pytest.skip("this user, root, may read everything")
+    for act in (lambda: artifact.write(folder, MANIFEST), lambda: artifact.verify_files(folder, found)):
+        with pytest.raises(FailedPrecondition, match="may not be read by this process") as refused:
+            act()
+        assert refused.value.reason == "ARTIFACT_FORBIDDEN"
+    (folder / name).chmod(before)
+    (folder / "model.yaml").chmod(0)
+    with pytest.raises(FailedPrecondition, match="may not be read by this process"):
+        artifact.read(folder)
+
+
+def test_what_cannot_be_deleted_is_told(folder: Path) -> None:
+    artifact.remove(folder / "model.pt")
+    artifact.remove(folder / "model.pt")
+    with pytest.raises(FailedPrecondition, match="cannot be deleted") as refused:
+        artifact.remove(folder / "extra")
+    assert refused.value.reason == "ARTIFACT_UNWRITABLE"

@@ -68,3 +68,11 @@ def test_any_address_is_a_prefix_or_refused(rest: str) -> None:
         return
     assert isinstance(found, Prefix)
     assert locations.parse(str(found), Path("/base")) == found
+
+
+def test_what_no_folder_can_be_called_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "around").symlink_to("around")
+    for text in ("around", "a\0b", "file:///a\0b"):
+        with pytest.raises(InvalidArgument, match="cannot be the name of a folder") as refused:
+            locations.parse(text, tmp_path)
+        assert refused.value.reason == "ARTIFACT_LOCATION"

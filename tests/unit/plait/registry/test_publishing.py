@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,7 +60,8 @@ def test_a_pushed_artifact_is_whole_where_it_lies(folder: Path, object_store: Ob
 def test_model_yaml_comes_last(folder: Path, object_store: ObjectStore) -> None:
     publishing.sign(folder, PEM)
     publishing.push(folder, S3, OPTIONS, lambda _: None)
-    written = [name for method, name in object_store.order if method in {"PUT", "POST"}]
+    written = [name for method, name in object_store.order if method in {"PUT", "POST"} and name != "models"]  # that one deletes the claim
+    assert written[0] == "models/m/1/model.yaml.push"
     assert written[-1] == "models/m/1/model.yaml"
     assert written.count("models/m/1/model.yaml") == 1
 
@@ -99,6 +102,68 @@ def test_of_two_who_push_different_artifacts_at_once_one_is_told(folder: Path, o
     assert object_store.objects["models/m/1/model.yaml"] == b"theirs"
 
 
+def test_of_two_who_push_the_same_artifact_at_once_both_are_right(folder: Path, object_store: ObjectStore) -> None:
+    content = (folder / "model.yaml").read_bytes()
+    publishing.push(folder, S3, OPTIONS, lambda _: object_store.objects.__setitem__("models/m/1/model.yaml", content))
+    assert object_store.objects == {f"models/m/1/{f.name}": f.read_bytes() for f in folder.iterdir()}
+
+
+def other(folder: Path) -> Path:
+    """Return another artifact, whose files have the same names."""
+    made = folder.with_name("other")
+    shutil.copytree(folder, made)
+    (made / "a vocab.txt").write_bytes(b"c\n")
+    artifact.write(made, artifact.read(made))
+    return made
+
+
+@both
+def test_nobody_writes_among_the_files_of_a_push_under_way(folder: Path, object_store: ObjectStore, to: Prefix) -> None:
+    theirs, reasons = other(folder), []
+
+    def they_try(_: int) -> None:
+        if not reasons:
+            reasons.append(reason(theirs, to))
+
+    found = publishing.push(folder, to, OPTIONS, they_try)
+    assert reasons == ["ARTIFACT_EXISTS"]
+    publishing.verify(found, OPTIONS, FREE, lambda _: None)
+    assert object_store.objects == {f"models/m/1/{f.name}": f.read_bytes() for f in folder.iterdir()}
+
+
+def test_what_came_just_before_the_claim_is_not_written_over(folder: Path, object_store: ObjectStore) -> None:
+    theirs = other(folder)
+    publishing.push(theirs, S3, OPTIONS, lambda _: None)
+    before = dict(object_store.objects)
+    turns = itertools.count()
+    object_store.faults["models/m/1/model.yaml"] = lambda handler, _: bool(not next(turns) and (handler.fail(404, "NoSuchKey"), True)[1])
+    assert reason(folder) == "ARTIFACT_EXISTS"
+    assert object_store.objects == before
+
+
+def test_the_claim_of_a_killed_process_is_taken_over_by_the_same_artifact_only(folder: Path, object_store: ObjectStore) -> None:
+    object_store.objects["models/m/1/model.yaml.push"] = artifact.digest(folder).encode()
+    with pytest.raises(PlaitError, match=r"or delete model\.yaml\.push there"):
+        publishing.push(other(folder), S3, OPTIONS, lambda _: None)
+    publishing.push(folder, S3, OPTIONS, lambda _: None)
+    assert "models/m/1/model.yaml.push" not in object_store.objects
+
+
+def test_a_push_that_fails_gives_up_its_claim(folder: Path, object_store: ObjectStore) -> None:
+    (folder / "model.onnx").write_bytes(WEIGHTS[:-1] + b"x")
+    assert reason(folder) == "ARTIFACT_CORRUPT"
+    artifact.write(folder, artifact.read(folder))
+    publishing.push(folder, S3, OPTIONS, lambda _: None)
+
+
+def test_who_may_not_delete_may_push(folder: Path, object_store: ObjectStore) -> None:
+    object_store.undeletable.add("models/m/1/model.yaml.push")
+    found = publishing.push(folder, S3, OPTIONS, lambda _: None)
+    publishing.verify(found, OPTIONS, FREE, lambda _: None)
+    publishing.push(folder, S3, OPTIONS, lambda _: None)
+    assert reason(other(folder)) == "ARTIFACT_EXISTS"
+
+
 def test_only_what_is_whole_is_signed(folder: Path) -> None:
     (folder / "a vocab.txt").write_bytes(b"c\n")
     with pytest.raises(PlaitError) as refused:
@@ -110,5 +175,5 @@ def test_only_what_is_whole_is_signed(folder: Path) -> None:
 def test_rot_in_the_store_is_found(folder: Path, object_store: ObjectStore) -> None:
     found = publishing.push(folder, S3, OPTIONS, lambda _: None)
     object_store.objects["models/m/1/model.onnx"] = WEIGHTS[:-1] + b"x"
-    with pytest.raises(PlaitError, match=r"model\.onnx is not what was published"):
+    with pytest.raises(PlaitError, match=r"model\.onnx: expected sha256"):
         publishing.verify(found, OPTIONS, FREE, lambda _: None)

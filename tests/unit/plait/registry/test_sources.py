@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.fakes.object_store import ObjectStore
 
-from plait.errors import FailedPrecondition, PlaitError
+from plait.errors import FailedPrecondition, InvalidArgument, PlaitError
 from plait.registry import locations
 from plait.registry.artifact import FileDigest
 from plait.registry.locations import Prefix
@@ -106,3 +107,27 @@ def test_folders_need_no_object_store_library(tmp_path: Path, monkeypatch: pytes
     assert isinstance(open_source(tmp_path, OPTIONS), FolderSource)
     with pytest.raises(FailedPrecondition, match=r"pip install 'plait\[artifacts\]'"):
         open_source(Prefix(scheme="s3", bucket="models", path="m"), OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["deep", "deep/vocab.txt"])
+def test_a_file_that_may_not_be_read_is_told_from_one_that_is_not_there(tmp_path: Path, name: str) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "vocab.txt").write_bytes(b"a")
+    before = (tmp_path / name).stat().st_mode
+    (tmp_path / name).chmod(0)
+    if os.access(tmp_path / name, os.R_OK):
+        pytest.skip("this user, root, may read everything")
+    assert refusal(FolderSource(tmp_path), "deep/vocab.txt", digest(b"a")).reason == "ARTIFACT_FORBIDDEN"
+    (tmp_path / name).chmod(before)
+
+
+def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"weights")
+    with pytest.raises(InvalidArgument, match=r"model\.onnx is a file: name the artifact's folder"):
+        read_manifest(FolderSource(tmp_path / "model.onnx"))
+
+
+def test_links_that_go_round_in_circles_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    assert refusal(FolderSource(tmp_path), "a", digest(b"x")).reason == "ARTIFACT_CORRUPT"
