@@ -26,15 +26,21 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from plait.api.types.v1 import types_pb2 as plait_dot_api_dot_types_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n plait/api/events/v1/events.proto\x12\x13plait.api.events.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1eplait/api/types/v1/types.proto\"\xb8\x02\n\x05\x45vent\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\tR\x07\x65ventId\x12\x32\n\x04type\x18\x02 \x01(\x0e\x32\x1e.plait.api.events.v1.EventTypeR\x04type\x12\x39\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x38\n\x07subject\x18\x04 \x01(\x0b\x32\x1e.plait.api.types.v1.EntityRowsR\x07subject\x12\x36\n\x06object\x18\x05 \x01(\x0b\x32\x1e.plait.api.types.v1.EntityRowsR\x06object\x12\x14\n\x05value\x18\x06 \x01(\x01R\x05value\x12\x1d\n\nrequest_id\x18\x07 \x01(\tR\trequestId*\xde\x01\n\tEventType\x12\x1a\n\x16\x45VENT_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45VENT_TYPE_VIEW\x10\x01\x12\x13\n\x0f\x45VENT_TYPE_LIKE\x10\x02\x12\x1a\n\x16\x45VENT_TYPE_ADD_TO_CART\x10\x03\x12\x19\n\x15\x45VENT_TYPE_MAKE_OFFER\x10\x04\x12\x1d\n\x19\x45VENT_TYPE_START_PURCHASE\x10\x05\x12 \n\x1c\x45VENT_TYPE_COMPLETE_PURCHASE\x10\x06\x12\x13\n\x0f\x45VENT_TYPE_RATE\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n plait/api/events/v1/events.proto\x12\x13plait.api.events.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1eplait/api/types/v1/types.proto\"\xb3\x03\n\x05\x45vent\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\tR\x07\x65ventId\x12\x32\n\x04type\x18\x02 \x01(\x0e\x32\x1e.plait.api.events.v1.EventTypeR\x04type\x12\x39\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x38\n\x07subject\x18\x04 \x01(\x0b\x32\x1e.plait.api.types.v1.EntityRowsR\x07subject\x12\x36\n\x06object\x18\x05 \x01(\x0b\x32\x1e.plait.api.types.v1.EntityRowsR\x06object\x12\x14\n\x05value\x18\x06 \x01(\x01R\x05value\x12\x1d\n\nrequest_id\x18\x07 \x01(\tR\trequestId\x12>\n\x06values\x18\x08 \x03(\x0b\x32&.plait.api.events.v1.Event.ValuesEntryR\x06values\x1a\x39\n\x0bValuesEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"\xf9\x01\n\nDeadLetter\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message\x12\x18\n\x07payload\x18\x04 \x01(\x0cR\x07payload\x12 \n\x0btraceparent\x18\x05 \x01(\tR\x0btraceparent\x12\x16\n\x06origin\x18\x06 \x01(\tR\x06origin\x12\x39\n\ndead_since\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tdeadSince\x12\x1a\n\x08redrives\x18\x08 \x01(\x05R\x08redrives*\xde\x01\n\tEventType\x12\x1a\n\x16\x45VENT_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45VENT_TYPE_VIEW\x10\x01\x12\x13\n\x0f\x45VENT_TYPE_LIKE\x10\x02\x12\x1a\n\x16\x45VENT_TYPE_ADD_TO_CART\x10\x03\x12\x19\n\x15\x45VENT_TYPE_MAKE_OFFER\x10\x04\x12\x1d\n\x19\x45VENT_TYPE_START_PURCHASE\x10\x05\x12 \n\x1c\x45VENT_TYPE_COMPLETE_PURCHASE\x10\x06\x12\x13\n\x0f\x45VENT_TYPE_RATE\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'plait.api.events.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EVENTTYPE']._serialized_start=438
-  _globals['_EVENTTYPE']._serialized_end=660
+  _globals['_EVENT_VALUESENTRY']._loaded_options = None
+  _globals['_EVENT_VALUESENTRY']._serialized_options = b'8\001'
+  _globals['_EVENTTYPE']._serialized_start=813
+  _globals['_EVENTTYPE']._serialized_end=1035
   _globals['_EVENT']._serialized_start=123
-  _globals['_EVENT']._serialized_end=435
+  _globals['_EVENT']._serialized_end=558
+  _globals['_EVENT_VALUESENTRY']._serialized_start=501
+  _globals['_EVENT_VALUESENTRY']._serialized_end=558
+  _globals['_DEADLETTER']._serialized_start=561
+  _globals['_DEADLETTER']._serialized_end=810
 # @@protoc_insertion_point(module_scope)

@@ -3,9 +3,11 @@
 isort:skip_file
 Events of a marketplace, as producers publish them. Feature views aggregate them; outcomes join them to rankings."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from plait.api.types.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
@@ -53,6 +55,26 @@ class Event(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ValuesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     EVENT_ID_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
     EVENT_TIME_FIELD_NUMBER: _builtins.int
@@ -60,6 +82,7 @@ class Event(_message.Message):
     OBJECT_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Unique per producer, at most 128 bytes."""
     type: Global___EventType.ValueType
@@ -77,6 +100,10 @@ class Event(_message.Message):
     def object(self) -> _types_pb2.EntityRows:
         """To what: one id. Absent where there is none."""
 
+    @_builtins.property
+    def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Further numbers that aggregations may name, at most 32, names as those of features."""
+
     def __init__(
         self,
         *,
@@ -87,11 +114,64 @@ class Event(_message.Message):
         object: _types_pb2.EntityRows | None = ...,
         value: _builtins.float = ...,
         request_id: _builtins.str = ...,
+        values: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time", "object", b"object", "subject", b"subject"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_id", b"event_id", "event_time", b"event_time", "object", b"object", "request_id", b"request_id", "subject", b"subject", "type", b"type", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_id", b"event_id", "event_time", b"event_time", "object", b"object", "request_id", b"request_id", "subject", b"subject", "type", b"type", "value", b"value", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Event: _TypeAlias = Event  # noqa: Y015
+
+@_typing.final
+class DeadLetter(_message.Message):
+    """An event that was not applied, kept so that it can be looked at and tried again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    DEAD_SINCE_FIELD_NUMBER: _builtins.int
+    REDRIVES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its place in the dead-letter stream; goes back in RedriveDeadLetters."""
+    reason: _builtins.str
+    """A stable word: EVENT_UNREADABLE, EVENT_ID_INVALID, EVENT_TYPE_UNKNOWN, EVENT_TIME_IN_FUTURE, EVENT_TIME_INVALID, EVENT_TOO_LATE,
+    ENTITY_ID_INVALID, ENTITY_ERASED, VALUE_INVALID.
+    """
+    message: _builtins.str
+    """What to do about it; holds no ids and no values."""
+    payload: _builtins.bytes
+    """The bytes as they came, at most 64 KiB."""
+    traceparent: _builtins.str
+    """W3C trace context of the producer, or empty."""
+    origin: _builtins.str
+    """Where it came from: source, partition and offset, for example "redis:events:1795520415043-0"."""
+    redrives: _builtins.int
+    """How often it was redriven before."""
+    @_builtins.property
+    def dead_since(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        payload: _builtins.bytes = ...,
+        traceparent: _builtins.str = ...,
+        origin: _builtins.str = ...,
+        dead_since: _timestamp_pb2.Timestamp | None = ...,
+        redrives: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dead_since", b"dead_since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dead_since", b"dead_since", "id", b"id", "message", b"message", "origin", b"origin", "payload", b"payload", "reason", b"reason", "redrives", b"redrives", "traceparent", b"traceparent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeadLetter: _TypeAlias = DeadLetter  # noqa: Y015

@@ -7,6 +7,8 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from plait.api.events.v1 import events_pb2 as _events_pb2
 from plait.api.types.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +20,64 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Durability:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Durability.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DURABILITY_UNSPECIFIED: _Durability.ValueType  # 0
+    DURABILITY_APPLIED: _Durability.ValueType  # 1
+    """In Redis' memory; a crash of its machine may lose the last second or more."""
+    DURABILITY_SYNCED: _Durability.ValueType  # 2
+    """In Redis' append-only file, synced."""
+    DURABILITY_REPLICATED: _Durability.ValueType  # 3
+    """In the memory of as many replicas as the service's settings ask for."""
+    DURABILITY_COMMITTED: _Durability.ValueType  # 4
+    """Committed in Postgres."""
+
+class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
+    """How safe what was acknowledged is."""
+
+DURABILITY_UNSPECIFIED: Durability.ValueType  # 0
+DURABILITY_APPLIED: Durability.ValueType  # 1
+"""In Redis' memory; a crash of its machine may lose the last second or more."""
+DURABILITY_SYNCED: Durability.ValueType  # 2
+"""In Redis' append-only file, synced."""
+DURABILITY_REPLICATED: Durability.ValueType  # 3
+"""In the memory of as many replicas as the service's settings ask for."""
+DURABILITY_COMMITTED: Durability.ValueType  # 4
+"""Committed in Postgres."""
+Global___Durability: _TypeAlias = Durability  # noqa: Y015
+
+class _RowSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RowSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RowSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROW_SOURCE_UNSPECIFIED: _RowSource.ValueType  # 0
+    ROW_SOURCE_NONE: _RowSource.ValueType  # 1
+    """Nowhere."""
+    ROW_SOURCE_NEAR_CACHE: _RowSource.ValueType  # 2
+    ROW_SOURCE_REDIS: _RowSource.ValueType  # 3
+    ROW_SOURCE_DURABLE: _RowSource.ValueType  # 4
+    ROW_SOURCE_FEAST: _RowSource.ValueType  # 5
+    """An existing online store of Feast."""
+
+class RowSource(_RowSource, metaclass=_RowSourceEnumTypeWrapper):
+    """Where a row was found."""
+
+ROW_SOURCE_UNSPECIFIED: RowSource.ValueType  # 0
+ROW_SOURCE_NONE: RowSource.ValueType  # 1
+"""Nowhere."""
+ROW_SOURCE_NEAR_CACHE: RowSource.ValueType  # 2
+ROW_SOURCE_REDIS: RowSource.ValueType  # 3
+ROW_SOURCE_DURABLE: RowSource.ValueType  # 4
+ROW_SOURCE_FEAST: RowSource.ValueType  # 5
+"""An existing online store of Feast."""
+Global___RowSource: _TypeAlias = RowSource  # noqa: Y015
 
 @_typing.final
 class GetFeaturesRequest(_message.Message):
@@ -31,6 +91,9 @@ class GetFeaturesRequest(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     MAX_DEFAULTED_SHARE_FIELD_NUMBER: _builtins.int
     INCLUDE_EVENT_TIMES_FIELD_NUMBER: _builtins.int
+    REQUEST_FEATURES_FIELD_NUMBER: _builtins.int
+    INCLUDE_AGES_FIELD_NUMBER: _builtins.int
+    MAX_DEFAULTED_CELLS_FIELD_NUMBER: _builtins.int
     feature_set: _builtins.str
     """At most 63 bytes."""
     policy: _types_pb2.MissingPolicy.ValueType
@@ -38,6 +101,10 @@ class GetFeaturesRequest(_message.Message):
     """Largest share (0 to 1) of (row, view) pairs that may be other than PRESENT or NULL; 0 = no bound of its own."""
     include_event_times: _builtins.bool
     """Also answer event times."""
+    include_ages: _builtins.bool
+    """Also answer ages."""
+    max_defaulted_cells: _builtins.float
+    """Largest share (0 to 1) of tensor cells that may hold a default in place of a value, nulls included; 0 = no bound."""
     @_builtins.property
     def entities(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.EntityRows]:
         """Exactly one message for every entity type the set (or the asked inputs) uses; at most 10 000 rows each."""
@@ -45,6 +112,12 @@ class GetFeaturesRequest(_message.Message):
     @_builtins.property
     def inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of model inputs wanted; none = all."""
+
+    @_builtins.property
+    def request_features(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Tensor]:
+        """Values of the set's request-time features, by declared name: shape [] or [1] for one per request, [ids of its entity type] for one
+        per row. INVALID_ARGUMENT (REQUEST_FEATURE_INVALID) where one is missing and has no default, unknown, or out of its declaration.
+        """
 
     def __init__(
         self,
@@ -55,10 +128,13 @@ class GetFeaturesRequest(_message.Message):
         policy: _types_pb2.MissingPolicy.ValueType = ...,
         max_defaulted_share: _builtins.float = ...,
         include_event_times: _builtins.bool = ...,
+        request_features: _abc.Iterable[_types_pb2.Tensor] | None = ...,
+        include_ages: _builtins.bool = ...,
+        max_defaulted_cells: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "feature_set", b"feature_set", "include_event_times", b"include_event_times", "inputs", b"inputs", "max_defaulted_share", b"max_defaulted_share", "policy", b"policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "feature_set", b"feature_set", "include_ages", b"include_ages", "include_event_times", b"include_event_times", "inputs", b"inputs", "max_defaulted_cells", b"max_defaulted_cells", "max_defaulted_share", b"max_defaulted_share", "policy", b"policy", "request_features", b"request_features"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -112,12 +188,18 @@ class ViewReport(_message.Message):
     STATUSES_FIELD_NUMBER: _builtins.int
     EVENT_TIMES_US_FIELD_NUMBER: _builtins.int
     STATUS_COUNTS_FIELD_NUMBER: _builtins.int
+    AGES_US_FIELD_NUMBER: _builtins.int
+    DEFAULTED_CELLS_FIELD_NUMBER: _builtins.int
     feature_view: _builtins.str
     entity_type: _builtins.str
     statuses: _builtins.bytes
     """One RowStatus per row, one byte each."""
     event_times_us: _builtins.bytes
     """Microseconds since the epoch, int64 little-endian each, 0 where there is no row; only when asked."""
+    ages_us: _builtins.bytes
+    """Microseconds between the event time and the answer, int64 little-endian each, -1 where there is no row; only when asked."""
+    defaulted_cells: _builtins.int
+    """Tensor cells from this view that hold a default in place of a value."""
     @_builtins.property
     def status_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """How many rows have the status with this number; index = RowStatus."""
@@ -130,10 +212,12 @@ class ViewReport(_message.Message):
         statuses: _builtins.bytes = ...,
         event_times_us: _builtins.bytes = ...,
         status_counts: _abc.Iterable[_builtins.int] | None = ...,
+        ages_us: _builtins.bytes = ...,
+        defaulted_cells: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entity_type", b"entity_type", "event_times_us", b"event_times_us", "feature_view", b"feature_view", "status_counts", b"status_counts", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ages_us", b"ages_us", "defaulted_cells", b"defaulted_cells", "entity_type", b"entity_type", "event_times_us", b"event_times_us", "feature_view", b"feature_view", "status_counts", b"status_counts", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -206,8 +290,18 @@ class FeatureBatch(_message.Message):
     SEQUENCES_FIELD_NUMBER: _builtins.int
     COLUMNS_FIELD_NUMBER: _builtins.int
     DELETED_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    BACKFILL_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_US_FIELD_NUMBER: _builtins.int
+    VIEW_VERSION_FIELD_NUMBER: _builtins.int
     feature_view: _builtins.str
     """At most 63 bytes."""
+    epoch: _builtins.int
+    """The epoch to write, for a backfill (scope `admin`); absent = every epoch in use."""
+    backfill: _builtins.bool
+    """These rows come from a backfill: a carry-over leaves them out."""
+    view_version: _builtins.int
+    """The version of the view to write; 0 = the current one. Older ones must still be pinned by a feature set."""
     @_builtins.property
     def ids(self) -> _types_pb2.EntityIds:
         """1 to 10 000 ids."""
@@ -228,6 +322,10 @@ class FeatureBatch(_message.Message):
     def deleted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
         """Rows to delete (a tombstone with an event time); one per row, or none."""
 
+    @_builtins.property
+    def expires_at_us(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """When each row becomes STALE, microseconds since the epoch, 0 = never; one per row, one for all, or none."""
+
     def __init__(
         self,
         *,
@@ -237,12 +335,18 @@ class FeatureBatch(_message.Message):
         sequences: _abc.Iterable[_builtins.int] | None = ...,
         columns: _abc.Iterable[Global___FeatureColumn] | None = ...,
         deleted: _abc.Iterable[_builtins.bool] | None = ...,
+        epoch: _builtins.int | None = ...,
+        backfill: _builtins.bool = ...,
+        expires_at_us: _abc.Iterable[_builtins.int] | None = ...,
+        view_version: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "ids", b"ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "deleted", b"deleted", "event_times_us", b"event_times_us", "feature_view", b"feature_view", "ids", b"ids", "sequences", b"sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "backfill", b"backfill", "columns", b"columns", "deleted", b"deleted", "epoch", b"epoch", "event_times_us", b"event_times_us", "expires_at_us", b"expires_at_us", "feature_view", b"feature_view", "ids", b"ids", "sequences", b"sequences", "view_version", b"view_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
+    _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epoch) -> _WhichOneofReturnType__epoch | None: ...
 
 Global___FeatureBatch: _TypeAlias = FeatureBatch  # noqa: Y015
 
@@ -256,12 +360,17 @@ class FeatureColumn(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     NULL_BITS_FIELD_NUMBER: _builtins.int
+    OFFSETS_FIELD_NUMBER: _builtins.int
     dtype: _types_pb2.DataType.ValueType
-    """Must be the features' declared dtype."""
+    """The features' declared dtype; timestamps are INT64 (microseconds since the epoch), strings are BYTES."""
     data: _builtins.bytes
-    """rows x features values, little-endian."""
+    """rows x features values, little-endian; a feature with a width has that many elements per value. For strings and lists the values one
+    after another, and `offsets` says where each begins.
+    """
     null_bits: _builtins.bytes
     """One bit per value, row-major, least significant first; 1 = null. Empty = no nulls."""
+    offsets: _builtins.bytes
+    """Strings and lists only: rows x features + 1 uint32 little-endian, ascending from 0, in bytes of `data`."""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The features in this block, all of `dtype`; several share one block so that a wide view travels as one matrix [rows, features]."""
@@ -273,10 +382,11 @@ class FeatureColumn(_message.Message):
         dtype: _types_pb2.DataType.ValueType = ...,
         data: _builtins.bytes = ...,
         null_bits: _builtins.bytes = ...,
+        offsets: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "features", b"features", "null_bits", b"null_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "features", b"features", "null_bits", b"null_bits", "offsets", b"offsets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -313,10 +423,13 @@ class WriteFeaturesResponse(_message.Message):
     APPLIED_FIELD_NUMBER: _builtins.int
     IGNORED_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
     applied: _builtins.int
     """Rows now in the store."""
     ignored: _builtins.int
     """Rows not newer than what is stored; not an error."""
+    durability: Global___Durability.ValueType
+    """How safe the applied rows are."""
     @_builtins.property
     def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowError]:
         """Rows refused, and why; the others were written."""
@@ -327,10 +440,11 @@ class WriteFeaturesResponse(_message.Message):
         applied: _builtins.int = ...,
         ignored: _builtins.int = ...,
         errors: _abc.Iterable[Global___RowError] | None = ...,
+        durability: Global___Durability.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "errors", b"errors", "ignored", b"ignored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "durability", b"durability", "errors", b"errors", "ignored", b"ignored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -348,7 +462,7 @@ class RowError(_message.Message):
     row: _builtins.int
     """Index in the batch."""
     reason: _builtins.str
-    """A stable word: EVENT_TIME_IN_FUTURE, EVENT_TIME_INVALID, ID_INVALID."""
+    """A stable word: EVENT_TIME_IN_FUTURE, EVENT_TIME_INVALID, EVENT_TIME_TOO_OLD, ID_INVALID, ENTITY_ERASED, VALUE_INVALID."""
     message: _builtins.str
     def __init__(
         self,
@@ -453,20 +567,26 @@ class DescribeFeatureSetResponse(_message.Message):
     FEATURE_SET_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
     REGISTRY_REVISION_FIELD_NUMBER: _builtins.int
+    REQUEST_FEATURES_FIELD_NUMBER: _builtins.int
     feature_set: _builtins.str
     registry_revision: _builtins.int
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___InputDescription]: ...
+    @_builtins.property
+    def request_features(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestFeatureDescription]:
+        """What a caller must (or, with a default, may) send along."""
+
     def __init__(
         self,
         *,
         feature_set: _builtins.str = ...,
         inputs: _abc.Iterable[Global___InputDescription] | None = ...,
         registry_revision: _builtins.int = ...,
+        request_features: _abc.Iterable[Global___RequestFeatureDescription] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature_set", b"feature_set", "inputs", b"inputs", "registry_revision", b"registry_revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature_set", b"feature_set", "inputs", b"inputs", "registry_revision", b"registry_revision", "request_features", b"request_features"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -515,6 +635,9 @@ class FeatureDescription(_message.Message):
     DEFAULT_VALUE_FIELD_NUMBER: _builtins.int
     MAX_AGE_S_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    VIEW_VERSION_FIELD_NUMBER: _builtins.int
+    EXPRESSION_FIELD_NUMBER: _builtins.int
     feature_view: _builtins.str
     feature: _builtins.str
     stored_dtype: _types_pb2.DataType.ValueType
@@ -523,6 +646,12 @@ class FeatureDescription(_message.Message):
     max_age_s: _builtins.float
     """Seconds after which a row is stale; 0 = never."""
     description: _builtins.str
+    width: _builtins.int
+    """Columns it takes in the tensor."""
+    view_version: _builtins.int
+    """The pinned or current version of the view."""
+    expression: _builtins.str
+    """The expression, for an on-demand transform."""
     def __init__(
         self,
         *,
@@ -532,13 +661,872 @@ class FeatureDescription(_message.Message):
         default_value: _builtins.float | None = ...,
         max_age_s: _builtins.float = ...,
         description: _builtins.str = ...,
+        width: _builtins.int = ...,
+        view_version: _builtins.int = ...,
+        expression: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_default_value", b"_default_value", "default_value", b"default_value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_value", b"_default_value", "default_value", b"default_value", "description", b"description", "feature", b"feature", "feature_view", b"feature_view", "max_age_s", b"max_age_s", "stored_dtype", b"stored_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_value", b"_default_value", "default_value", b"default_value", "description", b"description", "expression", b"expression", "feature", b"feature", "feature_view", b"feature_view", "max_age_s", b"max_age_s", "stored_dtype", b"stored_dtype", "view_version", b"view_version", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_value: _TypeAlias = _typing.Literal["default_value"]  # noqa: Y015
     _WhichOneofArgType__default_value: _TypeAlias = _typing.Literal["_default_value", b"_default_value"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__default_value) -> _WhichOneofReturnType__default_value | None: ...
 
 Global___FeatureDescription: _TypeAlias = FeatureDescription  # noqa: Y015
+
+@_typing.final
+class RequestFeatureDescription(_message.Message):
+    """One declared request-time feature."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    ENTITY_TYPE_FIELD_NUMBER: _builtins.int
+    DEFAULT_VALUE_FIELD_NUMBER: _builtins.int
+    MINIMUM_FIELD_NUMBER: _builtins.int
+    MAXIMUM_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    dtype: _types_pb2.DataType.ValueType
+    entity_type: _builtins.str
+    """The entity type whose rows it has one value for; empty = one per request."""
+    default_value: _builtins.float
+    minimum: _builtins.float
+    maximum: _builtins.float
+    description: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        dtype: _types_pb2.DataType.ValueType = ...,
+        entity_type: _builtins.str = ...,
+        default_value: _builtins.float | None = ...,
+        minimum: _builtins.float | None = ...,
+        maximum: _builtins.float | None = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_value", b"_default_value", "_maximum", b"_maximum", "_minimum", b"_minimum", "default_value", b"default_value", "maximum", b"maximum", "minimum", b"minimum"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_value", b"_default_value", "_maximum", b"_maximum", "_minimum", b"_minimum", "default_value", b"default_value", "description", b"description", "dtype", b"dtype", "entity_type", b"entity_type", "maximum", b"maximum", "minimum", b"minimum", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__default_value: _TypeAlias = _typing.Literal["default_value"]  # noqa: Y015
+    _WhichOneofArgType__default_value: _TypeAlias = _typing.Literal["_default_value", b"_default_value"]  # noqa: Y015
+    _WhichOneofReturnType__maximum: _TypeAlias = _typing.Literal["maximum"]  # noqa: Y015
+    _WhichOneofArgType__maximum: _TypeAlias = _typing.Literal["_maximum", b"_maximum"]  # noqa: Y015
+    _WhichOneofReturnType__minimum: _TypeAlias = _typing.Literal["minimum"]  # noqa: Y015
+    _WhichOneofArgType__minimum: _TypeAlias = _typing.Literal["_minimum", b"_minimum"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__default_value) -> _WhichOneofReturnType__default_value | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__maximum) -> _WhichOneofReturnType__maximum | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__minimum) -> _WhichOneofReturnType__minimum | None: ...
+
+Global___RequestFeatureDescription: _TypeAlias = RequestFeatureDescription  # noqa: Y015
+
+@_typing.final
+class ExplainFeaturesRequest(_message.Message):
+    """One entity of each type the set uses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_SET_FIELD_NUMBER: _builtins.int
+    ENTITIES_FIELD_NUMBER: _builtins.int
+    REQUEST_FEATURES_FIELD_NUMBER: _builtins.int
+    feature_set: _builtins.str
+    """At most 63 bytes."""
+    @_builtins.property
+    def entities(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.EntityRows]:
+        """Exactly one id each."""
+
+    @_builtins.property
+    def request_features(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Tensor]: ...
+    def __init__(
+        self,
+        *,
+        feature_set: _builtins.str = ...,
+        entities: _abc.Iterable[_types_pb2.EntityRows] | None = ...,
+        request_features: _abc.Iterable[_types_pb2.Tensor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "feature_set", b"feature_set", "request_features", b"request_features"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainFeaturesRequest: _TypeAlias = ExplainFeaturesRequest  # noqa: Y015
+
+@_typing.final
+class ExplainFeaturesResponse(_message.Message):
+    """Everything that went into the answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIEWS_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    REGISTRY_REVISION_FIELD_NUMBER: _builtins.int
+    registry_revision: _builtins.int
+    @_builtins.property
+    def views(self) -> _containers.RepeatedCompositeFieldContainer[Global___ViewExplanation]: ...
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Tensor]:
+        """The final tensors, one row each."""
+
+    @_builtins.property
+    def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___ColumnExplanation]: ...
+    def __init__(
+        self,
+        *,
+        views: _abc.Iterable[Global___ViewExplanation] | None = ...,
+        tensors: _abc.Iterable[_types_pb2.Tensor] | None = ...,
+        columns: _abc.Iterable[Global___ColumnExplanation] | None = ...,
+        registry_revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "registry_revision", b"registry_revision", "tensors", b"tensors", "views", b"views"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainFeaturesResponse: _TypeAlias = ExplainFeaturesResponse  # noqa: Y015
+
+@_typing.final
+class ViewExplanation(_message.Message):
+    """One stored row."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_VIEW_FIELD_NUMBER: _builtins.int
+    VIEW_VERSION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    SCHEMA_ID_FIELD_NUMBER: _builtins.int
+    EVENT_TIME_US_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_US_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    AGE_US_FIELD_NUMBER: _builtins.int
+    DELETED_FIELD_NUMBER: _builtins.int
+    BACKFILLED_FIELD_NUMBER: _builtins.int
+    TIME_TO_LIVE_S_FIELD_NUMBER: _builtins.int
+    feature_view: _builtins.str
+    view_version: _builtins.int
+    epoch: _builtins.int
+    status: _types_pb2.RowStatus.ValueType
+    source: Global___RowSource.ValueType
+    key: _builtins.bytes
+    """The key in Redis; holds the id."""
+    stored: _builtins.bytes
+    """As stored, empty where there is no row."""
+    schema_id: _builtins.int
+    event_time_us: _builtins.int
+    expires_at_us: _builtins.int
+    sequence: _builtins.int
+    age_us: _builtins.int
+    """Microseconds, -1 where there is no row."""
+    deleted: _builtins.bool
+    backfilled: _builtins.bool
+    time_to_live_s: _builtins.float
+    """Seconds left of the physical time to live, -1 = for ever or no row."""
+    def __init__(
+        self,
+        *,
+        feature_view: _builtins.str = ...,
+        view_version: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        status: _types_pb2.RowStatus.ValueType = ...,
+        source: Global___RowSource.ValueType = ...,
+        key: _builtins.bytes = ...,
+        stored: _builtins.bytes = ...,
+        schema_id: _builtins.int = ...,
+        event_time_us: _builtins.int = ...,
+        expires_at_us: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+        age_us: _builtins.int = ...,
+        deleted: _builtins.bool = ...,
+        backfilled: _builtins.bool = ...,
+        time_to_live_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_us", b"age_us", "backfilled", b"backfilled", "deleted", b"deleted", "epoch", b"epoch", "event_time_us", b"event_time_us", "expires_at_us", b"expires_at_us", "feature_view", b"feature_view", "key", b"key", "schema_id", b"schema_id", "sequence", b"sequence", "source", b"source", "status", b"status", "stored", b"stored", "time_to_live_s", b"time_to_live_s", "view_version", b"view_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ViewExplanation: _TypeAlias = ViewExplanation  # noqa: Y015
+
+@_typing.final
+class ColumnExplanation(_message.Message):
+    """One column of a final tensor."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_FIELD_NUMBER: _builtins.int
+    COLUMN_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    STORED_VALUE_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    DEFAULTED_FIELD_NUMBER: _builtins.int
+    input: _builtins.str
+    column: _builtins.int
+    reference: _builtins.str
+    """"view:feature", "$request:name" or "$transform:name"."""
+    stored_value: _builtins.str
+    """The stored value as text; empty where it is null or absent."""
+    value: _builtins.float
+    """What is in the tensor."""
+    defaulted: _builtins.bool
+    """The value is a default."""
+    def __init__(
+        self,
+        *,
+        input: _builtins.str = ...,
+        column: _builtins.int = ...,
+        reference: _builtins.str = ...,
+        stored_value: _builtins.str = ...,
+        value: _builtins.float = ...,
+        defaulted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["column", b"column", "defaulted", b"defaulted", "input", b"input", "reference", b"reference", "stored_value", b"stored_value", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ColumnExplanation: _TypeAlias = ColumnExplanation  # noqa: Y015
+
+@_typing.final
+class PublishEventsRequest(_message.Message):
+    """Events to append."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.Event]:
+        """1 to 1 000."""
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[_events_pb2.Event] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishEventsRequest: _TypeAlias = PublishEventsRequest  # noqa: Y015
+
+@_typing.final
+class PublishEventsResponse(_message.Message):
+    """What became of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
+    accepted: _builtins.int
+    """Appended; whether an event fits the views shows when it is applied (dead letters)."""
+    durability: Global___Durability.ValueType
+    @_builtins.property
+    def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowError]:
+        """Refused here: EVENT_ID_INVALID, EVENT_TIME_INVALID, EVENT_TIME_IN_FUTURE, EVENT_TOO_LARGE. `row` is the index of the event."""
+
+    def __init__(
+        self,
+        *,
+        accepted: _builtins.int = ...,
+        errors: _abc.Iterable[Global___RowError] | None = ...,
+        durability: Global___Durability.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "durability", b"durability", "errors", b"errors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishEventsResponse: _TypeAlias = PublishEventsResponse  # noqa: Y015
+
+@_typing.final
+class ListDeadLettersRequest(_message.Message):
+    """Which page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """1 to 1 000; 0 = 100."""
+    page_token: _builtins.str
+    """From the answer before; empty = the newest."""
+    reason: _builtins.str
+    """Only this reason; empty = all."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeadLettersRequest: _TypeAlias = ListDeadLettersRequest  # noqa: Y015
+
+@_typing.final
+class ListDeadLettersResponse(_message.Message):
+    """One page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty = no more."""
+    total: _builtins.int
+    @_builtins.property
+    def dead_letters(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.DeadLetter]: ...
+    def __init__(
+        self,
+        *,
+        dead_letters: _abc.Iterable[_events_pb2.DeadLetter] | None = ...,
+        next_page_token: _builtins.str = ...,
+        total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dead_letters", b"dead_letters", "next_page_token", b"next_page_token", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeadLettersResponse: _TypeAlias = ListDeadLettersResponse  # noqa: Y015
+
+@_typing.final
+class RedriveDeadLettersRequest(_message.Message):
+    """Which ones: these ids, or all of a reason."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Used when `ids` is empty; empty = every one."""
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At most 1 000."""
+
+    def __init__(
+        self,
+        *,
+        ids: _abc.Iterable[_builtins.str] | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RedriveDeadLettersRequest: _TypeAlias = RedriveDeadLettersRequest  # noqa: Y015
+
+@_typing.final
+class RedriveDeadLettersResponse(_message.Message):
+    """How many were appended again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REDRIVEN_FIELD_NUMBER: _builtins.int
+    redriven: _builtins.int
+    def __init__(
+        self,
+        *,
+        redriven: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["redriven", b"redriven"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RedriveDeadLettersResponse: _TypeAlias = RedriveDeadLettersResponse  # noqa: Y015
+
+@_typing.final
+class GetViewStatusRequest(_message.Message):
+    """Which view."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_VIEW_FIELD_NUMBER: _builtins.int
+    feature_view: _builtins.str
+    """At most 63 bytes."""
+    def __init__(
+        self,
+        *,
+        feature_view: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature_view", b"feature_view"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetViewStatusRequest: _TypeAlias = GetViewStatusRequest  # noqa: Y015
+
+@_typing.final
+class GetViewStatusResponse(_message.Message):
+    """How fresh a view is, for the caller's tenant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_VIEW_FIELD_NUMBER: _builtins.int
+    VIEW_VERSION_FIELD_NUMBER: _builtins.int
+    SERVING_EPOCH_FIELD_NUMBER: _builtins.int
+    BUILDING_EPOCH_FIELD_NUMBER: _builtins.int
+    PREVIOUS_EPOCH_FIELD_NUMBER: _builtins.int
+    LAG_EVENTS_FIELD_NUMBER: _builtins.int
+    WATERMARK_US_FIELD_NUMBER: _builtins.int
+    NEWEST_EVENT_TIME_US_FIELD_NUMBER: _builtins.int
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
+    feature_view: _builtins.str
+    view_version: _builtins.int
+    serving_epoch: _builtins.int
+    building_epoch: _builtins.int
+    """Absent when none is being built."""
+    previous_epoch: _builtins.int
+    """Absent when there is nothing to roll back to."""
+    lag_events: _builtins.int
+    """Events waiting to be applied; -1 where no event source feeds the view."""
+    watermark_us: _builtins.int
+    """Every event of the source up to this time was applied, microseconds since the epoch; 0 = not known."""
+    newest_event_time_us: _builtins.int
+    """Newest event time this replica wrote, microseconds since the epoch; 0 = none yet."""
+    dead_letters: _builtins.int
+    def __init__(
+        self,
+        *,
+        feature_view: _builtins.str = ...,
+        view_version: _builtins.int = ...,
+        serving_epoch: _builtins.int = ...,
+        building_epoch: _builtins.int | None = ...,
+        previous_epoch: _builtins.int | None = ...,
+        lag_events: _builtins.int = ...,
+        watermark_us: _builtins.int = ...,
+        newest_event_time_us: _builtins.int = ...,
+        dead_letters: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_building_epoch", b"_building_epoch", "_previous_epoch", b"_previous_epoch", "building_epoch", b"building_epoch", "previous_epoch", b"previous_epoch"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_building_epoch", b"_building_epoch", "_previous_epoch", b"_previous_epoch", "building_epoch", b"building_epoch", "dead_letters", b"dead_letters", "feature_view", b"feature_view", "lag_events", b"lag_events", "newest_event_time_us", b"newest_event_time_us", "previous_epoch", b"previous_epoch", "serving_epoch", b"serving_epoch", "view_version", b"view_version", "watermark_us", b"watermark_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__building_epoch: _TypeAlias = _typing.Literal["building_epoch"]  # noqa: Y015
+    _WhichOneofArgType__building_epoch: _TypeAlias = _typing.Literal["_building_epoch", b"_building_epoch"]  # noqa: Y015
+    _WhichOneofReturnType__previous_epoch: _TypeAlias = _typing.Literal["previous_epoch"]  # noqa: Y015
+    _WhichOneofArgType__previous_epoch: _TypeAlias = _typing.Literal["_previous_epoch", b"_previous_epoch"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__building_epoch) -> _WhichOneofReturnType__building_epoch | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__previous_epoch) -> _WhichOneofReturnType__previous_epoch | None: ...
+
+Global___GetViewStatusResponse: _TypeAlias = GetViewStatusResponse  # noqa: Y015
+
+@_typing.final
+class ExportFeaturesRequest(_message.Message):
+    """Which rows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_VIEW_FIELD_NUMBER: _builtins.int
+    VIEW_VERSION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    MAX_ROWS_PER_S_FIELD_NUMBER: _builtins.int
+    feature_view: _builtins.str
+    """At most 63 bytes."""
+    view_version: _builtins.int
+    """0 = the current one."""
+    epoch: _builtins.int
+    """Absent = the serving one."""
+    cursor: _builtins.bytes
+    """From an earlier answer; empty = from the start."""
+    max_rows_per_s: _builtins.float
+    """At most this many rows a second; 0 = no limit."""
+    def __init__(
+        self,
+        *,
+        feature_view: _builtins.str = ...,
+        view_version: _builtins.int = ...,
+        epoch: _builtins.int | None = ...,
+        cursor: _builtins.bytes = ...,
+        max_rows_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "epoch", b"epoch"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "cursor", b"cursor", "epoch", b"epoch", "feature_view", b"feature_view", "max_rows_per_s", b"max_rows_per_s", "view_version", b"view_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
+    _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epoch) -> _WhichOneofReturnType__epoch | None: ...
+
+Global___ExportFeaturesRequest: _TypeAlias = ExportFeaturesRequest  # noqa: Y015
+
+@_typing.final
+class ExportFeaturesResponse(_message.Message):
+    """Some rows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    SCANNED_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.bytes
+    scanned: _builtins.int
+    """Keys looked at so far, of about `total`."""
+    total: _builtins.int
+    @_builtins.property
+    def batch(self) -> Global___FeatureBatch: ...
+    def __init__(
+        self,
+        *,
+        batch: Global___FeatureBatch | None = ...,
+        cursor: _builtins.bytes = ...,
+        scanned: _builtins.int = ...,
+        total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "cursor", b"cursor", "scanned", b"scanned", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportFeaturesResponse: _TypeAlias = ExportFeaturesResponse  # noqa: Y015
+
+@_typing.final
+class CarryOverEpochRequest(_message.Message):
+    """From where to where."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_VIEW_FIELD_NUMBER: _builtins.int
+    VIEW_VERSION_FIELD_NUMBER: _builtins.int
+    FROM_EPOCH_FIELD_NUMBER: _builtins.int
+    TO_EPOCH_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    feature_view: _builtins.str
+    view_version: _builtins.int
+    from_epoch: _builtins.int
+    to_epoch: _builtins.int
+    cursor: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        feature_view: _builtins.str = ...,
+        view_version: _builtins.int = ...,
+        from_epoch: _builtins.int = ...,
+        to_epoch: _builtins.int = ...,
+        cursor: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "feature_view", b"feature_view", "from_epoch", b"from_epoch", "to_epoch", b"to_epoch", "view_version", b"view_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CarryOverEpochRequest: _TypeAlias = CarryOverEpochRequest  # noqa: Y015
+
+@_typing.final
+class CarryOverEpochResponse(_message.Message):
+    """How far it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCANNED_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    COPIED_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    scanned: _builtins.int
+    total: _builtins.int
+    copied: _builtins.int
+    cursor: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        scanned: _builtins.int = ...,
+        total: _builtins.int = ...,
+        copied: _builtins.int = ...,
+        cursor: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copied", b"copied", "cursor", b"cursor", "scanned", b"scanned", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CarryOverEpochResponse: _TypeAlias = CarryOverEpochResponse  # noqa: Y015
+
+@_typing.final
+class PurgeEpochRequest(_message.Message):
+    """Which epoch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_VIEW_FIELD_NUMBER: _builtins.int
+    VIEW_VERSION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    feature_view: _builtins.str
+    view_version: _builtins.int
+    epoch: _builtins.int
+    def __init__(
+        self,
+        *,
+        feature_view: _builtins.str = ...,
+        view_version: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "feature_view", b"feature_view", "view_version", b"view_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeEpochRequest: _TypeAlias = PurgeEpochRequest  # noqa: Y015
+
+@_typing.final
+class PurgeEpochResponse(_message.Message):
+    """How far it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCANNED_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    scanned: _builtins.int
+    total: _builtins.int
+    removed: _builtins.int
+    def __init__(
+        self,
+        *,
+        scanned: _builtins.int = ...,
+        total: _builtins.int = ...,
+        removed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "scanned", b"scanned", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeEpochResponse: _TypeAlias = PurgeEpochResponse  # noqa: Y015
+
+@_typing.final
+class RebuildFeaturesRequest(_message.Message):
+    """Which rows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_VIEW_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    MAX_ROWS_PER_S_FIELD_NUMBER: _builtins.int
+    feature_view: _builtins.str
+    """Empty = every view of the tenant."""
+    cursor: _builtins.bytes
+    max_rows_per_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        feature_view: _builtins.str = ...,
+        cursor: _builtins.bytes = ...,
+        max_rows_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "feature_view", b"feature_view", "max_rows_per_s", b"max_rows_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebuildFeaturesRequest: _TypeAlias = RebuildFeaturesRequest  # noqa: Y015
+
+@_typing.final
+class RebuildFeaturesResponse(_message.Message):
+    """How far it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READ_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    APPLIED_FIELD_NUMBER: _builtins.int
+    ERASURES_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    read: _builtins.int
+    total: _builtins.int
+    applied: _builtins.int
+    erasures: _builtins.int
+    cursor: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        read: _builtins.int = ...,
+        total: _builtins.int = ...,
+        applied: _builtins.int = ...,
+        erasures: _builtins.int = ...,
+        cursor: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "cursor", b"cursor", "erasures", b"erasures", "read", b"read", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebuildFeaturesResponse: _TypeAlias = RebuildFeaturesResponse  # noqa: Y015
+
+@_typing.final
+class EraseEntityRequest(_message.Message):
+    """Whom to erase."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTITIES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    FOR_EVER_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why, for the record; at most 1 024 bytes, no ids."""
+    for_ever: _builtins.bool
+    """Refuse later events of theirs, too."""
+    @_builtins.property
+    def entities(self) -> _types_pb2.EntityRows:
+        """The entity type, and 1 to 1 000 ids."""
+
+    def __init__(
+        self,
+        *,
+        entities: _types_pb2.EntityRows | None = ...,
+        reason: _builtins.str = ...,
+        for_ever: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "for_ever", b"for_ever", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseEntityRequest: _TypeAlias = EraseEntityRequest  # noqa: Y015
+
+@_typing.final
+class EraseEntityResponse(_message.Message):
+    """Proof of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def certificates(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErasureCertificate]:
+        """One per id, in order."""
+
+    def __init__(
+        self,
+        *,
+        certificates: _abc.Iterable[Global___ErasureCertificate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates", b"certificates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseEntityResponse: _TypeAlias = EraseEntityResponse  # noqa: Y015
+
+@_typing.final
+class ErasureCertificate(_message.Message):
+    """What was erased. `signature` is HMAC-SHA256 over the serialized message without it, with the service's privacy key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    ENTITY_TYPE_FIELD_NUMBER: _builtins.int
+    ENTITY_HASH_FIELD_NUMBER: _builtins.int
+    ERASED_UNTIL_US_FIELD_NUMBER: _builtins.int
+    ERASED_AT_US_FIELD_NUMBER: _builtins.int
+    VIEWS_FIELD_NUMBER: _builtins.int
+    NOT_COVERED_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    tenant: _builtins.str
+    entity_type: _builtins.str
+    entity_hash: _builtins.str
+    """Keyed hash of the entity id, as in logs."""
+    erased_until_us: _builtins.int
+    """Events up to this time are refused, microseconds since the epoch."""
+    erased_at_us: _builtins.int
+    key_id: _builtins.str
+    signature: _builtins.bytes
+    @_builtins.property
+    def views(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErasedView]: ...
+    @_builtins.property
+    def not_covered(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where the id may still be, and for how long: dead letters, the event stream, the skew log, backups."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        entity_type: _builtins.str = ...,
+        entity_hash: _builtins.str = ...,
+        erased_until_us: _builtins.int = ...,
+        erased_at_us: _builtins.int = ...,
+        views: _abc.Iterable[Global___ErasedView] | None = ...,
+        not_covered: _abc.Iterable[_builtins.str] | None = ...,
+        key_id: _builtins.str = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entity_hash", b"entity_hash", "entity_type", b"entity_type", "erased_at_us", b"erased_at_us", "erased_until_us", b"erased_until_us", "id", b"id", "key_id", b"key_id", "not_covered", b"not_covered", "signature", b"signature", "tenant", b"tenant", "views", b"views"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ErasureCertificate: _TypeAlias = ErasureCertificate  # noqa: Y015
+
+@_typing.final
+class ErasedView(_message.Message):
+    """What was removed of one view."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_VIEW_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    DURABLE_ROWS_FIELD_NUMBER: _builtins.int
+    feature_view: _builtins.str
+    rows: _builtins.int
+    """Rows removed from Redis, over all versions and epochs."""
+    durable_rows: _builtins.int
+    """Rows removed from the durable copy."""
+    def __init__(
+        self,
+        *,
+        feature_view: _builtins.str = ...,
+        rows: _builtins.int = ...,
+        durable_rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable_rows", b"durable_rows", "feature_view", b"feature_view", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ErasedView: _TypeAlias = ErasedView  # noqa: Y015

@@ -64,6 +64,56 @@ class FeatureRetrievalServiceStub:
                 request_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.DescribeFeatureSetRequest.SerializeToString,
                 response_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.DescribeFeatureSetResponse.FromString,
                 _registered_method=True)
+        self.ExplainFeatures = channel.unary_unary(
+                '/plait.api.feature_retrieval.v1.FeatureRetrievalService/ExplainFeatures',
+                request_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ExplainFeaturesRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ExplainFeaturesResponse.FromString,
+                _registered_method=True)
+        self.PublishEvents = channel.unary_unary(
+                '/plait.api.feature_retrieval.v1.FeatureRetrievalService/PublishEvents',
+                request_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.PublishEventsRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.PublishEventsResponse.FromString,
+                _registered_method=True)
+        self.ListDeadLetters = channel.unary_unary(
+                '/plait.api.feature_retrieval.v1.FeatureRetrievalService/ListDeadLetters',
+                request_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ListDeadLettersRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ListDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.RedriveDeadLetters = channel.unary_unary(
+                '/plait.api.feature_retrieval.v1.FeatureRetrievalService/RedriveDeadLetters',
+                request_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.RedriveDeadLettersRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.RedriveDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.GetViewStatus = channel.unary_unary(
+                '/plait.api.feature_retrieval.v1.FeatureRetrievalService/GetViewStatus',
+                request_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.GetViewStatusRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.GetViewStatusResponse.FromString,
+                _registered_method=True)
+        self.ExportFeatures = channel.unary_stream(
+                '/plait.api.feature_retrieval.v1.FeatureRetrievalService/ExportFeatures',
+                request_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ExportFeaturesRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ExportFeaturesResponse.FromString,
+                _registered_method=True)
+        self.CarryOverEpoch = channel.unary_stream(
+                '/plait.api.feature_retrieval.v1.FeatureRetrievalService/CarryOverEpoch',
+                request_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.CarryOverEpochRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.CarryOverEpochResponse.FromString,
+                _registered_method=True)
+        self.PurgeEpoch = channel.unary_stream(
+                '/plait.api.feature_retrieval.v1.FeatureRetrievalService/PurgeEpoch',
+                request_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.PurgeEpochRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.PurgeEpochResponse.FromString,
+                _registered_method=True)
+        self.RebuildFeatures = channel.unary_stream(
+                '/plait.api.feature_retrieval.v1.FeatureRetrievalService/RebuildFeatures',
+                request_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.RebuildFeaturesRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.RebuildFeaturesResponse.FromString,
+                _registered_method=True)
+        self.EraseEntity = channel.unary_unary(
+                '/plait.api.feature_retrieval.v1.FeatureRetrievalService/EraseEntity',
+                request_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.EraseEntityRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.EraseEntityResponse.FromString,
+                _registered_method=True)
 
 
 class FeatureRetrievalServiceServicer:
@@ -123,6 +173,93 @@ class FeatureRetrievalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainFeatures(self, request, context):
+        """ExplainFeatures shows for one entity of each type what is stored, where it was found and what becomes of it.
+
+        Codes as GetFeatures. PERMISSION_DENIED (VIEW_NOT_READABLE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PublishEvents(self, request, context):
+        """PublishEvents appends events to the tenant's event stream, from which feature views aggregate. When it answers they are in the stream.
+
+        INVALID_ARGUMENT: none or more than 1 000 events. RESOURCE_EXHAUSTED (EVENT_BACKLOG, with RetryInfo): the consumers are behind.
+        UNAVAILABLE (STORE_UNAVAILABLE): some may have been appended; send them again, event ids make that harmless.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDeadLetters(self, request, context):
+        """ListDeadLetters pages through the tenant's events that were not applied, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RedriveDeadLetters(self, request, context):
+        """RedriveDeadLetters appends dead letters to the event stream again, and takes them out of the dead letters.
+
+        NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetViewStatus(self, request, context):
+        """GetViewStatus says how fresh the tenant's view is: lag, watermark, epochs. NOT_FOUND (FEATURE_VIEW_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportFeatures(self, request, context):
+        """ExportFeatures answers every row of a view as batches that IngestFeatures takes, each with a cursor to go on from.
+
+        Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CarryOverEpoch(self, request, context):
+        """CarryOverEpoch copies what was streamed (not backfilled) into one epoch of a view to another, where it is newer. May be repeated.
+
+        Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PurgeEpoch(self, request, context):
+        """PurgeEpoch removes the rows of an epoch that is neither serving, being built nor kept for rollback.
+
+        Needs the scope `admin`. FAILED_PRECONDITION (EPOCH_IN_USE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RebuildFeatures(self, request, context):
+        """RebuildFeatures writes the durable copy back into Redis: erasures first, then rows, each where it is newer. May be repeated.
+
+        Needs the scope `admin`. FAILED_PRECONDITION (DURABLE_COPY_OFF). UNAVAILABLE (REGISTRY_UNAVAILABLE, STORE_UNAVAILABLE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EraseEntity(self, request, context):
+        """EraseEntity removes entities from every view, remembers it, and refuses every event of theirs from before.
+
+        Needs the scope `admin`. INVALID_ARGUMENT: none or more than 1 000 ids. UNAVAILABLE: not everything is done; call again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FeatureRetrievalServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -150,6 +287,56 @@ def add_FeatureRetrievalServiceServicer_to_server(servicer, server):
                     servicer.DescribeFeatureSet,
                     request_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.DescribeFeatureSetRequest.FromString,
                     response_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.DescribeFeatureSetResponse.SerializeToString,
+            ),
+            'ExplainFeatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainFeatures,
+                    request_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ExplainFeaturesRequest.FromString,
+                    response_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ExplainFeaturesResponse.SerializeToString,
+            ),
+            'PublishEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishEvents,
+                    request_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.PublishEventsRequest.FromString,
+                    response_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.PublishEventsResponse.SerializeToString,
+            ),
+            'ListDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeadLetters,
+                    request_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ListDeadLettersRequest.FromString,
+                    response_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ListDeadLettersResponse.SerializeToString,
+            ),
+            'RedriveDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.RedriveDeadLetters,
+                    request_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.RedriveDeadLettersRequest.FromString,
+                    response_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.RedriveDeadLettersResponse.SerializeToString,
+            ),
+            'GetViewStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetViewStatus,
+                    request_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.GetViewStatusRequest.FromString,
+                    response_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.GetViewStatusResponse.SerializeToString,
+            ),
+            'ExportFeatures': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportFeatures,
+                    request_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ExportFeaturesRequest.FromString,
+                    response_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ExportFeaturesResponse.SerializeToString,
+            ),
+            'CarryOverEpoch': grpc.unary_stream_rpc_method_handler(
+                    servicer.CarryOverEpoch,
+                    request_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.CarryOverEpochRequest.FromString,
+                    response_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.CarryOverEpochResponse.SerializeToString,
+            ),
+            'PurgeEpoch': grpc.unary_stream_rpc_method_handler(
+                    servicer.PurgeEpoch,
+                    request_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.PurgeEpochRequest.FromString,
+                    response_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.PurgeEpochResponse.SerializeToString,
+            ),
+            'RebuildFeatures': grpc.unary_stream_rpc_method_handler(
+                    servicer.RebuildFeatures,
+                    request_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.RebuildFeaturesRequest.FromString,
+                    response_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.RebuildFeaturesResponse.SerializeToString,
+            ),
+            'EraseEntity': grpc.unary_unary_rpc_method_handler(
+                    servicer.EraseEntity,
+                    request_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.EraseEntityRequest.FromString,
+                    response_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.EraseEntityResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -292,6 +479,276 @@ class FeatureRetrievalService:
             '/plait.api.feature_retrieval.v1.FeatureRetrievalService/DescribeFeatureSet',
             plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.DescribeFeatureSetRequest.SerializeToString,
             plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.DescribeFeatureSetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.api.feature_retrieval.v1.FeatureRetrievalService/ExplainFeatures',
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ExplainFeaturesRequest.SerializeToString,
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ExplainFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.api.feature_retrieval.v1.FeatureRetrievalService/PublishEvents',
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.PublishEventsRequest.SerializeToString,
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.PublishEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.api.feature_retrieval.v1.FeatureRetrievalService/ListDeadLetters',
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ListDeadLettersRequest.SerializeToString,
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ListDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedriveDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.api.feature_retrieval.v1.FeatureRetrievalService/RedriveDeadLetters',
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.RedriveDeadLettersRequest.SerializeToString,
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.RedriveDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetViewStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.api.feature_retrieval.v1.FeatureRetrievalService/GetViewStatus',
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.GetViewStatusRequest.SerializeToString,
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.GetViewStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/plait.api.feature_retrieval.v1.FeatureRetrievalService/ExportFeatures',
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ExportFeaturesRequest.SerializeToString,
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ExportFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CarryOverEpoch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/plait.api.feature_retrieval.v1.FeatureRetrievalService/CarryOverEpoch',
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.CarryOverEpochRequest.SerializeToString,
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.CarryOverEpochResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeEpoch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/plait.api.feature_retrieval.v1.FeatureRetrievalService/PurgeEpoch',
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.PurgeEpochRequest.SerializeToString,
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.PurgeEpochResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RebuildFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/plait.api.feature_retrieval.v1.FeatureRetrievalService/RebuildFeatures',
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.RebuildFeaturesRequest.SerializeToString,
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.RebuildFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EraseEntity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.api.feature_retrieval.v1.FeatureRetrievalService/EraseEntity',
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.EraseEntityRequest.SerializeToString,
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.EraseEntityResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -67,6 +67,51 @@ class FeatureRetrievalServiceStub:
 
     NOT_FOUND (FEATURE_SET_NOT_FOUND).
     """
+    ExplainFeatures: _grpc.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.ExplainFeaturesRequest, _feature_retrieval_service_pb2.ExplainFeaturesResponse]
+    """ExplainFeatures shows for one entity of each type what is stored, where it was found and what becomes of it.
+
+    Codes as GetFeatures. PERMISSION_DENIED (VIEW_NOT_READABLE).
+    """
+    PublishEvents: _grpc.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.PublishEventsRequest, _feature_retrieval_service_pb2.PublishEventsResponse]
+    """PublishEvents appends events to the tenant's event stream, from which feature views aggregate. When it answers they are in the stream.
+
+    INVALID_ARGUMENT: none or more than 1 000 events. RESOURCE_EXHAUSTED (EVENT_BACKLOG, with RetryInfo): the consumers are behind.
+    UNAVAILABLE (STORE_UNAVAILABLE): some may have been appended; send them again, event ids make that harmless.
+    """
+    ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.ListDeadLettersRequest, _feature_retrieval_service_pb2.ListDeadLettersResponse]
+    """ListDeadLetters pages through the tenant's events that were not applied, newest first."""
+    RedriveDeadLetters: _grpc.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.RedriveDeadLettersRequest, _feature_retrieval_service_pb2.RedriveDeadLettersResponse]
+    """RedriveDeadLetters appends dead letters to the event stream again, and takes them out of the dead letters.
+
+    NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
+    """
+    GetViewStatus: _grpc.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.GetViewStatusRequest, _feature_retrieval_service_pb2.GetViewStatusResponse]
+    """GetViewStatus says how fresh the tenant's view is: lag, watermark, epochs. NOT_FOUND (FEATURE_VIEW_NOT_FOUND)."""
+    ExportFeatures: _grpc.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.ExportFeaturesRequest, _feature_retrieval_service_pb2.ExportFeaturesResponse]
+    """ExportFeatures answers every row of a view as batches that IngestFeatures takes, each with a cursor to go on from.
+
+    Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND).
+    """
+    CarryOverEpoch: _grpc.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.CarryOverEpochRequest, _feature_retrieval_service_pb2.CarryOverEpochResponse]
+    """CarryOverEpoch copies what was streamed (not backfilled) into one epoch of a view to another, where it is newer. May be repeated.
+
+    Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND).
+    """
+    PurgeEpoch: _grpc.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.PurgeEpochRequest, _feature_retrieval_service_pb2.PurgeEpochResponse]
+    """PurgeEpoch removes the rows of an epoch that is neither serving, being built nor kept for rollback.
+
+    Needs the scope `admin`. FAILED_PRECONDITION (EPOCH_IN_USE).
+    """
+    RebuildFeatures: _grpc.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.RebuildFeaturesRequest, _feature_retrieval_service_pb2.RebuildFeaturesResponse]
+    """RebuildFeatures writes the durable copy back into Redis: erasures first, then rows, each where it is newer. May be repeated.
+
+    Needs the scope `admin`. FAILED_PRECONDITION (DURABLE_COPY_OFF). UNAVAILABLE (REGISTRY_UNAVAILABLE, STORE_UNAVAILABLE).
+    """
+    EraseEntity: _grpc.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.EraseEntityRequest, _feature_retrieval_service_pb2.EraseEntityResponse]
+    """EraseEntity removes entities from every view, remembers it, and refuses every event of theirs from before.
+
+    Needs the scope `admin`. INVALID_ARGUMENT: none or more than 1 000 ids. UNAVAILABLE: not everything is done; call again.
+    """
 
 @_typing.type_check_only
 class FeatureRetrievalServiceAsyncStub(FeatureRetrievalServiceStub):
@@ -106,6 +151,51 @@ class FeatureRetrievalServiceAsyncStub(FeatureRetrievalServiceStub):
     """DescribeFeatureSet says what a feature set yields and from which views.
 
     NOT_FOUND (FEATURE_SET_NOT_FOUND).
+    """
+    ExplainFeatures: _aio.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.ExplainFeaturesRequest, _feature_retrieval_service_pb2.ExplainFeaturesResponse]  # type: ignore[assignment]
+    """ExplainFeatures shows for one entity of each type what is stored, where it was found and what becomes of it.
+
+    Codes as GetFeatures. PERMISSION_DENIED (VIEW_NOT_READABLE).
+    """
+    PublishEvents: _aio.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.PublishEventsRequest, _feature_retrieval_service_pb2.PublishEventsResponse]  # type: ignore[assignment]
+    """PublishEvents appends events to the tenant's event stream, from which feature views aggregate. When it answers they are in the stream.
+
+    INVALID_ARGUMENT: none or more than 1 000 events. RESOURCE_EXHAUSTED (EVENT_BACKLOG, with RetryInfo): the consumers are behind.
+    UNAVAILABLE (STORE_UNAVAILABLE): some may have been appended; send them again, event ids make that harmless.
+    """
+    ListDeadLetters: _aio.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.ListDeadLettersRequest, _feature_retrieval_service_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
+    """ListDeadLetters pages through the tenant's events that were not applied, newest first."""
+    RedriveDeadLetters: _aio.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.RedriveDeadLettersRequest, _feature_retrieval_service_pb2.RedriveDeadLettersResponse]  # type: ignore[assignment]
+    """RedriveDeadLetters appends dead letters to the event stream again, and takes them out of the dead letters.
+
+    NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
+    """
+    GetViewStatus: _aio.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.GetViewStatusRequest, _feature_retrieval_service_pb2.GetViewStatusResponse]  # type: ignore[assignment]
+    """GetViewStatus says how fresh the tenant's view is: lag, watermark, epochs. NOT_FOUND (FEATURE_VIEW_NOT_FOUND)."""
+    ExportFeatures: _aio.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.ExportFeaturesRequest, _feature_retrieval_service_pb2.ExportFeaturesResponse]  # type: ignore[assignment]
+    """ExportFeatures answers every row of a view as batches that IngestFeatures takes, each with a cursor to go on from.
+
+    Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND).
+    """
+    CarryOverEpoch: _aio.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.CarryOverEpochRequest, _feature_retrieval_service_pb2.CarryOverEpochResponse]  # type: ignore[assignment]
+    """CarryOverEpoch copies what was streamed (not backfilled) into one epoch of a view to another, where it is newer. May be repeated.
+
+    Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND).
+    """
+    PurgeEpoch: _aio.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.PurgeEpochRequest, _feature_retrieval_service_pb2.PurgeEpochResponse]  # type: ignore[assignment]
+    """PurgeEpoch removes the rows of an epoch that is neither serving, being built nor kept for rollback.
+
+    Needs the scope `admin`. FAILED_PRECONDITION (EPOCH_IN_USE).
+    """
+    RebuildFeatures: _aio.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.RebuildFeaturesRequest, _feature_retrieval_service_pb2.RebuildFeaturesResponse]  # type: ignore[assignment]
+    """RebuildFeatures writes the durable copy back into Redis: erasures first, then rows, each where it is newer. May be repeated.
+
+    Needs the scope `admin`. FAILED_PRECONDITION (DURABLE_COPY_OFF). UNAVAILABLE (REGISTRY_UNAVAILABLE, STORE_UNAVAILABLE).
+    """
+    EraseEntity: _aio.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.EraseEntityRequest, _feature_retrieval_service_pb2.EraseEntityResponse]  # type: ignore[assignment]
+    """EraseEntity removes entities from every view, remembers it, and refuses every event of theirs from before.
+
+    Needs the scope `admin`. INVALID_ARGUMENT: none or more than 1 000 ids. UNAVAILABLE: not everything is done; call again.
     """
 
 class FeatureRetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -173,6 +263,111 @@ class FeatureRetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
         """DescribeFeatureSet says what a feature set yields and from which views.
 
         NOT_FOUND (FEATURE_SET_NOT_FOUND).
+        """
+
+    @_abc_1.abstractmethod
+    def ExplainFeatures(
+        self,
+        request: _feature_retrieval_service_pb2.ExplainFeaturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feature_retrieval_service_pb2.ExplainFeaturesResponse, _abc.Awaitable[_feature_retrieval_service_pb2.ExplainFeaturesResponse]]:
+        """ExplainFeatures shows for one entity of each type what is stored, where it was found and what becomes of it.
+
+        Codes as GetFeatures. PERMISSION_DENIED (VIEW_NOT_READABLE).
+        """
+
+    @_abc_1.abstractmethod
+    def PublishEvents(
+        self,
+        request: _feature_retrieval_service_pb2.PublishEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feature_retrieval_service_pb2.PublishEventsResponse, _abc.Awaitable[_feature_retrieval_service_pb2.PublishEventsResponse]]:
+        """PublishEvents appends events to the tenant's event stream, from which feature views aggregate. When it answers they are in the stream.
+
+        INVALID_ARGUMENT: none or more than 1 000 events. RESOURCE_EXHAUSTED (EVENT_BACKLOG, with RetryInfo): the consumers are behind.
+        UNAVAILABLE (STORE_UNAVAILABLE): some may have been appended; send them again, event ids make that harmless.
+        """
+
+    @_abc_1.abstractmethod
+    def ListDeadLetters(
+        self,
+        request: _feature_retrieval_service_pb2.ListDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feature_retrieval_service_pb2.ListDeadLettersResponse, _abc.Awaitable[_feature_retrieval_service_pb2.ListDeadLettersResponse]]:
+        """ListDeadLetters pages through the tenant's events that were not applied, newest first."""
+
+    @_abc_1.abstractmethod
+    def RedriveDeadLetters(
+        self,
+        request: _feature_retrieval_service_pb2.RedriveDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feature_retrieval_service_pb2.RedriveDeadLettersResponse, _abc.Awaitable[_feature_retrieval_service_pb2.RedriveDeadLettersResponse]]:
+        """RedriveDeadLetters appends dead letters to the event stream again, and takes them out of the dead letters.
+
+        NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
+        """
+
+    @_abc_1.abstractmethod
+    def GetViewStatus(
+        self,
+        request: _feature_retrieval_service_pb2.GetViewStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feature_retrieval_service_pb2.GetViewStatusResponse, _abc.Awaitable[_feature_retrieval_service_pb2.GetViewStatusResponse]]:
+        """GetViewStatus says how fresh the tenant's view is: lag, watermark, epochs. NOT_FOUND (FEATURE_VIEW_NOT_FOUND)."""
+
+    @_abc_1.abstractmethod
+    def ExportFeatures(
+        self,
+        request: _feature_retrieval_service_pb2.ExportFeaturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_feature_retrieval_service_pb2.ExportFeaturesResponse], _abc.AsyncIterator[_feature_retrieval_service_pb2.ExportFeaturesResponse]]:
+        """ExportFeatures answers every row of a view as batches that IngestFeatures takes, each with a cursor to go on from.
+
+        Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND).
+        """
+
+    @_abc_1.abstractmethod
+    def CarryOverEpoch(
+        self,
+        request: _feature_retrieval_service_pb2.CarryOverEpochRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_feature_retrieval_service_pb2.CarryOverEpochResponse], _abc.AsyncIterator[_feature_retrieval_service_pb2.CarryOverEpochResponse]]:
+        """CarryOverEpoch copies what was streamed (not backfilled) into one epoch of a view to another, where it is newer. May be repeated.
+
+        Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND).
+        """
+
+    @_abc_1.abstractmethod
+    def PurgeEpoch(
+        self,
+        request: _feature_retrieval_service_pb2.PurgeEpochRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_feature_retrieval_service_pb2.PurgeEpochResponse], _abc.AsyncIterator[_feature_retrieval_service_pb2.PurgeEpochResponse]]:
+        """PurgeEpoch removes the rows of an epoch that is neither serving, being built nor kept for rollback.
+
+        Needs the scope `admin`. FAILED_PRECONDITION (EPOCH_IN_USE).
+        """
+
+    @_abc_1.abstractmethod
+    def RebuildFeatures(
+        self,
+        request: _feature_retrieval_service_pb2.RebuildFeaturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_feature_retrieval_service_pb2.RebuildFeaturesResponse], _abc.AsyncIterator[_feature_retrieval_service_pb2.RebuildFeaturesResponse]]:
+        """RebuildFeatures writes the durable copy back into Redis: erasures first, then rows, each where it is newer. May be repeated.
+
+        Needs the scope `admin`. FAILED_PRECONDITION (DURABLE_COPY_OFF). UNAVAILABLE (REGISTRY_UNAVAILABLE, STORE_UNAVAILABLE).
+        """
+
+    @_abc_1.abstractmethod
+    def EraseEntity(
+        self,
+        request: _feature_retrieval_service_pb2.EraseEntityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feature_retrieval_service_pb2.EraseEntityResponse, _abc.Awaitable[_feature_retrieval_service_pb2.EraseEntityResponse]]:
+        """EraseEntity removes entities from every view, remembers it, and refuses every event of theirs from before.
+
+        Needs the scope `admin`. INVALID_ARGUMENT: none or more than 1 000 ids. UNAVAILABLE: not everything is done; call again.
         """
 
 def add_FeatureRetrievalServiceServicer_to_server(servicer: FeatureRetrievalServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -32,6 +32,7 @@ class RankRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     INLINE_FEATURES_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
+    REQUEST_FEATURES_FIELD_NUMBER: _builtins.int
     route: _builtins.str
     """At most 63 bytes."""
     top_k: _builtins.int
@@ -52,6 +53,12 @@ class RankRequest(_message.Message):
     def inline_features(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Tensor]:
         """Tensors known at request time that replace whole model inputs of the same name; shape and dtype as in the signature."""
 
+    @_builtins.property
+    def request_features(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Tensor]:
+        """Values of the feature set's request-time features, by declared name: shape [] for one per request, [candidates] for one per
+        candidate. Not declared, of another dtype or out of the declared range: INVALID_ARGUMENT (REQUEST_FEATURE_INVALID).
+        """
+
     def __init__(
         self,
         *,
@@ -62,10 +69,11 @@ class RankRequest(_message.Message):
         request_id: _builtins.str = ...,
         inline_features: _abc.Iterable[_types_pb2.Tensor] | None = ...,
         explain: _builtins.bool = ...,
+        request_features: _abc.Iterable[_types_pb2.Tensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "subject", b"subject"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "explain", b"explain", "inline_features", b"inline_features", "request_id", b"request_id", "route", b"route", "subject", b"subject", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "explain", b"explain", "inline_features", b"inline_features", "request_features", b"request_features", "request_id", b"request_id", "route", b"route", "subject", b"subject", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -242,6 +250,7 @@ class PredictRequest(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
+    REQUEST_FEATURES_FIELD_NUMBER: _builtins.int
     route: _builtins.str
     """At most 63 bytes."""
     request_id: _builtins.str
@@ -259,6 +268,10 @@ class PredictRequest(_message.Message):
     def outputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of outputs wanted; none = all."""
 
+    @_builtins.property
+    def request_features(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Tensor]:
+        """As in RankRequest; per-row ones have one value per id of their entity type."""
+
     def __init__(
         self,
         *,
@@ -268,10 +281,11 @@ class PredictRequest(_message.Message):
         outputs: _abc.Iterable[_builtins.str] | None = ...,
         request_id: _builtins.str = ...,
         explain: _builtins.bool = ...,
+        request_features: _abc.Iterable[_types_pb2.Tensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "explain", b"explain", "inline_features", b"inline_features", "outputs", b"outputs", "request_id", b"request_id", "route", b"route"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "explain", b"explain", "inline_features", b"inline_features", "outputs", b"outputs", "request_features", b"request_features", "request_id", b"request_id", "route", b"route"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
