@@ -12,6 +12,9 @@ from typing import Any, Final, cast
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from plait.registry.records import Kind
+from plait.registry.specs import filled_in
+
 Steps = tuple[str | int, ...]
 
 _EXPECTED: Final = {
@@ -130,7 +133,10 @@ def fields_at(cls: type[Any], steps: Steps) -> list[str]:
         if isinstance(step, str):
             current = typing.get_type_hints(current).get(step)
     found = _dataclass_in(current)
-    return [f.name for f in dataclasses.fields(found) if f.name not in ("name", "schemas") or steps] if found else []
+    if found is None:
+        return []
+    hidden = () if steps else ("name", *filled_in(cast("Kind", found.__name__)))
+    return [f.name for f in dataclasses.fields(found) if f.name not in hidden]
 
 
 def _dataclass_in(annotation: Any) -> type[Any] | None:

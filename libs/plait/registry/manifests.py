@@ -21,7 +21,7 @@ from plait.registry.problems import Problem, refusal
 from plait.registry.problems import path as path_text
 from plait.registry.records import Kind, Model, ModelVersion, Record
 from plait.registry.sources import StoreOptions, open_source, read_manifest
-from plait.registry.specs import CLASSES, KINDS, Validator, kind_of, to_manifest, to_spec
+from plait.registry.specs import CLASSES, KINDS, Validator, filled_in, kind_of, to_manifest, to_spec
 from plait.registry.yaml_tree import Document, Node, YamlProblem, documents
 
 MAX_MANIFEST_BYTES: Final = 1024 * 1024
@@ -201,10 +201,11 @@ def _record(root: Node, report: Report, kind: Kind, name: str) -> Record | None:
     if not isinstance(spec.value, dict):
         report.at(spec.line, f"expected a mapping of fields, found {shown(spec.plain())}", "spec")
         return None
-    for refused, why in (("name", "belongs under metadata"), ("schemas", "is filled in by the registry; leave it out")):
+    reserved = {"name": "belongs under metadata", **dict.fromkeys(filled_in(kind), "is filled in by the registry; leave it out")}
+    for refused, why in reserved.items():
         if refused in spec.value:
             report.at(spec.value[refused].line, why, f"spec.{refused}")
-    data = {key: value for key, value in spec.plain().items() if key not in ("name", "schemas")}
+    data = {key: value for key, value in spec.plain().items() if key not in reserved}
     record: Record | None = validated(_VALIDATORS[kind], {**data, "name": name or "unnamed"}, spec, report, prefix=("spec",))
     if record is not None:
         for steps, message in rules.check(record):

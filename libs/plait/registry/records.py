@@ -6,6 +6,7 @@ no behaviour beyond look-ups; `manifests` validates into them, `store` writes th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from typing import Literal
 
 Name = str  # [a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?  checked by `manifests`
 
-FeatureDType = Literal["bool", "int8", "int16", "int32", "int64", "float16", "float32", "float64"]
+FeatureDType = Literal["bool", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "timestamp", "string"]
+KeyKind = Literal["string", "int64", "composite"]
 TensorDType = Literal[
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
     "bfloat16", "bytes",
@@ -21,20 +23,53 @@ TensorDType = Literal[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Aggregate:
+    """How one feature is computed from events.
+
+    `events`: the types of event that count. `value`: what of an event is taken, a name of `Event.values` or "value", "subject" or "object";
+    empty = each counts one. `window_s`: how far back (0 = for ever), in tiles of `tile_s`; or `half_life_s`: every event weighs half as much
+    after that long. `precision`: 2 to its power are the registers of a `distinct`.
+    """
+
+    function: Literal["count", "sum", "mean", "min", "max", "last", "distinct"]
+    events: tuple[str, ...]
+    value: str = ""
+    window_s: float = 0.0
+    tile_s: float = 0.0
+    half_life_s: float = 0.0
+    precision: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Feature:
     """One column of a feature view.
 
     `default` is used where no value is known; without one such a cell is NaN (floats) or 0 and its row says NOT_FOUND.
+    `timestamp` is an int64 of microseconds since the epoch. A `string` reaches a model as a code: with a `vocabulary` 1 + the word's place
+    (0 = not in it), with `hash_buckets` a hash below that number. `width`: an embedding of so many values, an int8 one times `scale`.
+    `max_length`: a list of at most so many values, shorter ones padded at the end with `pad`. `aggregate`: computed from events.
     """
 
     name: Name
     dtype: FeatureDType = "float32"
-    default: float | int | bool | None = None
+    default: float | int | bool | str | None = None
     description: str = ""
+    width: int = 0
+    scale: float = 0.0
+    vocabulary: tuple[str, ...] = ()
+    hash_buckets: int = 0
+    max_length: int = 0
+    pad: float = 0.0
+    aggregate: Aggregate | None = None
 
     @property
     def stand_in(self) -> float | int:
-        """What takes the place of an unknown value: the declared default, else NaN for floats and 0 for the rest."""
+        """What takes the place of an unknown number: the declared default, else NaN for floats and 0 for the rest.
+
+        Raises TypeError for a default that is text, whose code depends on how the words are coded.
+        """
+        if isinstance(self.default, str):
+            raise TypeError(f"the default of feature {self.name!r} is text and has to be coded first")
         if self.default is not None:
             return self.default
         return math.nan if self.dtype.startswith("float") else 0
@@ -49,11 +84,55 @@ class FeatureSchema:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeyPart:
+    """One part of a composite key."""
+
+    name: Name
+    type: Literal["string", "int64"] = "string"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Entity:
-    """What a view's rows are about. `key` says how an id is typed: string "1" and int64 1 are different entities."""
+    """What a view's rows are about. `key` says how an id is typed: string "1" and int64 1 are different entities.
+
+    `parts`: those of a composite key, in order; empty for the others.
+    """
 
     type: Name
-    key: Literal["string", "int64"] = "string"
+    key: KeyKind = "string"
+    parts: tuple[KeyPart, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aggregation:
+    """Where an aggregated view's events come from: whose rows they change, and how late one may be.
+
+    `lateness_s`: an event older than the newest one by more than its window and this is refused; duplicates are known for as long.
+    """
+
+    entity_from: Literal["object", "subject"] = "object"
+    lateness_s: float = 86_400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeastSource:
+    """The view of a Feast project whose Redis holds the rows; such a view is only read. `join_keys`: parallel to the parts of the key."""
+
+    project: str
+    view: str
+    join_keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PastVersion:
+    """A version of a view that was current before and that feature sets may still pin: all that reading and writing it takes."""
+
+    version: int
+    entity: Entity
+    schemas: tuple[FeatureSchema, ...]  # oldest first
+    max_age_s: float = 0.0
+    retention_s: float = 0.0
+    aggregation: Aggregation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +142,9 @@ class FeatureView:
     `version` is part of the key (a new version starts empty); columns may be appended within a version, which adds a schema.
     `max_age_s`: a row with an older event time is STALE (0 = never). `retention_s`: physical time to live in the store,
     longer than `max_age_s` so that stale and absent can be told apart (0 = for ever).
+    `readers`, `writers`: tenants or ids of API keys; empty = whoever has the scope `features`.
+    `durable`: whether rows are also kept in Postgres, and whether a write is acknowledged after (`before`) or `behind` Redis alone.
+    `aggregation`: every feature is computed from events, none is written by callers. `feast`: rows are read from Feast's Redis.
     """
 
     name: Name
@@ -72,28 +154,82 @@ class FeatureView:
     max_age_s: float = 0.0
     retention_s: float = 0.0
     description: str = ""
+    readers: tuple[str, ...] = ()
+    writers: tuple[str, ...] = ()
+    durable: Literal["off", "behind", "before"] = "off"
+    aggregation: Aggregation | None = None
+    feast: FeastSource | None = None
     schemas: tuple[FeatureSchema, ...] = ()  # oldest first, the last is current; filled in by the store, never in a manifest
+    versions: tuple[PastVersion, ...] = ()  # oldest first, without the current one; filled in by the store, never in a manifest
+
+    def at(self, version: int | None) -> FeatureView | None:
+        """Return the view as it is (None, 0 or the current version) or as it was in an earlier version, None where that is not kept."""
+        if not version or version == self.version:
+            return self
+        past = next((p for p in self.versions if p.version == version), None)
+        if past is None:
+            return None
+        return dataclasses.replace(
+            self,
+            version=past.version,
+            entity=past.entity,
+            features=past.schemas[-1].features,
+            schemas=past.schemas,
+            max_age_s=past.max_age_s,
+            retention_s=past.retention_s,
+            aggregation=past.aggregation,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInput:
-    """One tensor a feature set yields: `features` ("view:feature") in column order, all of one entity type, cast to `dtype`.
+    """One tensor a feature set yields: `features` in column order, all of one entity type, cast to `dtype`.
 
-    Its shape is [number of ids of `entity` in the request, len(features)].
+    Each is "view:feature", "view@version:feature", "$request:name" or "$transform:name" (see `references`). Its shape is [number of ids of
+    `entity` in the request, columns]; most features take one column, an embedding or a list takes several.
     """
 
     name: str
     entity: Name
     features: tuple[str, ...]
-    dtype: Literal["int32", "int64", "float16", "float32", "float64"] = "float32"
+    dtype: Literal["bool", "int8", "int16", "int32", "int64", "float16", "float32", "float64"] = "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFeature:
+    """A number that callers send along: one per row of `entity`, or one per request where that is empty. Without a default it must be sent.
+
+    `minimum`, `maximum`: bounds, both allowed themselves; None = no bound.
+    """
+
+    name: Name
+    dtype: Literal["bool", "int8", "int16", "int32", "int64", "float16", "float32", "float64"] = "float32"
+    entity: Name = ""
+    minimum: float | None = None
+    maximum: float | None = None
+    default: float | int | bool | None = None
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transform:
+    """A column computed at each request, one value per row of `entity`. `default` stands in where the result is not a finite number."""
+
+    name: Name
+    entity: Name
+    expression: str
+    default: float | None = None
+    description: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureSet:
-    """The ordered features a model's inputs need: one `ModelInput` per input tensor."""
+    """The ordered features a model's inputs need: one `ModelInput` per input tensor, and what is sent along or computed for them."""
 
     name: Name
     inputs: tuple[ModelInput, ...]
+    request: tuple[RequestFeature, ...] = ()
+    transforms: tuple[Transform, ...] = ()
     description: str = ""
 
 
@@ -263,8 +399,24 @@ Kind = Literal["Model", "FeatureView", "FeatureSet", "Route", "Tenant"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Epochs:
+    """Which generations of a view's rows there are for one tenant: the one that is read, the one a backfill builds beside it, and the one
+    kept for a rollback. All of them are written."""
+
+    serving: int = 0
+    building: int | None = None
+    previous: int | None = None
+
+
+_FIRST_EPOCHS = Epochs()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The whole registry at one revision. A request reads the holder's attribute once and so sees one world."""
+    """The whole registry at one revision. A request reads the holder's attribute once and so sees one world.
+
+    `epochs` is by (tenant, view, version) and holds only what was ever backfilled; ask `epochs_of`.
+    """
 
     revision: int = 0
     models: Mapping[str, Model] = field(default_factory=dict)
@@ -273,12 +425,17 @@ class Snapshot:
     routes: Mapping[str, Route] = field(default_factory=dict)
     tenants: Mapping[str, Tenant] = field(default_factory=dict)
     keys: Mapping[str, ApiKey] = field(default_factory=dict)  # by sha256
+    epochs: Mapping[tuple[str, str, int], Epochs] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
             f"<Snapshot revision={self.revision} models={len(self.models)} views={len(self.feature_views)} sets={len(self.feature_sets)} "
-            f"routes={len(self.routes)} tenants={len(self.tenants)} keys={len(self.keys)}>"
+            f"routes={len(self.routes)} tenants={len(self.tenants)} keys={len(self.keys)} epochs={len(self.epochs)}>"
         )
+
+    def epochs_of(self, tenant: str, view: str, version: int) -> Epochs:
+        """Return the epochs of a view's version for a tenant: only the first, epoch 0, where none was ever built."""
+        return self.epochs.get((tenant, view, version), _FIRST_EPOCHS)
 
 
 EMPTY = Snapshot()

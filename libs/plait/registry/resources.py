@@ -8,7 +8,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from plait.registry.records import ApiKey, FeatureView, Kind, Record, Snapshot
+from plait.registry.records import ApiKey, Epochs, FeatureView, Kind, Record, Snapshot
 from plait.registry.specs import kind_of
 
 Key = tuple[Kind, str]
@@ -97,13 +97,16 @@ def _entries(items: list[Any]) -> dict[object, Any]:
     return dict(enumerate(items))
 
 
-def snapshot_of(revision: int, records: Iterable[Record], keys: Iterable[ApiKey]) -> Snapshot:
-    """Put records and keys into one immutable snapshot."""
+def snapshot_of(
+    revision: int, records: Iterable[Record], keys: Iterable[ApiKey], epochs: Mapping[tuple[str, str, int], Epochs] = MappingProxyType({})
+) -> Snapshot:
+    """Put records, keys and the epochs of views into one immutable snapshot."""
     tables: dict[str, dict[str, Any]] = {table: {} for table in _TABLES.values()}
     for record in records:
         tables[_TABLES[kind_of(record)]][record.name] = record
     frozen = {table: MappingProxyType(found) for table, found in tables.items()}
-    return Snapshot(revision=revision, keys=MappingProxyType({key.sha256: key for key in keys}), **frozen)
+    by_hash = MappingProxyType({key.sha256: key for key in keys})
+    return Snapshot(revision=revision, keys=by_hash, epochs=MappingProxyType(dict(epochs)), **frozen)
 
 
 def records_of(snapshot: Snapshot) -> list[Record]:

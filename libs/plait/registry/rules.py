@@ -42,7 +42,8 @@ _TENSOR: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,62}\Z")
 _VERSION: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62})\Z")
 _REFERENCE: Final = re.compile(r"[^:\s]+:[^:\s]+\Z")
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}\Z")
-_BITS: Final = {"int8": 8, "int16": 16, "int32": 32, "int64": 64}
+_BITS: Final = {"int8": 8, "int16": 16, "int32": 32, "int64": 64, "timestamp": 64}
+_DEFAULTS: Final[dict[str, tuple[type, str]]] = {"bool": (bool, "true or false"), "string": (str, "text")}
 _LARGEST: Final = {"float16": 65504.0, "float32": 3.4028234663852886e38, "float64": 1.7976931348623157e308}
 
 
@@ -118,14 +119,17 @@ def _default(steps: Steps, feature: Feature) -> Iterator[Finding]:
     value = feature.default
     if value is None:
         return
-    if (feature.dtype == "bool") != isinstance(value, bool):
-        wanted = "true or false" if feature.dtype == "bool" else "a number"
-        yield steps, f"a {feature.dtype} feature needs {wanted} as default, found {value!r}"
+    if feature.dtype in _DEFAULTS:
+        kind, wanted = _DEFAULTS[feature.dtype]
+        if not isinstance(value, kind):
+            yield steps, f"a {feature.dtype} feature needs {wanted} as default, found {value!r}"
+    elif isinstance(value, bool | str):
+        yield steps, f"the default of a feature of {feature.dtype} is a number, found {value!r}"
     elif bits := _BITS.get(feature.dtype):
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         if not isinstance(value, int) or not low <= value <= high:
             yield steps, f"an {feature.dtype} feature needs a whole number from {low} to {high} as default, found {value!r}"
-    elif feature.dtype != "bool" and not abs(value) <= _LARGEST[feature.dtype]:
+    elif not abs(value) <= _LARGEST[feature.dtype]:
         yield steps, f"does not fit {feature.dtype}: {value!r}; leave the default out where no value is known"
 
 

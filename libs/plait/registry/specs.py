@@ -26,7 +26,7 @@ KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 _STRICT: Final = ConfigDict(extra="forbid", strict=True)
 _LENIENT: Final = ConfigDict(extra="ignore", strict=True)
 _SCALARS: Final = (str, int, float)
-_FILLED_IN: Final = ("schemas",)  # by the store; never part of a manifest
+_FILLED_IN: Final[Mapping[Kind, tuple[str, ...]]] = MappingProxyType({"FeatureView": ("schemas", "versions")})
 
 T = TypeVar("T")
 
@@ -53,6 +53,11 @@ def kind_of(record: Record) -> Kind:
     return cast("Kind", type(record).__name__)
 
 
+def filled_in(kind: Kind) -> tuple[str, ...]:
+    """Return the fields of a kind that the store fills in, and that no manifest holds."""
+    return _FILLED_IN.get(kind, ())
+
+
 def to_stored(record: Record) -> dict[str, Any]:
     """Return every field but the name, as JSON types."""
     fields = cast("dict[str, Any]", to_plain(record))
@@ -73,7 +78,7 @@ def from_stored(kind: Kind, name: str, spec: Mapping[str, Any]) -> Record:
 def to_spec(record: Record) -> dict[str, Any]:
     """Return what a person would write under `spec:`: no name, no defaults, nothing that the store fills in."""
     spec = cast("dict[str, Any]", to_plain(record, defaults=False))
-    for name in ("name", *_FILLED_IN):
+    for name in ("name", *filled_in(kind_of(record))):
         spec.pop(name, None)
     return spec
 

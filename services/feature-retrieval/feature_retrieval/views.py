@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from feature_retrieval.row_codec import Bytes2D, KeySpace, RowCodec
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound
 from plait.registry.explain import suggestion
-from plait.registry.records import FeatureSchema, FeatureSet, FeatureView, ModelInput, Snapshot
+from plait.registry.records import FeatureSchema, FeatureSet, FeatureView, KeyKind, ModelInput, Snapshot
 
 _MAX_SPACES: Final = 1024  # tenants, per view
 
@@ -71,7 +71,7 @@ class EntityPlan:
     """Everything read for one entity type."""
 
     entity_type: str
-    key: Literal["string", "int64"]
+    key: KeyKind
     views: tuple[ViewPlan, ...]
     tensors: tuple[int, ...]
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 
@@ -17,10 +17,8 @@ from plait.api.types.v1 import types_pb2
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, NotFound, PermissionDenied
 from plait.registry.crosschecks import misfits
-from plait.registry.records import EMPTY, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
+from plait.registry.records import EMPTY, KeyKind, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
 from router.experiments import assign
-
-KeyKind = Literal["string", "int64"]
 
 _POLICIES: Final = {
     "fail": types_pb2.MISSING_POLICY_FAIL,

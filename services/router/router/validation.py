@@ -13,7 +13,8 @@ from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.dtypes import BY_NUMBER
 from plait.errors import InvalidArgument, Violation
-from router.route_table import Arm, Input, KeyKind, ServingRoute
+from plait.registry.records import KeyKind
+from router.route_table import Arm, Input, ServingRoute
 
 MAX_ROWS: Final = 10_000
 MAX_ID_BYTES: Final = 256

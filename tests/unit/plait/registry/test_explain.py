@@ -33,21 +33,24 @@ VIEW: dict[str, Any] = {"name": "v", "entity": {"type": "user"}, "features": [{"
         ({"features": ["a"]}, ("features", 0), "expected a mapping of fields, found 'a'"),
         ({"features": [{"dtype": "int8"}]}, ("features", 0, "name"), "is required"),
         (
-            {"features": [{"name": "a", "default": "x"}]},
+            {"features": [{"name": "a", "default": [1]}]},
             ("features", 0, "default"),
-            "expected a number or a whole number or true or false, found 'x'",
+            "expected a number or a whole number or true or false or text, found a list",
         ),
         (
             {"entity": {"type": "u", "key": "strng"}},
             ("entity", "key"),
-            "expected one of string or int64, found 'strng'; did you mean 'string'?",
+            "expected one of string, int64 or composite, found 'strng'; did you mean 'string'?",
         ),
-        ({"entity": {"type": "u", "key": 3}}, ("entity", "key"), "expected one of string or int64, found the number 3"),
+        ({"entity": {"type": "u", "key": 3}}, ("entity", "key"), "expected one of string, int64 or composite, found the number 3"),
         ({"entity": {"typ": "u"}}, ("entity", "typ"), "is not a field of this; did you mean 'type'?"),
         (
             {"zzz": 1},
             ("zzz",),
-            "is not a field of this; the fields here are entity, features, version, max_age_s, retention_s, description",
+            (
+                "is not a field of this; the fields here are entity, features, version, max_age_s, retention_s, description, "
+                "readers, writers, durable, aggregation, feast"
+            ),
         ),
     ],
 )
@@ -64,6 +67,8 @@ def test_mappings_point_at_the_entry() -> None:
 def test_fields_are_found_through_lists_optionals_and_mappings() -> None:
     assert fields_at(Route, ("variants", 0)) == ["name", "model", "use", "weight"]
     assert fields_at(Model, ("versions", 0, "signature", "inputs", 1)) == ["name", "dtype", "shape", "per"]
+    assert "versions" in fields_at(Model, ())
+    assert not {"name", "schemas", "versions"} & {*fields_at(FeatureView, ())}
     assert fields_at(Route, ("timeout_s",)) == []
 
 

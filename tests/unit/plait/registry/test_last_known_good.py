@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.fakes.registry_world import WORLD
+from tests.fakes.registry_world import FEATURES, HOME, ITEMS, RANKER, SHOP, USERS, WORLD
 
 from plait.registry import last_known_good
 from plait.registry.last_known_good import Unusable
-from plait.registry.records import ApiKey
+from plait.registry.records import ApiKey, FeatureSchema
 from plait.registry.resources import snapshot_of
 
 KEY = ApiKey(id="key-1", tenant="shop", sha256="0" * 64, scopes=("rank",), expires_at=5.0)
@@ -90,3 +91,10 @@ def test_kinds_of_a_newer_build_are_passed_over() -> None:
     body = json.loads(json.loads(last_known_good.encode(SNAPSHOT))["body"])
     body["resources"].append({"kind": "Experiment", "name": "x", "spec": {}})
     assert last_known_good._snapshot(body) == SNAPSHOT
+
+
+def test_a_file_of_the_build_before_epochs_and_wide_features_still_loads() -> None:
+    """The file was written by the commit before `Feature.width`, `FeatureView.versions` and `Snapshot.epochs` came."""
+    snapshot = last_known_good.decode(Path("tests/contracts/last-known-good.json").read_bytes())
+    views = [dataclasses.replace(view, schemas=(FeatureSchema(id=1, features=view.features),)) for view in (USERS, ITEMS)]
+    assert snapshot == snapshot_of(42, [*views, FEATURES, RANKER, HOME, SHOP], [KEY])

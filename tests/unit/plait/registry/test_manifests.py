@@ -18,7 +18,7 @@ from plait.registry.yaml_tree import dump
 HEAD = "apiVersion: plait.dev/v1\n"
 TENANT = HEAD + "kind: Tenant\nmetadata: {name: shop}\n"
 
-DTYPES = "bool, int8, int16, int32, int64, float16, float32 or float64"
+DTYPES = "bool, int8, int16, int32, int64, float16, float32, float64, timestamp or string"
 
 EVERYTHING_WRONG = """\
 apiVersion: plait.dev/v1
@@ -29,7 +29,7 @@ spec:
   version: "1"
   featurs: 3
   features:
-    - {name: rating_mean, dtype: flot32, default: abc}
+    - {name: rating_mean, dtype: flot32, default: [1]}
     - {dtype: int8, default: 300}
 ---
 apiVersion: plait.dev/v2
@@ -66,11 +66,11 @@ def violations(text: str) -> list[str]:
 
 def test_every_problem_is_said_at_once_with_file_and_line() -> None:
     assert violations(EVERYTHING_WRONG) == [
-        "m.yaml:5 spec.entity.key: expected one of string or int64, found 'strin'; did you mean 'string'?",
+        "m.yaml:5 spec.entity.key: expected one of string, int64 or composite, found 'strin'; did you mean 'string'?",
         "m.yaml:6 spec.version: expected a whole number, found '1'; take the quotes away",
         "m.yaml:7 spec.featurs: is not a field of this; did you mean 'features'?",
         f"m.yaml:9 spec.features[0].dtype: expected one of {DTYPES}, found 'flot32'; did you mean 'float32'?",
-        "m.yaml:9 spec.features[0].default: expected a number or a whole number or true or false, found 'abc'",
+        "m.yaml:9 spec.features[0].default: expected a number or a whole number or true or false or text, found a list",
         "m.yaml:10 spec.features[1].name: is required",
         "m.yaml:12 apiVersion: expected plait.dev/v1, found 'plait.dev/v2'",
         "m.yaml:13 kind: expected one of Model, FeatureView, FeatureSet, Route, Tenant, found 'Modle'; did you mean 'Model'?",
@@ -105,6 +105,10 @@ def test_every_problem_is_said_at_once_with_file_and_line() -> None:
         (
             HEAD + "kind: FeatureView\nmetadata: {name: v}\nspec: {entity: {type: u}, features: [{name: a}], schemas: []}",
             "m.yaml:4 spec.schemas: is filled in by the registry; leave it out",
+        ),
+        (
+            HEAD + "kind: FeatureView\nmetadata: {name: v}\nspec: {entity: {type: u}, features: [{name: a}], versions: []}",
+            "m.yaml:4 spec.versions: is filled in by the registry; leave it out",
         ),
     ],
 )

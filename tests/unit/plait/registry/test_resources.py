@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pytest
 from tests.fakes.registry_world import HOME, WORLD
 
-from plait.registry.records import ApiKey
+from plait.registry.records import ApiKey, Epochs
 from plait.registry.resources import Change, Difference, Resource, diff, records_of, snapshot_of
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
@@ -50,8 +50,19 @@ def test_a_resource_has_an_etag_that_changes_with_its_generation() -> None:
 def test_a_snapshot_is_read_only_and_gives_its_records_back() -> None:
     key = ApiKey(id="k", tenant="shop", sha256="0" * 64)
     snapshot = snapshot_of(7, WORLD, [key])
-    assert repr(snapshot) == "<Snapshot revision=7 models=1 views=2 sets=1 routes=1 tenants=1 keys=1>"
+    assert snapshot.epochs_of("shop", "item-stats", 1) == Epochs(serving=0, building=None, previous=None)
+    assert repr(snapshot) == "<Snapshot revision=7 models=1 views=2 sets=1 routes=1 tenants=1 keys=1 epochs=0>"
     assert snapshot.keys == {"0" * 64: key}
     with pytest.raises(TypeError):
         snapshot.routes["x"] = HOME  # type: ignore[index]
+    with pytest.raises(TypeError):
+        snapshot.epochs["shop", "item-stats", 1] = Epochs()  # type: ignore[index]
     assert sorted(r.name for r in records_of(snapshot)) == sorted(r.name for r in WORLD)
+
+
+def test_a_snapshot_knows_the_epochs_of_each_tenants_version() -> None:
+    built = Epochs(serving=2, building=3, previous=1)
+    snapshot = snapshot_of(7, WORLD, [], {("shop", "item-stats", 1): built})
+    assert snapshot.epochs_of("shop", "item-stats", 1) == built
+    for other in (("other", "item-stats", 1), ("shop", "user-profile", 1), ("shop", "item-stats", 2)):
+        assert snapshot.epochs_of(*other) == Epochs()

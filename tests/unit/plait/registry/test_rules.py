@@ -80,6 +80,21 @@ def columns(*references: str) -> Record:
     return FeatureSet(name="s", inputs=(ModelInput(name="x", entity="u", features=references),))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "default", "part"),
+    [
+        ("float32", "x", "a feature of float32 is a number, found 'x'"),
+        ("int8", "1", "of int8 is a number"),
+        ("timestamp", "now", "of timestamp is a number"),
+        ("bool", "true", "a bool feature needs true or false"),
+        ("string", 1, "a string feature needs text as default, found 1"),
+        ("string", True, "a string feature needs text"),
+    ],
+)
+def test_a_default_of_another_type_is_told(dtype: Any, default: Any, part: str) -> None:
+    assert part in found(feature(dtype=dtype, default=default))["features", 0, "default"]
+
+
 MANY = tuple(Feature(name=f"f{n}") for n in range(1001))
 
 

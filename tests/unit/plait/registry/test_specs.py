@@ -12,15 +12,24 @@ from tests.fakes.registry_world import RANKER, WORLD
 from plait.errors import Internal
 from plait.registry import manifests
 from plait.registry.records import (
+    Aggregate,
+    Aggregation,
     Entity,
+    FeastSource,
     Feature,
     FeatureSchema,
+    FeatureSet,
     FeatureView,
+    KeyPart,
     Model,
+    ModelInput,
     ModelVersion,
+    PastVersion,
     Record,
+    RequestFeature,
     Route,
     Tenant,
+    Transform,
     Variant,
     VersionPolicy,
 )
@@ -122,3 +131,37 @@ def test_a_new_field_with_a_default_reads_old_rows() -> None:
     stored = to_stored(RANKER)
     del stored["aliases"]
     assert from_stored("Model", "ranker", stored) == dataclasses.replace(RANKER, aliases={})
+
+
+WIDE = FeatureView(
+    name="v",
+    entity=Entity(type="u", key="composite", parts=(KeyPart(name="shop"), KeyPart(name="sku", type="int64"))),
+    features=(
+        Feature(name="a", dtype="string", vocabulary=("red", "green"), default="red"),
+        Feature(name="b", dtype="int8", width=384, scale=0.5),
+        Feature(name="c", dtype="int16", max_length=8, pad=-1.0),
+        Feature(name="d", aggregate=Aggregate(function="sum", events=("like",), value="value", window_s=60.0, tile_s=5.0)),
+    ),
+    readers=("shop",),
+    durable="before",
+    aggregation=Aggregation(entity_from="subject", lateness_s=5.0),
+    feast=FeastSource(project="p", view="w", join_keys=("shop", "sku")),
+    versions=(PastVersion(version=1, entity=Entity(type="u"), schemas=(FeatureSchema(id=1, features=(Feature(name="z"),)),)),),
+)
+SENT = FeatureSet(
+    name="s",
+    inputs=(ModelInput(name="x", entity="u", features=("v@1:z", "$request:hour", "$transform:heat"), dtype="int16"),),
+    request=(RequestFeature(name="hour", minimum=0.0, maximum=23.0, default=12.0),),
+    transforms=(Transform(name="heat", entity="u", expression="log1p({v:d})", default=0.0),),
+)
+
+
+@pytest.mark.parametrize("record", [WIDE, SENT], ids=kind_of)
+def test_every_field_of_features_is_stored_and_comes_back(record: Record) -> None:
+    assert from_stored(kind_of(record), record.name, json.loads(json.dumps(to_stored(record)))) == record
+
+
+def test_past_versions_are_printed_of_a_model_but_not_of_a_view() -> None:
+    assert "versions" in to_stored(WIDE)
+    assert "versions" not in to_spec(WIDE)
+    assert "versions" in to_spec(RANKER)
