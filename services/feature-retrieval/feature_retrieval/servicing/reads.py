@@ -1,0 +1,74 @@
+"""The wire work of reading features: GetFeatures, its stream, and what a set yields."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from feature_retrieval.retrieval import Retrieval
+from feature_retrieval.views import Plan, Plans
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
+from plait.dtypes import BY_NAME
+from plait.errors import PermissionDenied
+from plait.rpc import multiplex
+from plait.rpc.call import current
+from plait.telemetry.tracing import Tracing
+
+
+class Reads(pb_grpc.FeatureRetrievalServiceServicer):
+    """Hands reads to the page."""
+
+    def __init__(self, retrieval: Retrieval, plans: Callable[[], Plans], *, max_in_flight: int, tracing: Tracing) -> None:
+        self._retrieval = retrieval
+        self._plans = plans
+        self._max_in_flight = max_in_flight
+        self._tracing = tracing
+
+    async def GetFeatures(self, request: Any, context: Any) -> Any:
+        """One call, one answer."""
+        response = pb.GetFeaturesResponse()
+        await self._fill(request, response)
+        return response
+
+    async def StreamFeatures(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]  # it writes to the context
+        """Many calls of a plait service over one stream."""
+        if not current().is_service:
+            raise PermissionDenied("StreamFeatures is for plait services: call GetFeatures", reason="SERVICE_TOKEN_MISSING")
+        await multiplex.serve(
+            request_iterator,
+            context,
+            self._fill,
+            pb.StreamFeaturesResponse,
+            max_in_flight=self._max_in_flight,
+            tracing=self._tracing,
+            span_name="plait.api.feature_retrieval.v1.FeatureRetrievalService/GetFeatures",
+        )
+
+    async def DescribeFeatureSet(self, request: Any, context: Any) -> Any:
+        """What a set yields."""
+        plans = self._plans()
+        plan = plans.get(request.feature_set, ())
+        response = pb.DescribeFeatureSetResponse(feature_set=request.feature_set, registry_revision=plans.snapshot.revision)
+        _describe(plan, plans, response)
+        return response
+
+    async def _fill(self, request: Any, response: Any) -> None:
+        await self._retrieval.get_features(request, response, current())
+
+
+def _describe(plan: Plan, plans: Plans, response: Any) -> None:
+    for model_input, tensor in zip(plan.feature_set.inputs, plan.tensors, strict=True):
+        described = response.inputs.add(name=model_input.name, entity_type=model_input.entity, dtype=tensor.number)
+        for reference in model_input.features:
+            view_name, _, name = reference.partition(":")
+            view = plans.snapshot.feature_views[view_name]
+            feature = next(f for f in view.features if f.name == name)
+            described.features.add(
+                feature_view=view_name,
+                feature=name,
+                stored_dtype=BY_NAME[feature.dtype].number,
+                default_value=None if feature.default is None else float(feature.default),
+                max_age_s=view.max_age_s,
+                description=feature.description,
+            )
