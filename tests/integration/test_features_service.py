@@ -185,7 +185,7 @@ async def test_any_order_and_repetition_of_writes_ends_the_same(redis_server: Em
             for at, sequence, value, deleted in order:
                 await w.write("stats", [f"{run}{name}"], {"a": [value]}, at_s=float(at), sequences=[sequence], deleted=[deleted])
         keys = KeySpace.of("default", "item", "stats", 1).keys([f"{run}x", f"{run}y"])
-        (left, right), _ = await w.store.read(keys, 5)
+        left, right = (await w.store.read(keys, 5)).rows
         assert left is not None
         assert left == right
         header = np.frombuffer(left[:32], "<i8")
@@ -234,8 +234,8 @@ async def _present(w: FeatureWorld) -> bool:
 async def test_a_deadline_bounds_the_read(redis_url: str) -> None:
     async with feature_world(SNAPSHOT, redis_url) as w:
         [key] = KeySpace.of("default", "item", "stats", 1).keys(["i"])
-        rows, arrived = await w.store.read([key] * 5000, 0.0)
-        assert (len(rows), arrived) == (5000, 0)
+        found = await w.store.read([key] * 5000, 0.0)
+        assert (len(found.rows), len(found.late)) == (5000, 5000)
         await w.write("stats", ["i"], {"a": [1], "b": [1], "c": [1]})
         assert statuses(await w.read("stats", item=["i"]), "stats") == ["PRESENT"]  # the connection that was given up is not reused
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from feature_retrieval.near_cache import UNKNOWN, Found, NearCache, Places, Reading
 from feature_retrieval.row_codec import FLAG_TOMBSTONE, HEADER_BYTES, LAYOUT, Bytes2D, Id, KeySpace, header, join
-from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.store.rows import NONE, Positions, Read, Rows
 from feature_retrieval.views import EntityPlan, Picture, Plan, Plans, ViewPlan
 from plait.api.types.v1 import types_pb2
 from plait.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable, Violation
@@ -52,18 +52,26 @@ class _Read:
     wanted: Index | None = None  # positions asked from Redis; None = all
     keys: Sequence[bytes] = ()
     reading: Reading | None = None
-    rows: Sequence[bytes | None] = ()
-    arrived: int = 0  # of keys
-    unread: int = _TIMED_OUT  # the status of what did not arrive
+    rows: Sequence[bytes | None] = ()  # parallel to keys
+    late: Positions = field(default_factory=lambda: NONE)  # of keys
+    failed: Positions = field(default_factory=lambda: NONE)
 
     def wanted_ids(self) -> Sequence[Id]:
         return self.ids if self.wanted is None else [self.ids[at] for at in self.wanted.tolist()]
+
+    def answered(self) -> tuple[Sequence[Id], Sequence[bytes | None]]:
+        """Return the ids whose keys were answered, and their rows."""
+        ids = self.wanted_ids()
+        if not (self.late.size or self.failed.size):
+            return ids, self.rows
+        known = np.delete(np.arange(len(self.rows)), np.concatenate((self.late, self.failed))).tolist()
+        return [ids[at] for at in known], [self.rows[at] for at in known]
 
 
 class Retrieval:
     """Answers GetFeatures. `plans` gives the compiled feature sets of the newest snapshot."""
 
-    def __init__(self, store: RedisStore, cache: NearCache, plans: Callable[[], Plans], clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Rows, cache: NearCache, plans: Callable[[], Plans], clock: Callable[[], float] = time.time) -> None:
         self._store = store
         self._cache = cache
         self._plans = plans
@@ -136,25 +144,32 @@ class Retrieval:
             if read.keys:
                 read.reading = self._cache.begin(read.space, read.view.current.codec)
         began = time.perf_counter()
-        rows: Sequence[bytes | None] = ()
-        arrived, unread = 0, _TIMED_OUT
+        answer: Read | None = None
         try:
-            rows, arrived = await self._store.read(keys, timeout_s)
+            answer = await self._store.read(keys, timeout_s)
         except Unavailable:
-            unread = _UNAVAILABLE
-        finally:
+            answer = Read([None] * len(keys), failed=np.arange(len(keys)))
+        finally:  # a cancelled read must end in the near cache, too
             at = 0
             for read in reads:
                 if not read.keys:
                     continue
-                count = len(read.keys)
-                read.arrived = min(max(arrived - at, 0), count)
-                read.rows = rows[at : at + read.arrived]
-                read.unread = unread
+                until = at + len(read.keys)
+                if answer is not None:
+                    read.rows = answer.rows[at:until]
+                    read.late, read.failed = _within(answer.late, at, until), _within(answer.failed, at, until)
                 if read.reading is not None:
-                    self._cache.end(read.reading, read.wanted_ids()[: read.arrived], read.rows)
-                at += count
+                    self._cache.end(read.reading, *(((), ()) if answer is None else read.answered()))
+                at = until
         return int((time.perf_counter() - began) * 1e6)
+
+
+def _within(positions: Positions, at: int, until: int) -> Positions:
+    """Return which of some ascending positions lie in [at, until), counted from `at`."""
+    if not positions.size:
+        return NONE
+    first, last = np.searchsorted(positions, (at, until))
+    return positions[first:last] - at
 
 
 def _ids_by_type(plan: Plan, entities: Any) -> dict[str, Sequence[Id]]:
@@ -227,9 +242,9 @@ def _place(read: _Read, tensors: Sequence[Tensor | None], now_us: int) -> _Place
     event_times = np.zeros(count, np.int64)
     for picture, block, index in _blocks(read):
         _place_block(read.view, picture, block, index, tensors, statuses, event_times, now_us)
-    if read.arrived < len(read.keys):
-        late = np.arange(read.arrived, len(read.keys)) if read.wanted is None else read.wanted[read.arrived :]
-        statuses[late] = read.unread
+    for unknown, status in ((read.late, _TIMED_OUT), (read.failed, _UNAVAILABLE)):
+        if unknown.size:
+            statuses[unknown if read.wanted is None else read.wanted[unknown]] = status
     absent = np.flatnonzero(statuses == 0)
     if absent.size:
         statuses[absent] = _DEFAULTED if read.view.has_all_defaults else _NOT_FOUND
@@ -256,20 +271,14 @@ def _blocks(read: _Read) -> list[tuple[Picture, Bytes2D, Index | None]]:
         return blocks
     whole = None if None in fetched else join(fetched, read.view.current.codec.row_bytes)  # type: ignore[arg-type]
     if whole is not None and read.view.current.codec.fits(whole):
-        blocks.append(
-            (read.view.current, whole, None if read.wanted is None and len(fetched) == len(read.ids) else _positions(read, len(fetched)))
-        )
+        blocks.append((read.view.current, whole, read.wanted))
         return blocks
     return blocks + _by_schema(read)
 
 
-def _positions(read: _Read, count: int) -> Index:
-    return np.arange(count) if read.wanted is None else read.wanted[:count]
-
-
 def _by_schema(read: _Read) -> list[tuple[Picture, Bytes2D, Index | None]]:
     """The uncommon case: some rows are missing, or were written under an older schema. Rows nobody can read count as missing."""
-    positions = _positions(read, len(read.rows))
+    positions = np.arange(len(read.rows)) if read.wanted is None else read.wanted
     groups: dict[int, list[int]] = {}
     for at, row in enumerate(read.rows):
         if row is not None and len(row) >= HEADER_BYTES and row.startswith(_LAYOUT_BYTES):

@@ -5,7 +5,9 @@ bitmap (one bit per column, least significant first, padded to 8 bytes), then th
 and decoded as one numpy block: there is never a Python object per cell.
 
 Key: `p1{` tenant, entity type, typed id `}` view, view version, epoch. Every part is length-prefixed, so no two different tuples give the same
-bytes, whatever characters they hold; the braces are a hash tag, so Redis Cluster keeps all views of one entity in one slot.
+bytes, whatever characters they hold; the braces are a hash tag, so Redis Cluster keeps all views of one entity in one slot. In the same slot
+lie the entity's erasure mark, `p1{` … `}` and a NUL where a view's name would begin (no view has an empty name), and which events its
+aggregates have taken, `s1{` … `}` view, view version, epoch, `a`, bucket: another prefix, so that nobody who tracks rows hears of it.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ Bytes2D = npt.NDArray[np.uint8]
 IdPart = str | int
 Id = str | int | tuple[IdPart, ...]
 
+_MARK: Final = b"}\0"
 _LENGTHS: Final = tuple(struct.pack(">H", n) for n in range(MAX_ID_BYTES + 1))
 
 
@@ -108,6 +111,14 @@ class KeySpace:
             except UnicodeEncodeError:
                 raise InvalidArgument("an id is not valid UTF-8", reason="ID_INVALID") from None
         return [self.prefix + encode_id(i) + suffix for i in ids]
+
+    def mark_keys(self, ids: Sequence[Id]) -> list[bytes]:
+        """Return the key of each entity's erasure mark, the same for every view, version and epoch. Raises as `keys` does."""
+        return KeySpace(self.prefix, _MARK).keys(ids)
+
+    def applied_key(self, entity_id: Id, bucket: int) -> bytes:
+        """Return the key of the set of events of one bucket of time (an int64) that are in an entity's aggregates. Raises as `keys` does."""
+        return b"s1" + self.prefix[2:] + encode_id(entity_id) + self.suffix + b"a" + struct.pack(">q", bucket)
 
     def id_of(self, key: bytes) -> Id | None:
         """Return the id a key of this space stands for, or None for a key of another space."""

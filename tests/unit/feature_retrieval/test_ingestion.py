@@ -192,8 +192,7 @@ def ingestion_of(store: RedisStore, *views: FeatureView) -> Ingestion:
 
 
 async def stored(store: RedisStore, ids: list[Any], view: FeatureView = VIEW, tenant: str = "default") -> list[bytes | None]:
-    rows, _ = await store.read(KeySpace.of(tenant, view.entity.type, view.name, view.version).keys(ids), 10)
-    return rows
+    return (await store.read(KeySpace.of(tenant, view.entity.type, view.name, view.version).keys(ids), 10)).rows
 
 
 async def test_the_newest_event_wins_whatever_comes_first(store: RedisStore) -> None:

@@ -25,6 +25,7 @@ from feature_retrieval.near_cache import NearCache
 from feature_retrieval.retrieval import Retrieval, ids_of
 from feature_retrieval.row_codec import KeySpace, RowCodec, entity_prefix, header, split
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.store.rows import Read
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
@@ -64,20 +65,24 @@ class Slow(RedisStore):
         super().__init__(url)
         self.asked: list[list[bytes]] = []
         self.arriving: int | None = None
+        self.failing: list[int] = []
         self.gate: asyncio.Event | None = None
         self.reached = asyncio.Event()
         self.timeout_s = 0.0
 
-    async def read(self, keys: Sequence[bytes], timeout_s: float) -> tuple[list[bytes | None], int]:
+    async def read(self, keys: Sequence[bytes], timeout_s: float) -> Read:
         self.asked.append(list(keys))
         self.timeout_s = timeout_s
-        rows, arrived = await super().read(keys, timeout_s)
+        found = await super().read(keys, timeout_s)
         self.reached.set()
         if self.gate is not None:
             await self.gate.wait()
-        if self.arriving is None:
-            return rows, arrived
-        return rows[: self.arriving] + [None] * (len(keys) - self.arriving), self.arriving
+        if self.arriving is None and not self.failing:
+            return found
+        late = np.arange(len(keys) if self.arriving is None else self.arriving, len(keys))
+        unknown = {*self.failing, *late.tolist()}
+        rows = [None if at in unknown else row for at, row in enumerate(found.rows)]
+        return Read(rows, late=late, failed=np.array(self.failing, np.intp))
 
 
 class World:
@@ -331,6 +336,26 @@ async def test_late_rows_are_late_in_the_views_they_belong_to(store: Slow, arriv
     told = statuses(answer, "profile") + statuses(answer, "stats") + statuses(answer, "content")
     assert ["TIMED_OUT" if t == "TIMED_OUT" else "arrived" for t in told] == ["arrived"] * arriving + ["TIMED_OUT"] * (5 - arriving)
     assert tensor(answer, "item")[:, 2].tolist() == [1 if arriving > 1 else 1.5, 2 if arriving > 2 else 1.5]
+
+
+@pytest.mark.parametrize("near_cache", [False, True])
+async def test_keys_of_a_failed_node_are_unavailable_wherever_they_stand(store: Slow, near_cache: bool) -> None:
+    w = World(store, near_cache=near_cache)
+    for view in ("stats", "content"):
+        await w.write(view, ["i", "j", "k"], {"a": [1, 2, 3], "b": [3, 4, 5]} if view == "stats" else {"x": [5, 6, 7]})
+    await w.write("profile", [1], {"age": [20]})
+    store.failing = [1, 4]  # of: profile 1, stats i j k, content i j k
+    store.arriving = 6
+    answer = await w.read("all", user=[1], item=["i", "j", "k"])
+    assert statuses(answer, "profile") == ["PRESENT"]
+    assert statuses(answer, "stats") == ["UNAVAILABLE", "PRESENT", "PRESENT"]
+    assert statuses(answer, "content") == ["UNAVAILABLE", "NULL", "TIMED_OUT"]
+    np.testing.assert_array_equal(tensor(answer, "item")[:, 2:], [[1.5, -1], [2, 6], [3, -1]])
+    store.failing, store.arriving = [], None
+    answer = await w.read("all", user=[1], item=["i", "j", "k"])
+    assert statuses(answer, "stats") == ["PRESENT"] * 3  # neither was taken for absent, and none for another's row
+    np.testing.assert_array_equal(tensor(answer, "item")[:, 2:], [[1, 5], [2, 6], [3, 7]])
+    assert len(store.asked[-1]) == (3 if near_cache else 7)
 
 
 async def test_cached_rows_are_answered_when_the_rest_is_late(store: Slow) -> None:

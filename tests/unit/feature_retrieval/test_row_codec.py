@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,44 @@ def test_all_views_of_an_entity_share_a_hash_slot() -> None:
         tags = {tag(key_of(("shop", "item", view, version, epoch), entity_id)) for view in "ab" for version in (1, 2) for epoch in (0, 1)}
         assert len(tags) == 1
         assert tags != {b""}  # an empty tag would hash the whole key
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.tuples(SPACES, IDS, st.integers(-(1 << 63), (1 << 63) - 1)), st.tuples(SPACES, IDS, st.integers(-3, 3)))
+@example((("t", "u", "v", 1, 0), "a", 1), (("t", "u", "v", 1, 1), "a", 1))
+@example((("t", "u", "v", 1, 0), "a", 1), (("t", "u", "v", 1, 0), "a", 256))
+@example((("t", "u", "", 1, 0), "a", 0), (("t", "u", "", 1, 0), "a", 0))
+def test_marks_and_applied_sets_share_no_key_with_anything(one: tuple[Any, Id, int], other: tuple[Any, Id, int]) -> None:
+    found = []
+    for space, entity_id, bucket in (one, other):
+        keys = KeySpace.of(*space)
+        [mark] = keys.mark_keys([entity_id])
+        found.append((key_of(space, entity_id), mark, keys.applied_key(entity_id, bucket)))
+        assert keys.id_of(mark) is None
+        assert keys.id_of(found[-1][2]) is None
+    (row, mark, applied), (other_row, other_mark, other_applied) = found
+    assert len({row, mark, applied}) == 3
+    assert not {row, mark, applied} & ({other_row, other_mark, other_applied} - {row, mark, applied})
+    assert mark not in (other_row, other_applied)
+    assert applied not in (other_row, other_mark)
+    assert (mark == other_mark) == ((one[0][:2], one[1]) == (other[0][:2], other[1]))  # whatever the view, version and epoch
+    assert (applied == other_applied) == (one == other)
+
+
+def test_marks_and_applied_sets_lie_in_the_entitys_slot_and_are_not_tracked_as_rows() -> None:
+    space = KeySpace.of("shop", "item", "stats", 2, 1)
+    for entity_id in ("plain", "a{b}c", "}", 125, ("}", 1)):
+        [row], [mark], applied = space.keys([entity_id]), space.mark_keys([entity_id]), space.applied_key(entity_id, -1)
+        assert len({key[key.index(b"{") : key.index(b"}")] for key in (row, mark, applied)}) == 1
+        assert mark.startswith(entity_prefix("shop", "item"))
+        assert not applied.startswith(b"p1")
+    assert KeySpace.of("shop", "item", "other", 1).mark_keys(["a", "b"]) == space.mark_keys(["a", "b"])
+
+
+@pytest.mark.parametrize("bucket", [1 << 63, -(1 << 63) - 1])
+def test_a_bucket_is_an_int64(bucket: int) -> None:
+    with pytest.raises(struct.error):
+        KeySpace.of("t", "u", "v", 1).applied_key("a", bucket)
 
 
 def test_many_keys_at_once_are_the_same_as_one_by_one() -> None:

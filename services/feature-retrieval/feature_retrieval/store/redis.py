@@ -16,11 +16,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
+import numpy as np
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from feature_retrieval.store.rows import Read
 from plait.errors import Unavailable
 from plait.telemetry.logging import get_logger
 
@@ -103,11 +105,8 @@ class RedisStore:
         """Whether Redis could not be reached a moment ago."""
         return time.monotonic() < self._down_until
 
-    async def read(self, keys: Sequence[bytes], timeout_s: float) -> tuple[list[bytes | None], int]:
-        """Return the rows of `keys` in order (None = no row) and how many of them arrived in time; the rest are None too.
-
-        One round trip. At the time-out what has arrived is kept.
-        """
+    async def read(self, keys: Sequence[bytes], timeout_s: float) -> Read:
+        """Return the rows of `keys`, in one round trip. At the time-out what has arrived is kept."""
         chunks = [keys[at : at + READ_CHUNK] for at in range(0, len(keys), READ_CHUNK)]
         rows: list[bytes | None] = []
         try:
@@ -118,7 +117,9 @@ class RedisStore:
         except TimeoutError:
             pass
         arrived = len(rows)
-        return (rows if arrived == len(keys) else rows + [None] * (len(keys) - arrived)), arrived
+        if arrived == len(keys):
+            return Read(rows)
+        return Read(rows + [None] * (len(keys) - arrived), late=np.arange(arrived, len(keys)))
 
     async def write(self, keys: Sequence[bytes], rows: Sequence[bytes], ttl_ms: int) -> int:
         """Write rows where they are newer than what is stored; return how many were. `ttl_ms` 0 = kept for ever."""

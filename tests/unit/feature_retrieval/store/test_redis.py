@@ -78,7 +78,7 @@ async def test_the_greatest_row_wins_in_any_order_and_repetition(redis_server: E
             applied = await store.write([b"k0"], [data], 0)
             assert applied == int(best is None or rank(data) > rank(best))
             best = data if applied else best
-        assert (await store.read([b"k0"], 10))[0] == [max(rows, key=rank)]
+        assert (await store.read([b"k0"], 10)).rows == [max(rows, key=rank)]
 
 
 async def test_what_is_too_short_to_be_a_row_is_replaced(store: RedisStore, redis_url: str) -> None:
@@ -89,7 +89,7 @@ async def test_what_is_too_short_to_be_a_row_is_replaced(store: RedisStore, redi
 
 async def test_rows_of_one_call_are_ordered_too(store: RedisStore) -> None:
     assert await store.write([b"k0"] * 3, [row(2), row(3), row(1)], 0) == 2
-    assert (await store.read([b"k0"], 10))[0] == [row(3)]
+    assert (await store.read([b"k0"], 10)).rows == [row(3)]
 
 
 async def test_chunks_change_nothing(store: RedisStore) -> None:
@@ -98,10 +98,10 @@ async def test_chunks_change_nothing(store: RedisStore) -> None:
     assert await store.write(keys(count), rows, 0) == count
     assert await store.write(keys(count), rows, 0) == 0
     wanted = [key for n, key in enumerate(keys(count)) for key in ([key, b"absent"] if n % 3 == 0 else [key])]
-    found, arrived = await store.read(wanted, 10)
-    assert arrived == len(wanted)
-    assert [data for data in found if data is not None] == rows
-    assert [wanted[n] for n, data in enumerate(found) if data is None] == [b"absent"] * len(range(0, count, 3))
+    found = await store.read(wanted, 10)
+    assert found.whole
+    assert [data for data in found.rows if data is not None] == rows
+    assert [wanted[n] for n, data in enumerate(found.rows) if data is None] == [b"absent"] * len(range(0, count, 3))
 
 
 async def test_a_script_call_is_small(store: RedisStore, redis_url: str) -> None:
@@ -132,7 +132,7 @@ async def test_keys_and_rows_may_hold_any_bytes(store: RedisStore) -> None:
     odd = [b"", b"\0", b"a b\r\n$3", b"{}", bytes(range(256)), "ü漢".encode()]
     rows = [row(tail=key[::-1]) for key in odd]
     await store.write(odd, rows, 0)
-    assert (await store.read(odd, 10))[0] == rows
+    assert (await store.read(odd, 10)).rows == rows
 
 
 # --- reads, bounded -----------------------------------------------------------------------------------------------------------------------
@@ -141,8 +141,10 @@ async def test_keys_and_rows_may_hold_any_bytes(store: RedisStore) -> None:
 async def test_without_time_nothing_arrives(store: RedisStore) -> None:
     await store.write([b"k0"], [row()], 0)
     for timeout_s in (0.0, -1.0):
-        assert await store.read([b"k0", b"k1"], timeout_s) == ([None, None], 0)
-    assert await store.read([b"k0", b"k1"], 10) == ([row(), None], 2)
+        found = await store.read([b"k0", b"k1"], timeout_s)
+        assert (found.rows, found.late.tolist(), found.failed.tolist()) == ([None, None], [0, 1], [])
+        assert not found.whole
+    assert (await store.read([b"k0", b"k1"], 10)).rows == [row(), None]
     assert not store.down  # the caller's lack of time is not Redis' fault
 
 
@@ -150,7 +152,7 @@ async def test_reads_and_writes_share_few_connections(redis_url: str) -> None:
     async with opened(redis_url, connections=3) as store:
         await store.write(keys(50), [row(n + 1) for n in range(50)], 0)
         answers = await asyncio.gather(*(store.read(keys(50)[n : n + 1], 20) for n in range(50)))
-        assert answers == [([row(n + 1)], 1) for n in range(50)]
+        assert [answer.rows for answer in answers] == [[row(n + 1)] for n in range(50)]
         assert repr(store) == "<RedisStore up connections=0+3>"
     assert repr(store) == "<RedisStore up connections=0+0>"
 
@@ -164,8 +166,9 @@ async def test_who_gives_up_never_leaves_an_answer_to_the_next(redis_url: str) -
         async def read(at: int) -> bool:
             size = random_source.choice([1, 1_500])
             wanted = [(at * 37 + n) % count for n in range(size)]
-            found, arrived = await store.read([b"k%d" % n for n in wanted], random_source.choice([0.0, 0.0005, 0.002, 20]))
-            assert found == [row(n + 1) for n in wanted[:arrived]] + [None] * (size - arrived)
+            found = await store.read([b"k%d" % n for n in wanted], random_source.choice([0.0, 0.0005, 0.002, 20]))
+            arrived = size - len(found.late)
+            assert found.rows == [row(n + 1) for n in wanted[:arrived]] + [None] * (size - arrived)
             return arrived == size
 
         tasks = [asyncio.create_task(read(n)) for n in range(60)]
@@ -175,7 +178,7 @@ async def test_who_gives_up_never_leaves_an_answer_to_the_next(redis_url: str) -
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert {r for r in results if not isinstance(r, asyncio.CancelledError)} <= {True, False}
         assert True in results
-        assert await store.read([b"k7"], 20) == ([row(8)], 1)
+        assert (await store.read([b"k7"], 20)).rows == [row(8)]
         assert "connections=0+" in repr(store)
 
 
@@ -194,7 +197,7 @@ async def test_while_redis_is_away_calls_fail_at_once_and_then_recover(redis_ser
         assert "connections=0+0" in repr(store)
         door.target = (host, int(port))
         await eventually(lambda: not store.down)
-        assert await store.read([b"k0"], 20) == ([row()], 1)
+        assert (await store.read([b"k0"], 20)).rows == [row()]
 
 
 async def test_a_server_that_is_not_there() -> None:
@@ -225,7 +228,7 @@ async def test_a_refused_write_does_not_keep_others_from_reading(tmp_path: Any) 
                 await store.write([b"k1"], [row()], 0)
             assert caught.value.reason == "STORE_UNAVAILABLE"
             assert not store.down
-            assert await store.read([b"k0", b"k1"], 10) == ([row(), None], 2)
+            assert (await store.read([b"k0", b"k1"], 10)).rows == [row(), None]
             client.config_set("maxmemory", 0)
         assert await store.write([b"k1"], [row()], 0) == 1
 
@@ -236,7 +239,7 @@ async def test_a_key_of_another_type_refuses_its_write_only(store: RedisStore, r
     with pytest.raises(Unavailable):
         await store.write(keys(130), [row()] * 130, 0)
     assert await store.write(keys(3)[1:], [row(2)] * 2, 0) == 2
-    assert (await store.read(keys(3), 10))[0] == [None, row(2), row(2)]
+    assert (await store.read(keys(3), 10)).rows == [None, row(2), row(2)]
 
 
 # --- changes ------------------------------------------------------------------------------------------------------------------------------
