@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from feature_retrieval.batch_encoding import Encoded, Encoder
-from feature_retrieval.retrieval import MAX_ROWS
+from feature_retrieval.entity_ids import MAX_ROWS
 from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, RowCodec, header
 from feature_retrieval.store.redis import APPLIED, RedisStore
 from feature_retrieval.views import schemas_of

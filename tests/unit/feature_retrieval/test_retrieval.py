@@ -22,7 +22,7 @@ from tests.fakes.feature_world import make_batch, statuses, tensor
 
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
-from feature_retrieval.retrieval import Retrieval, ids_of
+from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import KeySpace, RowCodec, entity_prefix, header, split
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.store.rows import Read
@@ -542,22 +542,3 @@ async def test_rows_are_counted_by_entity_type(store: Slow) -> None:
     assert [(v.field, v.description) for v in caught.value.violations] == [
         ("entities[1].ids", "10001 rows are asked for, at most 10000 of a type are allowed")
     ]
-
-
-@pytest.mark.parametrize(
-    ("ids", "key", "values", "problem"),
-    [
-        ({"string_ids": ["a", "b"]}, "string", ["a", "b"], ""),
-        ({"int64_ids": [0, -1]}, "int64", [0, -1], ""),
-        ({}, "string", [], "at least one id"),
-        ({"string_ids": ["1"]}, "int64", [], "set int64_ids"),
-        ({"int64_ids": [1]}, "string", [], "set string_ids"),
-        ({"string_ids": ["1"], "int64_ids": [1]}, "string", [], "only one of"),
-        ({"string_ids": ["a", ""]}, "string", ["a", ""], "an id is empty"),
-    ],
-)
-def test_ids_of(ids: Any, key: str, values: list[Any], problem: str) -> None:
-    found, said = ids_of(types_pb2.EntityIds(**ids), key)
-    assert list(found) == values
-    assert problem in said
-    assert bool(said) == bool(problem)
