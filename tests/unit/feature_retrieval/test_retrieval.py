@@ -20,6 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fakes.feature_world import make_batch, statuses, tensor
 
+from feature_retrieval.audience import Audience
+from feature_retrieval.coalescing import CoalescedReads
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.retrieval import Retrieval
@@ -448,6 +450,19 @@ async def test_a_caller_that_leaves_hurts_nobody(store: Slow) -> None:
     with pytest.raises(asyncio.CancelledError):
         await leaving
     assert [view.readings for view in [v for entity in w.cache._entities.values() for v in entity.views.values()]] == [0]
+
+
+async def test_a_cold_key_that_many_want_is_read_once_and_once_more_after_it_changed(store: Slow) -> None:
+    w = World(store, near_cache=True)
+    reads = CoalescedReads(store)
+    reads.connected(PREFIXES)
+    w.page = Retrieval(reads, w.cache, lambda: w.plans, clock=lambda: NOW_S)
+    for version in (1, 2):
+        await w.write("stats", ["i"], {"a": [version], "b": [2]}, sequences=[version])
+        Audience(w.cache, reads).changed(STATS_SPACE.keys(["i"]))
+        answers = await asyncio.gather(*(w.read(item=["i"]) for _ in range(100)))
+        assert {tensor(answer, "item")[0, 0] for answer in answers} == {version}
+        assert len(store.asked) == version
 
 
 async def test_a_refused_request_leaves_no_read_under_way(store: Slow) -> None:
