@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from feature_retrieval.store.redis import Listener
+from feature_retrieval.store.tracking import Listener
 
 
 class Audience(Listener):

@@ -15,8 +15,8 @@ from typing import Final
 
 import numpy as np
 
-from feature_retrieval.store.redis import Listener
 from feature_retrieval.store.rows import NONE, Positions, Read, Rows
+from feature_retrieval.store.tracking import Listener
 from plait.errors import Unavailable
 
 MAX_SHARED_KEYS: Final = 1024  # of one caller: a larger read is several round trips, of which a deadline keeps those that arrived

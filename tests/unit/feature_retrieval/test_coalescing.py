@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from feature_retrieval.audience import Audience
 from feature_retrieval.coalescing import MAX_SHARED_KEYS, CoalescedReads
-from feature_retrieval.store.redis import Listener
 from feature_retrieval.store.rows import Read
+from feature_retrieval.store.tracking import Listener
 from plait.errors import Unavailable
 
 LONG_S = 1000.0  # no test waits for it; what arrives in time is the store's decision
