@@ -14,6 +14,7 @@ import numpy as np
 
 from feature_retrieval.audience import Audience
 from feature_retrieval.coalescing import CoalescedReads
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.retrieval import Retrieval
@@ -99,7 +100,10 @@ async def feature_world(snapshot: Snapshot, redis_url: str, *, near_cache: bool 
 
     server = RpcServer(RpcSettings(grace_s=2), authenticator=Authenticator(lambda _: None, service_token="t0ken"))
     retrieval = Retrieval(reads, cache, lambda: plans)
-    servicer = FeatureRetrievalServicer(retrieval, Ingestion(store, lambda: snapshot), lambda: plans, max_in_flight=64, tracing=off())
+    explanation = Explanation(retrieval, lambda: plans, store.times_to_live)
+    servicer = FeatureRetrievalServicer(
+        retrieval, Ingestion(store, lambda: snapshot), lambda: plans, explanation=explanation, max_in_flight=64, tracing=off()
+    )
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
     await server.start()

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 
 from feature_retrieval.audience import Audience
 from feature_retrieval.coalescing import CoalescedReads
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.retrieval import Retrieval
@@ -63,11 +64,13 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         service_token=settings.rpc.service_token.get_secret_value(),
         required=settings.rpc.require_auth,
     )
+    retrieval = Retrieval(reads, cache, current.plans)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(  # type: ignore[abstract]  # the RPCs that are not written yet answer UNIMPLEMENTED
-        Retrieval(reads, cache, current.plans),
+        retrieval,
         Ingestion(store, lambda: watcher.snapshot),
         current.plans,
+        explanation=Explanation(retrieval, current.plans, store.times_to_live),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
     )

@@ -70,7 +70,7 @@ class Retrieval:
                 counts[status] += count
         enforce(request, counts, answer.defaulted_cells, sum(tensor.size for tensor in answer.tensors[: answer.plan.answered]))
         for tensor_plan, tensor in zip(answer.plan.tensors[: answer.plan.answered], answer.tensors, strict=False):
-            _add_tensor(response, tensor_plan.name, tensor_plan.number, tensor)
+            add_tensor(response, tensor_plan.name, tensor_plan.number, tensor)
         response.store_us = answer.store_us
         response.registry_revision = plans.snapshot.revision
 
@@ -199,7 +199,8 @@ def ages_us(times: npt.NDArray[np.int64], now_us: int) -> npt.NDArray[np.int64]:
     return np.where(times == 0, -1, np.maximum(now_us - times, 0))
 
 
-def _add_tensor(response: Any, name: str, number: int, tensor: Tensor) -> None:
+def add_tensor(response: Any, name: str, number: int, tensor: Tensor) -> None:
+    """Add a tensor to an answer; `number`: its DataType."""
     added = response.tensors.add(name=name, dtype=number)
     added.shape.extend(tensor.shape)
     added.data = tensor.tobytes()

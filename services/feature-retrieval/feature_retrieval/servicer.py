@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.servicing.reads import Reads
@@ -16,7 +17,14 @@ class FeatureRetrievalServicer(Reads, Writes):
     """Gives each part what it hands requests to."""
 
     def __init__(
-        self, retrieval: Retrieval, ingestion: Ingestion, plans: Callable[[], Plans], *, max_in_flight: int, tracing: Tracing
+        self,
+        retrieval: Retrieval,
+        ingestion: Ingestion,
+        plans: Callable[[], Plans],
+        *,
+        explanation: Explanation,
+        max_in_flight: int,
+        tracing: Tracing,
     ) -> None:
-        Reads.__init__(self, retrieval, plans, max_in_flight=max_in_flight, tracing=tracing)
+        Reads.__init__(self, retrieval, explanation, plans, max_in_flight=max_in_flight, tracing=tracing)
         Writes.__init__(self, ingestion)
