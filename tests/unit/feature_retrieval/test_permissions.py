@@ -3,20 +3,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from tests.fakes.calls import ADMIN, call_of
 
 from feature_retrieval.permissions import check_admin, check_readable, check_writable, may_read, may_write
 from plait.errors import PermissionDenied
 from plait.registry.records import Entity, FeatureView
-from plait.rpc.call import Call
-from plait.rpc.deadline import Deadline
 
-
-def call(tenant: str = "shop", caller: str = "key-1", *, service: bool = False, scopes: frozenset[str] = frozenset()) -> Call:
-    return Call(method="m", tenant=tenant, caller=caller, is_service=service, scopes=scopes, deadline=Deadline.after(1))
-
-
-KEY, OTHER_KEY, OTHER_TENANT = call(), call(caller="key-2"), call("rival", "key-3")
-SERVICE, RIVAL_SERVICE = call(caller="service", service=True), call("rival", "service", service=True)
+KEY, OTHER_KEY, OTHER_TENANT = call_of("shop"), call_of("shop", "key-2"), call_of("rival", "key-3")
+SERVICE, RIVAL_SERVICE = call_of("shop", "service", service=True), call_of("rival", "service", service=True)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +44,6 @@ def reason_of(check: Callable[[], None]) -> str:
 
 
 def test_administrators_and_services_are_admins() -> None:
-    assert reason_of(lambda: check_admin(call(scopes=frozenset({"features", "admin"})))) == ""
+    assert reason_of(lambda: check_admin(ADMIN)) == ""
     assert reason_of(lambda: check_admin(SERVICE)) == ""
-    assert reason_of(lambda: check_admin(call(scopes=frozenset({"features"})))) == "SCOPE_MISSING"
+    assert reason_of(lambda: check_admin(KEY)) == "SCOPE_MISSING"
