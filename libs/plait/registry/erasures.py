@@ -66,3 +66,19 @@ async def views_of(connection: Connection, tenant: str, entity_type: str) -> lis
         entity_type,
     )
     return [(row["view"], row["version"], row["newest"]) for row in rows]
+
+
+async def forget_rows(connection: Connection, erasure: Erasure) -> dict[str, int]:
+    """Delete an erased entity's rows from the durable copy, up to its time; return how many there were of each view."""
+    until = (erasure.until_us + (1 << 63)).to_bytes(8, "big")  # as a position begins
+    rows = await connection.fetch(
+        """with gone as (
+               delete from plait.feature_row
+               where tenant = $1 and entity_type = $2 and entity = $3 and substring(position from 1 for 8) <= $4 returning view
+           ) select view, count(*) as rows from gone group by view""",
+        erasure.tenant,
+        erasure.entity_type,
+        erasure.entity,
+        until,
+    )
+    return {row["view"]: row["rows"] for row in rows}
