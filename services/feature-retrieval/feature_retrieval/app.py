@@ -18,6 +18,7 @@ from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
 from feature_retrieval.servicing.upkeep import UpkeepParts
 from feature_retrieval.settings import FeatureRetrievalSettings
+from feature_retrieval.store.opening import open_store
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
@@ -45,13 +46,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     watcher = Watcher(settings.registry.dsn.get_secret_value(), settings.registry.last_known_good, settings.registry.poll_s)
     tasks.start(watcher.run(), "registry")
 
-    redis = settings.redis
-    store = RedisStore(
-        redis.url.get_secret_value(),
-        connections=redis.connections,
-        connect_timeout_s=redis.connect_timeout_s,
-        write_timeout_s=redis.write_timeout_s,
-    )
+    store = open_store(settings.redis, settings.ingestion)
     stack.push_async_callback(store.close)
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
     metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
