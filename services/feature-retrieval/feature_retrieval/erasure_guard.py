@@ -51,7 +51,7 @@ class ErasureGuard:
         try:
             position = await self._there()
             if position is None or position < self._known:
-                log.warning("redis has lost erasures: loading them before it takes writes", known=self._known, there=position)
+                log.info("redis does not know every erasure: loading them before it takes writes", known=self._known, there=position)
                 position = 0
             while erasures := await self._registry.erasures_after(position, _PAGE):
                 await remove(self._store, self._registry, erasures)
