@@ -17,6 +17,7 @@ import numpy.typing as npt
 from feature_retrieval import request_features, transforming
 from feature_retrieval.entity_ids import ids_by_type, unique
 from feature_retrieval.near_cache import UNKNOWN, NearCache, Places
+from feature_retrieval.permissions import check_readable
 from feature_retrieval.placing import Index, Placed, Tensor, place
 from feature_retrieval.policies import STATUSES, enforce
 from feature_retrieval.row_codec import Id
@@ -75,7 +76,9 @@ class Retrieval:
         response.registry_revision = plans.snapshot.revision
 
     async def answer(self, plan: Plan, request: Any, call: Call) -> Answer:
-        """Read all a plan needs for a request's `entities` and `request_features`. Raises InvalidArgument, DeadlineExceeded."""
+        """Read all a plan needs for a request's `entities` and `request_features`. Raises PermissionDenied, InvalidArgument, DeadlineExceeded."""
+        for view in plan.restricted:
+            check_readable(view, call)
         ids = ids_by_type(plan, request.entities)
         rows = {entity_type: len(of) for entity_type, of in ids.items()}
         transforming.check_rows(plan, rows)
