@@ -99,7 +99,7 @@ async def feature_world(snapshot: Snapshot, redis_url: str, *, near_cache: bool 
                 await store.watch(lambda: prefixes, Audience(cache, reads))
             await asyncio.sleep(0.05)
 
-    server = RpcServer(RpcSettings(grace_s=2), authenticator=Authenticator(lambda _: None, service_token="t0ken"))
+    server = RpcServer(RpcSettings(grace_s=2), authenticator=Authenticator(snapshot.keys.get, service_token="t0ken"))
     retrieval = Retrieval(reads, cache, lambda: plans)
     explanation = Explanation(retrieval, lambda: plans, store.times_to_live)
     ingestion = Ingestion(store, lambda: snapshot)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from plait.cli.features import epochs
+from plait.cli.features import epochs, explain
 
 _HELP = """Fill, flip, look at and clean up the online features.
 
   plait features materialize item-stats --from history.parquet
 
   plait features epochs item-stats
+
+  plait features explain home --id user=42 --id item=7
 
   plait features rollback item-stats --reason "wrong prices"
 """
@@ -19,6 +21,6 @@ _HELP = """Fill, flip, look at and clean up the online features.
 def register(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(name="features", help=_HELP, no_args_is_help=True)
-    for command in (epochs,):
+    for command in (epochs, explain):
         command.register(group)
     app.add_typer(group)
