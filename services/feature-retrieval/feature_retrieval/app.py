@@ -16,6 +16,7 @@ from feature_retrieval.explanation import Explanation
 from feature_retrieval.exporting import Exporting
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
+from feature_retrieval.read_metrics import ReadCounts, ReadMetrics
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
@@ -52,7 +53,6 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     store = open_store(settings.redis, settings.ingestion)
     stack.push_async_callback(store.close)
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
-    metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
 
     reads = CoalescedReads(store)
     stack.push_async_callback(reads.close)
@@ -73,7 +73,9 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         service_token=settings.rpc.service_token.get_secret_value(),
         required=settings.rpc.require_auth,
     )
-    retrieval = Retrieval(reads, cache, current.plans)
+    counts = ReadCounts()
+    ReadMetrics(metrics, counts, cache, reads)
+    retrieval = Retrieval(reads, cache, current.plans, counts=counts)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(  # type: ignore[abstract]  # the RPCs that are not written yet answer UNIMPLEMENTED
         retrieval,
