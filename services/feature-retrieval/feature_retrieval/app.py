@@ -21,7 +21,8 @@ from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
 from feature_retrieval.servicing.upkeep import UpkeepParts
-from feature_retrieval.settings import FeatureRetrievalSettings
+from feature_retrieval.settings import FeatureRetrievalSettings, SkewLogSettings
+from feature_retrieval.skew_log import SkewLog
 from feature_retrieval.store.opening import open_store
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.views import Plans
@@ -74,8 +75,9 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         required=settings.rpc.require_auth,
     )
     counts = ReadCounts()
-    ReadMetrics(metrics, counts, cache, reads)
-    retrieval = Retrieval(reads, cache, current.plans, counts=counts)
+    skew_log = open_skew_log(settings.skew_log, stack, tasks)
+    ReadMetrics(metrics, counts, cache, reads, skew_log.outcomes if skew_log else {})
+    retrieval = Retrieval(reads, cache, current.plans, counts=counts, note=skew_log.note if skew_log else None)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(  # type: ignore[abstract]  # the RPCs that are not written yet answer UNIMPLEMENTED
         retrieval,
@@ -95,6 +97,22 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
     return server
+
+
+def open_skew_log(settings: SkewLogSettings, stack: AsyncExitStack, tasks: Tasks) -> SkewLog | None:
+    """Return the skew log where one is kept; it is written until the process ends."""
+    if not settings.share:
+        return None
+    made = SkewLog(
+        settings.folder,
+        share=settings.share,
+        max_file_bytes=settings.max_file_bytes,
+        max_file_s=settings.max_file_s,
+        queue_rows=settings.queue_rows,
+    )
+    tasks.start(made.run(), "skew log")
+    stack.callback(made.close)
+    return made
 
 
 class CurrentPlans:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -38,10 +38,11 @@ class ReadCounts:
 class ReadMetrics:
     """Tells Prometheus what reads counted."""
 
-    def __init__(self, metrics: Metrics, counts: ReadCounts, cache: NearCache, reads: CoalescedReads) -> None:
+    def __init__(self, metrics: Metrics, counts: ReadCounts, cache: NearCache, reads: CoalescedReads, skew: Mapping[str, int]) -> None:
         self._counts = counts
         self._cache = cache
         self._reads = reads
+        self._skew = skew
         metrics.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
@@ -57,6 +58,10 @@ class ReadMetrics:
         yield rows
         yield cells
         yield from self._near_cache()
+        skew = CounterMetricFamily("plait_features_skew_rows", "rows for the skew log: written, dropped, failed", labels=["outcome"])
+        for outcome, count in list(self._skew.items()):
+            skew.add_metric([outcome], count)
+        yield skew
         yield CounterMetricFamily(
             "plait_features_coalesced_keys",
             "keys that were not asked from the store because another read had asked",

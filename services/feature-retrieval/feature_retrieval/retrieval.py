@@ -53,8 +53,11 @@ class Answer:
     store_us: int
 
 
+Note = Callable[[Answer, int, Call], None]
+
+
 class Retrieval:
-    """Answers GetFeatures. `plans` gives the compiled feature sets of the newest snapshot."""
+    """Answers GetFeatures. `plans` gives the compiled feature sets of the newest snapshot; `note` is told every answer, and its revision."""
 
     def __init__(
         self,
@@ -64,12 +67,14 @@ class Retrieval:
         clock: Callable[[], float] = time.time,
         *,
         counts: ReadCounts | None = None,
+        note: Note | None = None,
     ) -> None:
         self._store = store
         self._cache = cache
         self._plans = plans
         self._clock = clock
         self._counts = counts or ReadCounts()
+        self._note = note
 
     async def get_features(self, request: Any, response: Any, call: Call) -> None:
         """Fill a GetFeaturesResponse for a GetFeaturesRequest; errors as the contract says."""
@@ -86,6 +91,8 @@ class Retrieval:
             add_tensor(response, tensor_plan.name, tensor_plan.number, tensor)
         response.store_us = answer.store_us
         response.registry_revision = plans.snapshot.revision
+        if self._note is not None:
+            self._note(answer, plans.snapshot.revision, call)
 
     async def answer(self, plan: Plan, request: Any, call: Call) -> Answer:
         """Read all a plan needs for a request's `entities` and `request_features`. Raises PermissionDenied, InvalidArgument, DeadlineExceeded."""

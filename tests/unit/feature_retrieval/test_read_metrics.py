@@ -20,7 +20,7 @@ CODEC = RowCodec(FeatureSchema(id=1, features=(Feature(name="a"),)))
 def test_what_was_counted_is_told() -> None:
     store: Any = None
     metrics, counts, cache, reads = Metrics(), ReadCounts(), NearCache(1 << 20, 60), CoalescedReads(store)
-    ReadMetrics(metrics, counts, cache, reads)
+    ReadMetrics(metrics, counts, cache, reads, {"dropped": 3})
     counts.add("stats", [0, 5, 0, 0, 2, 0, 0, 0], 4)
     counts.add("stats", [0, 1, 0, 0, 0, 0, 0, 0], 0)
     cache.connected([SPACE.prefix])
@@ -43,6 +43,7 @@ def test_what_was_counted_is_told() -> None:
         'plait_features_near_cache_resets_total{reason="disconnected"} 1.0',
         "plait_features_near_cache_invalidations_total 1.0",
         "plait_features_near_cache_bytes 0.0",
+        'plait_features_skew_rows_total{outcome="dropped"} 3.0',
         "plait_features_coalesced_keys_total 9.0",
     } <= set(told)
     assert repr(counts) == "<ReadCounts rows=8>"
