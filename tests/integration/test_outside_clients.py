@@ -145,11 +145,14 @@ async def test_tritonclients_stream_is_answered_in_order_whatever_fails_in_betwe
     assert len(seen) == 65
     for n, answer in enumerate(seen[:64]):
         if n in (7, 20, 21):
-            assert answer[0] == "error"
-            assert "does not fit the model's signature" in answer[1]
+            assert "does not fit the model's signature" in answer["error"]
         else:
-            assert answer == [f"r{n}", [[2 * n, 2 * n]], True]
-    assert "Request for unknown model" in seen[64][1]
+            cost = answer.pop("cost")
+            assert answer == {"id": f"r{n}", "version": "1", "y": [[2 * n, 2 * n]], "final": True}
+            assert set(cost) == {"queue_us", "compute_us", "batch_rows"}
+            assert 1 <= cost["batch_rows"] <= 64
+            assert cost["compute_us"] < 60_000_000
+    assert "Request for unknown model" in seen[64]["error"]
 
 
 async def test_kserves_client(ranker: ModelVersion) -> None:

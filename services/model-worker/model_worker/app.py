@@ -56,7 +56,8 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
     )
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     inference = Inference(models, instruments.statistics, instruments.failed)
-    load = LoadReport(available_cpus(), lambda: instruments.statistics.busy_s, lambda: models.queued_rows)
+    report = LoadReport(available_cpus(), lambda: instruments.statistics.busy_s, lambda: models.queued_rows)
+    load = report if settings.protocol.trailers else None
     server.add(
         pb_grpc.add_GRPCInferenceServiceServicer_to_server,
         InferenceServicer(
@@ -68,14 +69,14 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
             max_in_flight=settings.rpc.max_in_flight,
             default_timeout_s=settings.rpc.default_timeout_s,
             tracing=tracing,
-            load=load if settings.protocol.trailers else None,
+            load=load,
         ),
         pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
         scope="infer",
     )
     server.add(
         stream_pb_grpc.add_ModelWorkerServiceServicer_to_server,
-        StreamServicer(inference, max_in_flight=settings.rpc.max_in_flight, tracing=tracing),
+        StreamServicer(inference, max_in_flight=settings.rpc.max_in_flight, tracing=tracing, load=load),
         stream_pb.DESCRIPTOR.services_by_name["ModelWorkerService"].full_name,
         scope="infer",
     )

@@ -37,6 +37,7 @@ from plait.telemetry.logging import get_logger
 
 log = get_logger(__name__)
 
+ANY_VERSION: Final = "-1"
 _TESTS_BEFORE_RELOAD: Final = 2  # a model that fails its self-test so often in a row is loaded anew
 _CLOSE_S: Final = 5.0  # at the end of the process, when nobody waits any more
 
@@ -70,18 +71,35 @@ class Models:
     # --- what requests ask
 
     def get(self, model: str, version: str = "") -> Served:
-        """Return a version that is ready; without `version` the newest such of those the model's version policy names, else of all.
+        """Return a version that is ready; without `version`, or for Triton's "-1", the newest such of those the model's version policy names,
+        else of all.
 
         Raises what `refusals.why_not` returns.
         """
         served = self._open.get((model, version))
         if served is None:
+            if version == ANY_VERSION:
+                return self.get(model)
             raise why_not(model, version, self._snapshot, self._wanted(), self._entries, time.monotonic())
         return served
 
     def entries(self) -> list[tuple[str, Entry]]:
         """Return every version held or tried, with its model's name."""
         return [(model, entry) for (model, _), entry in sorted(self._entries.items())]
+
+    def not_held(self) -> list[tuple[str, str, str]]:
+        """Return (model, state in the protocol's words, why) of each of the registry's models of which no version is held or tried."""
+        held = {model for model, _ in self._entries}
+        awaited = {model for model, _ in self._want}
+        found = []
+        for model in sorted(self._snapshot.models.keys() - held):
+            if model in awaited:
+                found.append((model, State.LOADING.wire, "waits for its turn to be loaded"))
+            else:
+                found.append(
+                    (model, State.FAILED.wire, "unloaded" if model in self._paused else "no route, alias or version policy refers to it")
+                )
+        return found
 
     def serving(self, model: str) -> list[str]:
         """Return the versions of a model that are ready, oldest first."""

@@ -176,6 +176,29 @@ async def test_what_the_registry_names_is_loaded_and_served() -> None:
         assert (w.sample("memory_bytes", model="b", version="2") or 0) >= SIZE
 
 
+async def test_tritons_word_for_any_version_is_taken() -> None:
+    async with world() as w:
+        w.adopt(of(V1, V2, champion="1"))
+        await w.become(a_1="READY", a_2="READY")
+        assert w.models.get("a", "-1") is w.models.get("a") is w.models.get("a", "2")
+        assert "Request for unknown model: nobody" in refusal(w.models, "nobody", "-1").message
+
+
+async def test_what_is_not_held_is_told_with_the_reason() -> None:
+    async with world(repository_control=True, load_concurrency=1) as w:
+        w.loader.may_load.clear()
+        w.adopt(of(V1), of(V1, name="b"), of(V1, name="forgotten", policy=VersionPolicy(specific=("9",), latest=0)))
+        await w.become(a_1="LOADING")
+        assert w.models.not_held() == [
+            ("b", "LOADING", "waits for its turn to be loaded"),
+            ("forgotten", "UNAVAILABLE", "no route, alias or version policy refers to it"),
+        ]
+        w.loader.may_load.set()
+        await w.become(a_1="READY", b_1="READY")
+        await w.models.unload("b", 10)
+        assert w.models.not_held()[0] == ("b", "UNAVAILABLE", "unloaded")
+
+
 async def test_while_it_loads_callers_are_told_to_come_back() -> None:
     async with world() as w:
         w.loader.may_load.clear()
