@@ -24,6 +24,16 @@ from plait.registry.records import ModelVersion, TensorSpec
 
 CLIENTS = Path(__file__).parents[1] / "fakes" / "clients"
 KSERVE_PYTHON = "PLAIT_TEST_KSERVE_PYTHON"
+# What triton_bad_input.py does; all else it asks for is INVALID_ARGUMENT.
+NOT_FOUND = {
+    "no model", "model unknown", "version unknown", "version that is no number", "metadata of none", "metadata of a version unknown",
+    "config of none", "ready of none", "ready of a version unknown", "statistics of a version unknown", "load of none", "unload of none",
+    "trace settings of none",
+}  # fmt: skip
+RIGHT = {
+    "version -1", "id of 100 kB", "unknown parameters", "sequence", "priority", "timeout", "more classes than there are",
+    "classes of integers", "metadata", "config", "ready", "statistics", "statistics of a version alone",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +130,26 @@ def _check_statistics(seen: Any) -> None:
     [batch] = stats["batch_stats"]
     assert (batch["batch_size"], batch["compute_infer"]["count"]) == ("2", "3")
     assert set(seen["all statistics"]) == {"ranker", "cats", *(f"echo-{dtype}" for dtype in BY_NAME)}
+
+
+async def test_what_is_wrong_with_a_request_is_told_in_words_and_never_as_our_fault(cats: ModelVersion) -> None:
+    async with worker_world(
+        snapshot(model("cats", cats), *echo_models()), models={"repository_control": True}, loader_type=EchoLoader
+    ) as w:
+        seen = await run_client(w, "triton_bad_input.py")
+    statuses: dict[str, set[str]] = {}
+    for name, (status, message) in seen.items():
+        statuses.setdefault(status, set()).add(name)
+        assert message, name
+    assert set(statuses) == {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "DEADLINE_EXCEEDED"}
+    assert statuses["NOT_FOUND"] == NOT_FOUND
+    assert statuses["UNIMPLEMENTED"] == {"shared memory"}
+    assert statuses["DEADLINE_EXCEEDED"] == {"no time"}
+    assert statuses["OK"] == RIGHT
+    assert "its name is empty" in seen["no model"][1]
+    assert "versions it has, newest first: 1" in seen["version unknown"][1]
+    assert "shared memory is not offered here" in seen["input in shared memory"][1]
+    assert "(-1 is 1 or more), found [-1, 2]" in seen["variable"][1]
 
 
 async def test_tritonclient_with_asyncio(ranker: ModelVersion) -> None:

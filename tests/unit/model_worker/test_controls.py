@@ -77,9 +77,7 @@ def test_the_way_back_from_verbose() -> None:
     assert logs(made, log_verbose_level=0) == {"log_error": True, "log_warning": True, "log_info": True, "log_verbose_level": 0}
 
 
-@pytest.mark.parametrize(
-    "settings", [{"log_file": "x"}, {"log_info": 1}, {"log_verbose_level": True}, {"log_error": False}]
-)
+@pytest.mark.parametrize("settings", [{"log_file": "x"}, {"log_info": 1}, {"log_verbose_level": True}, {"log_error": False}])
 def test_log_settings_there_are_not_change_nothing(settings: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument) as refused:
         logs(controls(), log_warning=False, **settings)
