@@ -21,6 +21,9 @@ from model_worker.served import Loader, Prepared
 from model_worker.settings import ModelSettings
 from plait.errors import FailedPrecondition, PlaitError
 from plait.registry.records import ModelVersion
+from plait.telemetry.logging import get_logger
+
+log = get_logger(__name__)
 
 MAX_PER_VERSION: Final = 2
 # While something is loaded, a thread that wants the interpreter's lock waits so long before it asks for it, not Python's usual 5 ms: reading a
@@ -95,7 +98,10 @@ class Loads:
 
     async def drop(self, load: Load, prepared: Prepared) -> None:
         """Let go of what was loaded and is not going to serve."""
-        await asyncio.to_thread(prepared.close)
+        try:
+            await asyncio.to_thread(prepared.close)
+        except Exception:  # it is out of use in any case
+            log.exception("what was loaded did not end as it should", model=load.key[0], version=load.key[1])
         self.release(load)
 
     def release(self, load: Load) -> None:

@@ -59,6 +59,7 @@ class Models:
         self._changed = asyncio.Event()
         self._moved = asyncio.Event()
         self._leaving: dict[asyncio.Task[None], tuple[Key, Entry]] = {}
+        self._hanging: set[asyncio.Task[None]] = set()  # wait for threads that were given up
         self._want: dict[Key, ModelVersion] = {}
         self._following = False  # a snapshot was adopted
         self._settled = False
@@ -209,6 +210,8 @@ class Models:
         while self._leaving:
             await asyncio.wait(tuple(self._leaving))
         await self._loads.settle(timeout_s)
+        for waiting in self._hanging:
+            waiting.cancel()
 
     # --- loading
 
@@ -227,11 +230,15 @@ class Models:
         if prepared is None:
             return
         entry = load.entry
-        if self._closing or not self._is_current(load) or entry.state is State.READY:
+        if self._closing or not self._is_current(load) or entry.served is not None:
             await self._loads.drop(load, prepared)
             self._notify()
             return
-        self._serve(load, prepared)
+        try:
+            self._serve(load, prepared)
+        except Exception as error:  # no thread could be started, say: that is this version's failure and not the process's
+            self._failed(load, error)
+            await self._loads.drop(load, prepared)
 
     async def _result(self, load: Load) -> Prepared | None:
         first = not load.overdue
@@ -361,17 +368,33 @@ class Models:
 
     async def _leave(self, key: Key, entry: Entry) -> None:
         if entry.served is not None:
-            try:
-                async with asyncio.timeout(_CLOSE_S if self._closing else self._settings.unload_timeout_s):
-                    await entry.served.close()
-            except TimeoutError:  # it hangs; what it holds is still there, and so its claim
-                log.exception("a model does not end and is given up", model=key[0], version=key[1])
-            else:
-                if entry.claim is not None:
-                    self._ledger.release(entry.claim)
+            await self._end(key, entry.served)
+            if entry.served.hangs and not self._closing:
+                log.error("a model was given up while it computes: its memory is counted until it comes back", model=key[0], version=key[1])
+                hanging = asyncio.create_task(self._release_later(entry, entry.served), name=f"wait for {key[0]}/{key[1]}")
+                self._hanging.add(hanging)
+                hanging.add_done_callback(self._hanging.discard)
+            elif entry.claim is not None:
+                self._ledger.release(entry.claim)
         if key not in self._entries:
             self._instruments.forget(*key)
         log.info("a model was unloaded", model=key[0], version=key[1])
+
+    async def _end(self, key: Key, served: Served) -> None:
+        try:
+            async with asyncio.timeout(_CLOSE_S if self._closing else self._settings.unload_timeout_s):
+                await served.close()
+        except TimeoutError:
+            log.exception("a model does not end and is given up", model=key[0], version=key[1])
+            await served.abandon()
+        except Exception:  # it is out of use in any case
+            log.exception("a model did not end as it should", model=key[0], version=key[1])
+
+    async def _release_later(self, entry: Entry, served: Served) -> None:
+        await served.instances.ended()
+        if entry.claim is not None:
+            self._ledger.release(entry.claim)
+        self._notify()
 
     def _left(self, task: asyncio.Task[None]) -> None:
         del self._leaving[task]

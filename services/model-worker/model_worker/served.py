@@ -81,10 +81,20 @@ class Served:
         """What runs it, in the protocol's words."""
         return self.prepared.models[0].platform
 
+    @property
+    def hangs(self) -> bool:
+        """Whether a thread was given up that still computes, so that the model cannot leave the memory."""
+        return self.instances.stuck > 0
+
     async def close(self) -> None:
         """Answer what is held, then end the threads and processes and let go of the artifact."""
         await self.batcher.close()
         await self.instances.stop()
+        await asyncio.to_thread(self.prepared.close)
+
+    async def abandon(self) -> None:
+        """Where `close` takes too long: end the processes and let go of the artifact; threads that hang are given up."""
+        self.instances.abandon()
         await asyncio.to_thread(self.prepared.close)
 
 
