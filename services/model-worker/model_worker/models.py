@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from model_worker import memory, retest
@@ -122,6 +122,17 @@ class Models:
         if not self._following:
             return self._settings.ready_when == "live"
         return is_ready(self._settings.ready_when, self._want, self._entries, settled=self._settled)
+
+    async def readiness(self) -> AsyncIterator[bool]:
+        """Yield `ready` now and whenever it has changed, for ever."""
+        told: bool | None = None
+        while True:
+            moved, now = self._moved, self.ready
+            if now is not told:
+                told = now
+                yield now
+            else:
+                await moved.wait()
 
     # --- what changes them
 
@@ -420,6 +431,9 @@ class Models:
                 open_[name, ""] = open_[name, default]
         self._open = open_
         self._changed.set()
+        self._tell_who_waits()
+
+    def _tell_who_waits(self) -> None:
         self._moved.set()
         self._moved = asyncio.Event()
 
@@ -440,7 +454,9 @@ class Models:
 
     def _notice_settled(self) -> None:
         tried = [(e := self._entries.get(key)) is not None and (e.state is not State.LOADING or e.error is not None) for key in self._want]
-        self._settled = self._settled or (self._following and all(tried))
+        if not self._settled and self._following and all(tried):
+            self._settled = True
+            self._tell_who_waits()
 
     def _try_at_once(self, entry: Entry) -> tuple[int, int]:
         """Return a mark by which a later failure can be told from an earlier one."""

@@ -195,6 +195,40 @@ async def test_what_the_registry_names_is_loaded_and_served() -> None:
         assert (w.sample("memory_bytes", model="b", version="2") or 0) >= SIZE
 
 
+@pytest.mark.parametrize(("when", "expected"), [("any", [False, True, False, True]), ("all", [False, True, False, True]), ("live", [True])])
+async def test_whether_the_worker_is_ready_is_told_whenever_it_changes(when: str, expected: list[bool]) -> None:
+    async with world(ready_when=when, quarantine={"backoff_s": 0.01}) as w:
+        told: list[bool] = []
+
+        async def listen() -> None:
+            async for ready in w.models.readiness():
+                told.append(ready)  # noqa: PERF401 - it is looked at while it grows
+
+        listener = asyncio.create_task(listen())
+        w.loader.may_load.clear()
+        w.adopt(of(V1))
+        await w.become(a_1="LOADING")
+        w.loader.may_load.set()
+        await w.become(a_1="READY")
+        w.loader.served[0].error = Internal("it fails its test")
+        w.loader.served[0].fail()
+        await w.become(a_1="QUARANTINED")
+        w.loader.served[0].error = None
+        await w.become(a_1="READY")
+        await eventually(lambda: told == expected)
+        listener.cancel()
+
+
+async def test_where_nothing_is_wanted_or_all_has_failed_that_is_told_too() -> None:
+    async with world() as w:
+        w.loader.errors["/m/1"] = FailedPrecondition("torn", reason="ARTIFACT_CORRUPT")
+        w.adopt(of(V1), of(V2, name="b"))
+        ready = w.models.readiness()
+        assert await anext(ready) is False
+        assert await asyncio.wait_for(anext(ready), 10) is True  # one of them serves, the other was tried
+        assert w.states() == {"a/1": "FAILED", "b/2": "READY"}
+
+
 async def test_tritons_word_for_any_version_is_taken() -> None:
     async with world() as w:
         w.adopt(of(V1, V2, champion="1"))
