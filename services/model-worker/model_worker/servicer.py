@@ -178,28 +178,11 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return response
 
     async def SystemSharedMemoryStatus(self, request: Any, context: Any) -> Any:
-        """Not offered."""
-        raise _no_shared_memory()
+        """Not offered, nor are the five after it."""
+        raise Unimplemented("shared memory is not offered here: send tensors in the messages", reason="SHARED_MEMORY_NOT_OFFERED")
 
-    async def SystemSharedMemoryRegister(self, request: Any, context: Any) -> Any:
-        """Not offered."""
-        raise _no_shared_memory()
-
-    async def SystemSharedMemoryUnregister(self, request: Any, context: Any) -> Any:
-        """Not offered."""
-        raise _no_shared_memory()
-
-    async def CudaSharedMemoryStatus(self, request: Any, context: Any) -> Any:
-        """Not offered."""
-        raise _no_shared_memory()
-
-    async def CudaSharedMemoryRegister(self, request: Any, context: Any) -> Any:
-        """Not offered."""
-        raise _no_shared_memory()
-
-    async def CudaSharedMemoryUnregister(self, request: Any, context: Any) -> Any:
-        """Not offered."""
-        raise _no_shared_memory()
+    SystemSharedMemoryRegister = SystemSharedMemoryUnregister = SystemSharedMemoryStatus
+    CudaSharedMemoryStatus = CudaSharedMemoryRegister = CudaSharedMemoryUnregister = SystemSharedMemoryStatus
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:
         """What is held, and in which state; then what could be, and why it is not."""
@@ -267,10 +250,6 @@ def _failure(request: Any, error: Exception) -> Any:
     answer = pb.ModelStreamInferResponse(error_message=error.message)
     answer.infer_response.id = request.id
     return answer
-
-
-def _no_shared_memory() -> Unimplemented:
-    return Unimplemented("shared memory is not offered here: send tensors in the messages", reason="SHARED_MEMORY_NOT_OFFERED")
 
 
 def _describe(specs: tuple[TensorSpec, ...], tensors: Any) -> None:
