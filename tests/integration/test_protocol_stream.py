@@ -59,6 +59,30 @@ async def test_requests_of_a_stream_share_batches_and_keep_their_order(v1: Model
         assert await stream.code() is grpc.StatusCode.OK
 
 
+async def test_what_is_advertised_as_schedule_policy_is_kept(v1: ModelVersion) -> None:
+    async with worker_world(snapshot(model("ranker", v1)), batching={"max_rows": 5}) as w:
+        extensions = (await w.stub.ServerMetadata(pb.ServerMetadataRequest(), metadata=TOKEN)).extensions
+        assert "schedule_policy" in extensions
+        w.gate.close()
+        calls = [asyncio.create_task(w.infer(ranking(ONE, ROWS)))]
+        await eventually(lambda: w.gate.arrived == [2])
+        waiting = 0
+        for rows, priority in ((3, 2), (4, 0), (5, 1)):  # no two of them fit a batch
+            request = ranking(ONE, [[1.0, 0.0, 0.0]] * rows)
+            request.parameters["priority"].int64_param = priority
+            calls.append(asyncio.create_task(w.infer(request)))
+            waiting += rows
+            await eventually(lambda waiting=waiting: _queued_rows(w) == waiting)  # type: ignore[misc]
+        impatient = ranking(ONE, ROWS)
+        impatient.parameters["timeout"].int64_param = 1000  # microseconds
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await w.infer(impatient)
+        assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        w.gate.open()
+        await asyncio.gather(*calls)
+        assert w.gate.arrived == [2, 5, 4, 3]
+
+
 async def test_a_client_that_goes_away_takes_its_rows_along(v1: ModelVersion) -> None:
     async with worker_world(snapshot(model("ranker", v1))) as w:
         w.gate.close()
