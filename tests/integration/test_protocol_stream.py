@@ -74,7 +74,7 @@ async def test_what_is_advertised_as_schedule_policy_is_kept(v1: ModelVersion) -
             waiting += rows
             await eventually(lambda waiting=waiting: _queued_rows(w) == waiting)  # type: ignore[misc]
         impatient = ranking(ONE, ROWS)
-        impatient.parameters["timeout"].int64_param = 1000  # microseconds
+        impatient.parameters["timeout"].int64_param = 1  # microseconds
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await w.infer(impatient)
         assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED

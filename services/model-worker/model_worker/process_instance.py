@@ -141,6 +141,7 @@ class ProcessModel:
         order = {"folder": str(folder.resolve()), "digest": digest, "options": dataclasses.asdict(options)}
         self._order = json.dumps(order).encode()
         self._command = command
+        self._on_cpu = options.device == "cpu"
         self._name = name
         self.call_timeout_s = call_timeout_s
         self._load_timeout_s = load_timeout_s
@@ -282,7 +283,7 @@ class ProcessModel:
     def _loaded(self, child: _Child) -> bool:
         try:
             told = child.load(self._order, self._load_timeout_s)
-            self.platform, self.memory_bytes = str(told["platform"]), max(int(told["memory_bytes"]), child.own_bytes())
+            self.platform, self.memory_bytes = str(told["platform"]), self._held_bytes(child, int(told["memory_bytes"]))
         except TimeoutError:
             failure: PlaitError = self._hung("load", self._load_timeout_s)
         except PlaitError as error:
@@ -297,6 +298,10 @@ class ProcessModel:
         child.process.kill()
         self._settle(State.DEAD, failure)
         return False
+
+    def _held_bytes(self, child: _Child, weights_bytes: int) -> int:
+        """Return what it holds where its weights are: beside an accelerator's memory, the process's own is no part of it."""
+        return max(weights_bytes, child.own_bytes()) if self._on_cpu else weights_bytes
 
     def _settle(self, state: State, failure: PlaitError | None) -> None:
         with self._changed:
