@@ -135,7 +135,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         message = pb.ModelStreamInferResponse()
         try:
             with self._tracing.span(_INFER, kind=SpanKind.SERVER):
-                answer = await self._infer(request, message.infer_response)
+                answer = await self._infer(request, message.infer_response, watched=True)
         except Exception as error:  # (whatever it is, the stream goes on for the other requests)
             spent.failed += 1
             if strict:

@@ -67,7 +67,7 @@ def servicer(models: StubModels) -> InferenceServicer:
     )
 
 
-async def _refuse(request: Any, response: Any) -> Answer:
+async def _refuse(request: Any, response: Any, watched: bool = False) -> Answer:
     """Fill a part of the response, note how much time there was, and fail or answer as the request's id says."""
     response.model_name = "m"
     if request.id == "left":
