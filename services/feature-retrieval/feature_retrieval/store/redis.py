@@ -214,6 +214,8 @@ class RedisStore:
 
 def _rows(replies: list[Any], count: int, size: int) -> Read:
     """Take replies of `size` keys each apart into rows and what is not known."""
+    if size == 1 and not any(isinstance(reply, Missing | Refusal) for reply in replies if type(reply) is not bytes):
+        return Read(replies)
     rows: list[bytes | None] = []
     missing: dict[bool, list[int]] = {True: [], False: []}
     for reply in replies:

@@ -49,7 +49,8 @@ class Move:
 
     def __init__(self, cluster: RedisCluster, slot: int, source: int, target: int) -> None:
         self._slot = slot
-        self._source, self._target = cluster.client(source), cluster.client(target)
+        self._source: Any = cluster.client(source)
+        self._target: Any = cluster.client(target)
         self._address = cluster.nodes[target].address.split(":")
         self._password = cluster.nodes[target].url.split(":")[2].split("@")[0]
         self._names = [client.execute_command("CLUSTER MYID").decode() for client in (self._source, self._target)]
