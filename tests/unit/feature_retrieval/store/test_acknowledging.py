@@ -112,7 +112,7 @@ async def test_replicated_means_that_so_many_replicas_have_it() -> None:
         replica_of = {"replicaof": primary.address.replace(":", " ")}
         async with EmbeddedRedis(options=common | replica_of) as replica:
             with redis.Redis.from_url(primary.url) as client:
-                while int(client.info("replication")["connected_slaves"]) < 1:  # type: ignore[index]
+                while int(client.info("replication")["connected_slaves"]) < 1:
                     await asyncio.sleep(0.02)
                 async with (
                     opened(primary.url, ack="replicated") as store,
