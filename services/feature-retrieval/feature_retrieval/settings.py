@@ -84,6 +84,11 @@ class IngestionSettings(Group):
         description="when a write is acknowledged: applied in memory, synced in the append-only file, replicated; auto = synced where Redis can",
     )
     replicas: int = Field(1, ge=1, le=16, description="replicas that must have a write before it is acknowledged as replicated")
+    max_future_s: float = Field(300.0, ge=0, description="how far an event time may be ahead of this service's clock, seconds")
+    max_batches: int = Field(
+        64, ge=1, le=4096, description="batches of one stream in flight; where acks wait for a disk, one may take a second"
+    )
+    max_bytes: int = Field(64 * 1024 * 1024, ge=1, description="bytes of one stream's batches in flight")
 
 
 class NearCacheSettings(Group):
@@ -95,6 +100,23 @@ class NearCacheSettings(Group):
     )
 
 
+class PrivacySettings(Group):
+    """Erasing people and things."""
+
+    key: SecretStr = Field(
+        SecretStr(""),
+        description="32 or more random characters, kept for as long as certificates are to be verified: signs them, and hides ids in logs",
+    )
+    poll_s: float = Field(30.0, gt=0, description="how often erasures that a process left half done are completed, seconds")
+
+    @field_validator("key")
+    @classmethod
+    def _long_enough(cls, key: SecretStr) -> SecretStr:
+        if 0 < len(key.get_secret_value().encode()) < 32:
+            raise ValueError("expected 32 or more bytes: openssl rand -hex 32")
+        return key
+
+
 class FeatureRetrievalSettings(ServiceSettings):
     """All settings of the service."""
 
@@ -103,3 +125,4 @@ class FeatureRetrievalSettings(ServiceSettings):
     redis: RedisSettings = Field(default_factory=RedisSettings, description="the row store")
     near_cache: NearCacheSettings = Field(default_factory=NearCacheSettings, description="rows of hot entities in this process")
     ingestion: IngestionSettings = Field(default_factory=IngestionSettings, description="how writes are taken")
+    privacy: PrivacySettings = Field(default_factory=PrivacySettings, description="erasing people and things")
