@@ -15,14 +15,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from feature_retrieval.aggregation.windows import window_of
 from plait.dtypes import BY_NAME
 from plait.errors import InvalidArgument
-from plait.registry.records import FeatureSchema
+from plait.registry.records import Feature, FeatureSchema
 
 LAYOUT: Final = 1
 HEADER_BYTES: Final = 32
@@ -34,6 +35,7 @@ HEADER: Final = np.dtype(
 )
 
 Bytes2D = npt.NDArray[np.uint8]
+Kind = Literal["plain", "window"]
 IdPart = str | int
 Id = str | int | tuple[IdPart, ...]
 
@@ -158,11 +160,21 @@ def _utf8(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Where one feature lies in a row. `index` is its bit in the null bitmap, `offset` counts from the row's start."""
+    """Where one feature lies in a row. `index` is its bit in the null bitmap, `offset` of its `width` values counts from the row's start.
+
+    A `window` is the state of an aggregated feature: `width` bytes.
+    """
 
     index: int
     offset: int
     dtype: np.dtype[np.generic]
+    kind: Kind = "plain"
+    width: int = 1
+
+    @property
+    def end(self) -> int:
+        """Where its values end."""
+        return self.offset + self.width * self.dtype.itemsize
 
 
 class RowCodec:
@@ -175,9 +187,8 @@ class RowCodec:
         self._bitmap_bytes = -(-len(schema.features) // 64) * 8
         offset = HEADER_BYTES + self._bitmap_bytes
         for index, feature in enumerate(schema.features):
-            dtype = np.dtype(BY_NAME[feature.dtype].numpy)
-            self.columns[feature.name] = Column(index, offset, dtype)
-            offset += dtype.itemsize
+            self.columns[feature.name] = column = _column(index, offset, feature)
+            offset = column.end
         self.row_bytes = offset
 
     def __repr__(self) -> str:
@@ -233,6 +244,13 @@ class RowCodec:
         words = block[:, HEADER_BYTES : HEADER_BYTES + self._bitmap_bytes].view("<u8")
         found: npt.NDArray[np.bool_] = (words & mask.view("<u8")).any(axis=1)
         return found
+
+
+def _column(index: int, start: int, feature: Feature) -> Column:
+    """Return the column of a feature whose bytes begin at `start`."""
+    if feature.aggregate is not None:
+        return Column(index, start, np.dtype(np.uint8), "window", window_of(feature.aggregate).size_bytes)
+    return Column(index, start, np.dtype(BY_NAME[feature.dtype].numpy))
 
 
 def header(block: Bytes2D) -> npt.NDArray[np.void]:
