@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from feature_retrieval.retrieval import MAX_ROWS, ids_of
 from feature_retrieval.row_codec import FLAG_TOMBSTONE, MAX_ID_BYTES, Bytes2D, Id, KeySpace, RowCodec, header, split
-from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.store.redis import APPLIED, RedisStore
 from feature_retrieval.views import schemas_of
 from plait.dtypes import BY_NUMBER
 from plait.errors import InvalidArgument, NotFound, Violation
@@ -48,7 +48,8 @@ class Ingestion:
         if not ids:
             return
         space = KeySpace.of(tenant, view.entity.type, view.name, view.version)
-        result.applied = await self._store.write(space.keys(ids), split(block), int(view.retention_s * 1000))
+        verdicts = await self._store.write(space.keys(ids), space.mark_keys(ids), split(block), int(view.retention_s * 1000))
+        result.applied = verdicts.count(APPLIED)
         result.ignored = len(ids) - result.applied
 
     def _codec(self, view: FeatureView) -> RowCodec:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from feature_retrieval.row_codec import Bytes2D, Id, KeySpace, RowCodec
-from feature_retrieval.store.redis import Listener
+from feature_retrieval.store.tracking import Listener
 
 UNKNOWN: Final = -2  # nothing is known of the id
 MISS: Final = -1  # the id is known to have no row

@@ -43,7 +43,8 @@ def test_wrong_usage_is_told_and_ends_with_2(plait: Plait, words: list[str]) -> 
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_can_be_shown(shell: str) -> None:
+def test_completion_can_be_shown(shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # else it is for the shell this runs under, if any
     result = _process("--show-completion", shell)
     assert (result.returncode, result.stderr) == (0, "")
     assert "_PLAIT_COMPLETE" in result.stdout or "_PYTHON" in result.stdout
