@@ -8,6 +8,7 @@ Key: `p1{` tenant, entity type, typed id `}` view, view version, epoch. Every pa
 bytes, whatever characters they hold; the braces are a hash tag, so Redis Cluster keeps all views of one entity in one slot. In the same slot
 lie the entity's erasure mark, `p1{` … `}` and a NUL where a view's name would begin (no view has an empty name), and which events its
 aggregates have taken, `s1{` … `}` view, view version, epoch, `a`, bucket: another prefix, so that nobody who tracks rows hears of it.
+Streams are per tenant: `e1{` tenant `}` of events, `d1{` tenant `}` of dead letters.
 """
 
 from __future__ import annotations
@@ -136,6 +137,11 @@ class KeySpace:
 def entity_prefix(tenant: str, entity_type: str) -> bytes:
     """Return what all keys of one tenant's entity type begin with."""
     return b"p1{" + _short(tenant) + _short(entity_type)
+
+
+def tenant_key(kind: bytes, tenant: str) -> bytes:
+    """Return the key of what there is once per tenant: `kind` is `e1` (events) or `d1` (dead letters); all of a tenant's lie in one slot."""
+    return kind + b"{" + _short(tenant) + b"}"
 
 
 def _short(name: str) -> bytes:

@@ -17,14 +17,16 @@ import numpy as np
 from feature_retrieval.aggregation.events import Parsed, Refusal, parse
 from feature_retrieval.aggregation.plan import AggregatedView, AggregationPlans
 from feature_retrieval.retrieval import ids_of
-from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, split
+from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, encode_id, split
 from feature_retrieval.sources import Message
+from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import RedisStore, Swap
-from plait.errors import Unavailable
+from plait.errors import InvalidArgument, Unavailable
 
 _ROUNDS: Final = 64  # how often a row that others change is tried; one of them gets on each time
 _READ_TIMEOUT_S: Final = 5.0
 
+_NOBODY: Final[tuple[Id | None, Id | None]] = (None, None)
 ERASED: Final = Refusal("ENTITY_ERASED", "the entity was erased after this event: it stays erased")
 _TWO_IDS: Final = Refusal("ENTITY_ID_INVALID", "an event is about exactly one subject and at most one object")
 _BAD_ID: Final = Refusal("ENTITY_ID_INVALID", f"an id has 1 to {MAX_ID_BYTES} bytes of UTF-8")
@@ -60,8 +62,18 @@ class _Rows:
 
     work: _Work
     members: dict[Id, list[int]]  # entity → its events in the work
+    sets: dict[tuple[Id, int], bytes] = field(default_factory=dict)  # entity, bucket → the key of the events known of it
+
+    def set_of(self, entity: Id, time_us: int) -> bytes:
+        """Return the key of the set that an event of an entity is noted in."""
+        bucket = self.work.view.bucket(time_us)
+        key = self.sets.get((entity, bucket))
+        if key is None:
+            key = self.sets[(entity, bucket)] = self.work.space.applied_key(entity, bucket)
+        return key
 
     def keys(self) -> tuple[list[bytes], list[bytes]]:
+        """Return the keys of the rows and of their marks."""
         ids = list(self.members)
         return self.work.space.keys(ids), self.work.space.mark_keys(ids)
 
@@ -82,9 +94,10 @@ class Applying:
         self._max_future_us = int(max_future_s * 1e6)
         self._clock = clock
 
-    async def apply(self, messages: Sequence[Message]) -> Outcome:
+    async def apply(self, messages: Sequence[Message], receipt: Receipt | None = None) -> Outcome:
         """Apply every event that can be; when it returns, each is in every row that takes it, or in `refused`.
 
+        `receipt`: to be settled before the messages are acknowledged.
         Raises Unavailable (STORE_UNAVAILABLE, ROW_UNREADABLE, ROW_CONTENDED): some are applied; apply all of them again.
         """
         outcome = Outcome()
@@ -92,7 +105,7 @@ class Applying:
         works = self._route(messages, now_us, outcome)
         todo = [_Rows(work, _by_entity(work)) for work in works]
         for _ in range(_ROUNDS):
-            todo = await self._round(todo, now_us, outcome)
+            todo = await self._round(todo, outcome, receipt)
             if not todo:
                 return outcome
             outcome.retries += sum(len(rows.members) for rows in todo)
@@ -108,7 +121,8 @@ class Applying:
             if isinstance(parsed, Refusal):
                 outcome.refused[position] = parsed
                 continue
-            ids: tuple[Id | None, Id | None] | None = None
+            used = False
+            ids = _NOBODY
             for view in plans.by_type[parsed.type]:
                 about = parsed.event.subject if view.by_subject else parsed.event.object
                 if about.entity_type != view.view.entity.type:
@@ -118,14 +132,15 @@ class Applying:
                 if refusal is not None:
                     outcome.refused.setdefault(position, refusal)
                     continue
-                if ids is None:
+                used = True
+                if view.needs_ids and ids is _NOBODY:
                     ids = (_any_id(parsed.event.subject.ids), _any_id(parsed.event.object.ids))
                 for work in self._works(works, plans, view, message.tenant):
                     work.events.append(parsed)
                     work.ids.append(ids)
                     work.positions.append(position)
                     work.entities.append(entity)  # type: ignore[arg-type]  # not a Refusal, as was just seen
-            outcome.unused += ids is None and position not in outcome.refused
+            outcome.unused += not used and position not in outcome.refused
         return list(works.values())
 
     def _works(
@@ -142,7 +157,7 @@ class Applying:
             found.append(work)
         return found
 
-    async def _round(self, todo: Sequence[_Rows], now_us: int, outcome: Outcome) -> list[_Rows]:
+    async def _round(self, todo: Sequence[_Rows], outcome: Outcome, receipt: Receipt | None) -> list[_Rows]:
         """Try every row once; return those that somebody else changed meanwhile."""
         if not todo:
             return []
@@ -161,7 +176,7 @@ class Applying:
             for entity, swap in self._prepare(rows, found, known, outcome):
                 swaps.append(swap)
                 owners.append((rows, entity))
-        done = await self._store.swap(swaps)
+        done = await self._store.swap(swaps, receipt)
         beaten: dict[int, _Rows] = {}
         for (rows, entity), applied in zip(owners, done, strict=True):
             if applied:
@@ -178,7 +193,7 @@ class Applying:
             for entity, members in rows.members.items():
                 for member in members:
                     parsed = work.events[member]
-                    asked.setdefault(work.space.applied_key(entity, work.view.bucket(parsed.time_us)), []).append(parsed.fingerprint)
+                    asked.setdefault(rows.set_of(entity, parsed.time_us), []).append(parsed.fingerprint)
         answers = await self._store.applied(list(asked), list(asked.values()))
         return {
             (key, mark): known
@@ -204,7 +219,7 @@ class Applying:
                 if erased_us is not None and parsed.time_us <= erased_us:
                     outcome.refused.setdefault(work.positions[member], ERASED)
                     continue
-                key = work.space.applied_key(entity, view.bucket(parsed.time_us))
+                key = rows.set_of(entity, parsed.time_us)
                 mine = new.setdefault(key, [])
                 if known[(key, parsed.fingerprint)] or parsed.fingerprint in mine:
                     continue
@@ -278,18 +293,24 @@ def _entity(ids: Any, key: str) -> Id | Refusal:
     values, problem = ids_of(ids, key)
     if problem:
         return Refusal("ENTITY_ID_INVALID", f"the entity's id cannot be used: {problem}")
-    return values[0] if len(values) == 1 else _TWO_IDS
+    if len(values) != 1:
+        return _TWO_IDS
+    usable = _usable(values[0])
+    return _BAD_ID if usable is None else usable
 
 
 def _any_id(ids: Any) -> Id | None:
-    """Return the one id of somebody, of whatever kind, or None."""
-    if len(ids.string_ids) == 1:
-        text: str = ids.string_ids[0]
-        return text if len(text.encode()) <= MAX_ID_BYTES else None
-    if len(ids.int64_ids) == 1:
-        number: int = ids.int64_ids[0]
-        return number
-    for composite in ids.composite_ids:
-        values, _ = ids_of(composite, "composite")
-        return tuple(values) if values else None  # type: ignore[arg-type]
+    """Return the one id of somebody, of whatever kind; None where there is none that can be used."""
+    for kind, given in (("string", ids.string_ids), ("int64", ids.int64_ids), ("composite", ids.composite_ids)):
+        if len(given) == 1:
+            values, problem = ids_of(ids, kind)
+            return None if problem else _usable(values[0])
     return None
+
+
+def _usable(entity_id: Id) -> Id | None:
+    try:
+        encode_id(entity_id)
+    except InvalidArgument:
+        return None
+    return entity_id

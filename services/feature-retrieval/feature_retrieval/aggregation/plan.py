@@ -74,6 +74,7 @@ class AggregatedView:
     features: tuple[Aggregated, ...]
     types: frozenset[int]
     by_subject: bool
+    needs_ids: bool  # some feature tells subjects or objects apart
     memory_us: int  # how long after its time an event is taken, and its duplicates known
     blank: bytes
 
@@ -178,6 +179,7 @@ def compile_view(view: FeatureView) -> AggregatedView:
         features=features,
         types=frozenset().union(*(feature.types for feature in features)),
         by_subject=view.aggregation.entity_from == "subject",
+        needs_ids=any(feature.distinct and feature.value in _IDS for feature in features),
         memory_us=round(memory_s * MICRO),
         blank=_blank(codec, features),
     )
