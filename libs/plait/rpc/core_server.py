@@ -65,7 +65,10 @@ class Refusal(NamedTuple):
 
 
 class CoreServer:
-    """The part of `grpc.aio.Server` that plait uses, under the same names."""
+    """The part of `grpc.aio.Server` that plait uses, under the same names.
+
+    Interceptors with a true attribute `by_method` answer alike for every call of a method, and are asked once.
+    """
 
     def __init__(
         self,
@@ -84,6 +87,8 @@ class CoreServer:
         self._server = cygrpc.Server(tuple(options), False)
         self._server.register_completion_queue(self._queue)
         self._handlers: dict[str, Any] = {}
+        self._by_method = all(getattr(interceptor, "by_method", False) for interceptor in interceptors)
+        self._intercepted: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._posted: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._woken = False
@@ -271,7 +276,11 @@ class CoreServer:
     async def _serve(self, rpc: Rpc, handler: Any) -> None:
         try:
             if handler is not None and self._intercept is not None:
-                handler = await self._intercept(HandlerCallDetails(rpc.method, rpc.invocation_metadata()))
+                handler = self._intercepted.get(rpc.method)
+                if handler is None:
+                    handler = await self._intercept(HandlerCallDetails(rpc.method, rpc.invocation_metadata()))
+                    if self._by_method:
+                        self._intercepted[rpc.method] = handler
             if handler is None:
                 rpc.finish(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
             else:

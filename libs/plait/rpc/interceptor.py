@@ -39,6 +39,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     `scopes` maps a service's full name to the scope its methods ask for. At most `max_in_flight` unary calls run at once.
     """
 
+    by_method: Final = True  # what is wrapped depends on the method alone
+
     def __init__(
         self, authenticator: Authenticator, scopes: dict[str, str], metrics: Metrics, *, max_in_flight: int, default_timeout_s: float
     ) -> None:

@@ -22,13 +22,17 @@ import numpy as np
 import numpy.typing as npt
 
 from feature_retrieval.aggregation.windows import window_of
-from plait.dtypes import BY_NAME
 from plait.errors import InvalidArgument
+from plait.registry import entity_ids
 from plait.registry.records import Feature, FeatureSchema
+from plait.registry.references import width_of
+from plait.registry.shapes import stored_type
 
 LAYOUT: Final = 1
+LAYOUT_WITH_TAIL: Final = 2
 HEADER_BYTES: Final = 32
 FLAG_TOMBSTONE: Final = 1
+FLAG_BACKFILL: Final = 2
 MAX_ID_BYTES: Final = 256
 MAX_PARTS: Final = 8
 HEADER: Final = np.dtype(
@@ -36,11 +40,13 @@ HEADER: Final = np.dtype(
 )
 
 Bytes2D = npt.NDArray[np.uint8]
-Kind = Literal["plain", "window"]
-IdPart = str | int
-Id = str | int | tuple[IdPart, ...]
+Kind = Literal["plain", "code", "list", "window"]
+IdPart = entity_ids.IdPart
+Id = entity_ids.Id
 
 _MARK: Final = b"}\0"
+_COUNT_BYTES: Final = 2
+_LENGTH_BYTES: Final = 4
 _LENGTHS: Final = tuple(struct.pack(">H", n) for n in range(MAX_ID_BYTES + 1))
 
 
@@ -166,16 +172,16 @@ def _utf8(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Where one feature lies in a row. `index` is its bit in the null bitmap, `offset` of its `width` values counts from the row's start.
-
-    A `window` is the state of an aggregated feature: `width` bytes.
-    """
+    """Where one feature lies in a row. `index` is its bit in the null bitmap, `offset` of its `width` values counts from the row's start; the
+    u16 before those of a `list` says how many are given. `scale`: what an int8 embedding's values are multiplied by (0 = nothing).
+    A `window` is the state of an aggregated feature: `width` bytes."""
 
     index: int
     offset: int
     dtype: np.dtype[np.generic]
     kind: Kind = "plain"
     width: int = 1
+    scale: float = 0.0
 
     @property
     def end(self) -> int:
@@ -184,18 +190,21 @@ class Column:
 
 
 class RowCodec:
-    """Encodes and decodes rows of one schema, many at a time."""
+    """Encodes and decodes rows of one schema, many at a time. `row_bytes` is what a row takes without its tail."""
 
     def __init__(self, schema: FeatureSchema) -> None:
         self.schema_id = schema.id
-        self.head = struct.pack("<HH", LAYOUT, schema.id)  # what every row of this schema begins with
         self.columns: dict[str, Column] = {}
         self._bitmap_bytes = -(-len(schema.features) // 64) * 8
-        offset = HEADER_BYTES + self._bitmap_bytes
+        end = HEADER_BYTES + self._bitmap_bytes
         for index, feature in enumerate(schema.features):
-            self.columns[feature.name] = column = _column(index, offset, feature)
-            offset = column.end
-        self.row_bytes = offset
+            self.columns[feature.name] = column = _column(index, end, feature)
+            end = column.end
+        self.row_bytes = end
+        self.text_names = tuple(feature.name for feature in schema.features if feature.dtype == "string")
+        self.layout = LAYOUT_WITH_TAIL if self.text_names else LAYOUT
+        self.head = struct.pack("<HH", self.layout, schema.id)  # what every row of this schema begins with
+        self._least_bytes = end + _LENGTH_BYTES * len(self.text_names)
 
     def __repr__(self) -> str:
         return f"<RowCodec schema={self.schema_id} columns={len(self.columns)} row_bytes={self.row_bytes}>"
@@ -206,7 +215,44 @@ class RowCodec:
 
     def is_current(self, row: bytes | None) -> bool:
         """Return whether it is a row of this layout and schema, and whole."""
-        return row is not None and len(row) == self.row_bytes and row.startswith(self.head)
+        if row is None or not row.startswith(self.head):
+            return False
+        return len(row) >= self._least_bytes if self.text_names else len(row) == self.row_bytes
+
+    def widen(self, rows: Sequence[bytes]) -> Bytes2D | None:
+        """Return stored rows as one block [rows, row_bytes] without their tails, None where one is of another layout or schema, or not whole."""
+        if self.text_names:
+            if rows and min(map(len, rows)) < self._least_bytes:
+                return None
+            rows = [row[: self.row_bytes] for row in rows]
+        block = join(rows, self.row_bytes)
+        return block if block is not None and self.fits(block) else None
+
+    def pack(self, block: Bytes2D, tails: Sequence[bytes] | None = None) -> list[bytes]:
+        """Return each row of [rows, row_bytes] as bytes, ready for the store; `tails` are those of `tail`, None in layout 1."""
+        rows = split(block)
+        return rows if tails is None else [row + tail for row, tail in zip(rows, tails, strict=True)]
+
+    def texts(self, row: bytes) -> dict[str, bytes]:
+        """Return the texts of one stored row by feature, those that are null left out. Raises ValueError for a row that is not whole."""
+        if len(row) < self._least_bytes:
+            raise ValueError("the row is cut off")
+        nulls = self.nulls(np.frombuffer(row[: self.row_bytes], np.uint8)[None, :])[0]
+        found: dict[str, bytes] = {}
+        at = self.row_bytes
+        for name in self.text_names:
+            start = at + _LENGTH_BYTES
+            at = start + int.from_bytes(row[at:start], "little")
+            if at > len(row):
+                raise ValueError("the row is cut off")
+            if not nulls[self.columns[name].index]:
+                found[name] = row[start:at]
+        return found
+
+    def counts(self, block: Bytes2D, name: str) -> npt.NDArray[np.uint16]:
+        """Return how many values each row's list has, the others of its columns being padding: [rows]. Writable where the block is."""
+        offset = self.columns[name].offset
+        return block[:, offset - _COUNT_BYTES : offset].view("<u2")[:, 0]
 
     def clean_until_us(self, block: Bytes2D, for_ever: int) -> npt.NDArray[np.int64]:
         """Return [rows]: until when (µs since the epoch) a row is simply good, `for_ever` without an expiry; 0 for a tombstone and where
@@ -221,7 +267,7 @@ class RowCodec:
         """Return [rows, row_bytes] rows with a header of this schema, every column null."""
         block = np.zeros((rows, self.row_bytes), np.uint8)
         head = header(block)
-        head["layout"] = LAYOUT
+        head["layout"] = self.layout
         head["schema"] = self.schema_id
         bits = np.zeros(self._bitmap_bytes * 8, np.uint8)
         bits[: len(self.columns)] = 1
@@ -256,7 +302,15 @@ def _column(index: int, start: int, feature: Feature) -> Column:
     """Return the column of a feature whose bytes begin at `start`."""
     if feature.aggregate is not None:
         return Column(index, start, np.dtype(np.uint8), "window", window_of(feature.aggregate).size_bytes)
-    return Column(index, start, np.dtype(BY_NAME[feature.dtype].numpy))
+    dtype = np.dtype(stored_type(feature).numpy)
+    if feature.max_length:
+        return Column(index, start + _COUNT_BYTES, dtype, "list", feature.max_length)
+    return Column(index, start, dtype, "code" if feature.dtype == "string" else "plain", width_of(feature), feature.scale)
+
+
+def tail(texts: Sequence[bytes]) -> bytes:
+    """Return the tail of one row: its texts in view order, empty where one is null."""
+    return b"".join([piece for text in texts for piece in (len(text).to_bytes(_LENGTH_BYTES, "little"), text)])
 
 
 def header(block: Bytes2D) -> npt.NDArray[np.void]:

@@ -1,4 +1,4 @@
-"""From a columnar batch to packed rows: everything that is wrong is said, nothing that is wrong is stored."""
+"""From a columnar batch to rows in the store: what is wrong with one row costs only that row, and the newest event wins."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tests.fakes.feature_world import make_batch
 
-from feature_retrieval.ingestion import Ingestion, encode
-from feature_retrieval.row_codec import KeySpace, RowCodec, header
+from feature_retrieval.ingestion import Ingestion
+from feature_retrieval.row_codec import KeySpace, RowCodec
 from feature_retrieval.store.redis import RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
-from plait.api.types.v1 import types_pb2
 from plait.dtypes import BY_NAME
 from plait.errors import InvalidArgument, NotFound
 from plait.registry.records import Entity, Feature, FeatureSchema, FeatureView, Snapshot
@@ -30,7 +27,6 @@ VIEW = FeatureView(
 )
 NUMBERED = FeatureView(name="profile", entity=Entity(type="user", key="int64"), features=(Feature(name="age"),), retention_s=3600)
 CODEC = RowCodec(FeatureSchema(id=1, features=VIEW.features))
-DTYPES = ("bool", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 
 
 def batch_of(ids: list[str], **more: Any) -> Any:
@@ -43,140 +39,10 @@ def add(batch: Any, names: list[str], values: Any, dtype: str = "float32", null_
     return batch
 
 
-def violations(batch: Any, ids: int = 2) -> list[tuple[str, str]]:
-    with pytest.raises(InvalidArgument) as caught:
-        encode(batch, CODEC, [f"i{n}" for n in range(ids)], VIEW)
-    return [(v.field, v.description) for v in caught.value.violations]
-
-
 def column(block: Any, name: str) -> list[Any]:
     place = CODEC.columns[name]
     values: list[Any] = block[:, place.offset : place.offset + place.dtype.itemsize].copy().view(place.dtype)[:, 0].tolist()
     return values
-
-
-def nulls(block: Any) -> list[str]:
-    """Per row the names of its null columns."""
-    names = list(CODEC.columns)
-    return [" ".join(names[at] for at in np.flatnonzero(row)) for row in CODEC.nulls(block)]
-
-
-def test_columns_come_alone_or_as_a_matrix_in_any_order() -> None:
-    batch = add(batch_of(["x", "y"]), ["b", "a"], [[10, 1], [20, 2]])
-    block = encode(add(batch, ["n"], [5, -6], "int64"), CODEC, ["x", "y"], VIEW)
-    assert (column(block, "a"), column(block, "b"), column(block, "n")) == ([1, 2], [10, 20], [5, -6])
-    assert nulls(block) == ["flag", "flag"]
-    assert header(block)["event_time_us"].tolist() == [int(NOW_S * 1e6)] * 2
-
-
-def test_null_bits_are_row_major_and_null_cells_are_zero() -> None:
-    batch = add(batch_of(["x", "y"]), ["a", "b"], [[1, 2], [3, 4]], null_bits=bytes([0b0110]))
-    batch = add(batch, ["flag"], [True, True], "bool", null_bits=bytes([0b10]))
-    block = encode(batch, CODEC, ["x", "y"], VIEW)
-    assert nulls(block) == ["b n", "a n flag"]
-    assert (column(block, "a"), column(block, "b"), column(block, "flag")) == ([1, 0], [0, 4], [True, False])
-
-
-def test_equal_rows_have_equal_bytes_whatever_lay_under_a_null() -> None:
-    one, other = (
-        encode(add(batch_of(["x"]), ["a"], [value], null_bits=b"\x01"), CODEC, ["x"], VIEW).tobytes() for value in (1.0, float("nan"))
-    )
-    assert one == other == encode(batch_of(["x"]), CODEC, ["x"], VIEW).tobytes()
-
-
-@st.composite
-def wide(draw: st.DrawFn) -> tuple[FeatureView, Any, Any, Any]:
-    """A view, the order in which its columns are sent and in how large blocks, [rows, columns] values, [rows, columns] nulls."""
-    dtypes = draw(st.lists(st.sampled_from(DTYPES), min_size=1, max_size=20))
-    features = tuple(Feature(name=f"f{n}", dtype=dtype) for n, dtype in enumerate(dtypes))  # type: ignore[arg-type]
-    order = draw(st.permutations(range(len(features))))
-    cuts = draw(st.sets(st.integers(1, len(features)), max_size=4))
-    blocks: list[list[int]] = [[]]
-    for at, index in enumerate(order):
-        if blocks[-1] and (at in cuts or dtypes[index] != dtypes[blocks[-1][0]]):
-            blocks.append([])
-        blocks[-1].append(index)
-    random = np.random.default_rng(draw(st.integers(0, 1 << 32)))
-    shape = (draw(st.integers(1, 4)), len(features))
-    return (
-        FeatureView(name="wide", entity=Entity(type="item"), features=features),
-        blocks,
-        random.integers(0, 100, shape),
-        random.random(shape) < draw(st.sampled_from([0.0, 0.3])),
-    )
-
-
-@settings(max_examples=80, deadline=None)
-@given(wide())
-def test_any_grouping_of_columns_gives_the_same_rows(made: tuple[FeatureView, list[list[int]], Any, Any]) -> None:
-    view, blocks, values, missing = made
-    rows = len(values)
-    codec = RowCodec(FeatureSchema(id=1, features=view.features))
-    batch = pb.FeatureBatch(feature_view="wide", event_times_us=[7])
-    for members in blocks:
-        bits = np.packbits(missing[:, members].ravel(), bitorder="little").tobytes() if missing[:, members].any() else b""
-        add(batch, [view.features[m].name for m in members], values[:, members], view.features[members[0]].dtype, bits)
-    block = encode(batch, codec, [f"i{n}" for n in range(rows)], view)
-    np.testing.assert_array_equal(codec.nulls(block), missing)
-    for index, feature in enumerate(view.features):
-        place = codec.columns[feature.name]
-        found = block[:, place.offset : place.offset + place.dtype.itemsize].copy().view(place.dtype)[:, 0]
-        np.testing.assert_array_equal(found, np.where(missing[:, index], 0, values[:, index]).astype(place.dtype))
-
-
-def test_times_sequences_and_tombstones_per_row() -> None:
-    batch = batch_of(["x", "y", "z"], sequences=[3, 2, (1 << 64) - 1], deleted=[False, True, False])
-    batch.event_times_us[:] = [3, 1, 2]
-    head = header(encode(batch, CODEC, ["x", "y", "z"], VIEW))
-    assert head["event_time_us"].tolist() == [3, 1, 2]
-    assert head["sequence"].tolist() == [3, 2, (1 << 64) - 1]
-    assert head["flags"].tolist() == [0, 1, 0]
-    assert head["schema"].tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("names", "values", "dtype", "null_bits", "words"),
-    [
-        (["zz"], [1, 2], "float32", b"", "unknown features ['zz']"),
-        ([], [], "float32", b"", "no feature is named"),
-        (["a", "a"], [1, 2, 3, 4], "float32", b"", "given twice: ['a', 'a']"),
-        (["a"], [1, 2], "float64", b"", "dtype float64 is not the declared dtype of ['a']"),
-        (["a", "n"], [1, 2, 3, 4], "float32", b"", "dtype float32 is not the declared dtype of ['n']"),
-        (["a"], [1, 2, 3], "float32", b"", "12 bytes of data, expected 2 rows x 1 features x 4 bytes = 8"),
-        (["a", "b"], [1, 2], "float32", b"", "8 bytes of data, expected 2 rows x 2 features x 4 bytes = 16"),
-        (["n"], [], "int64", b"", "0 bytes of data"),
-        (["a"], [1, 2], "float32", b"\0\0", "2 bytes of null bits, expected 1"),
-    ],
-)
-def test_a_column_that_does_not_fit_is_refused(names: list[str], values: Any, dtype: str, null_bits: bytes, words: str) -> None:
-    [(field, description)] = violations(add(batch_of(["x", "y"]), names, values, dtype, null_bits))
-    assert field == "columns[0]"
-    assert words in description
-    assert "'stats'" in description
-
-
-@pytest.mark.parametrize("number", [0, types_pb2.DATA_TYPE_BYTES, types_pb2.DATA_TYPE_UINT8, types_pb2.DATA_TYPE_BFLOAT16, 99])
-def test_a_dtype_no_feature_can_have_is_refused(number: int) -> None:
-    batch = add(batch_of(["x", "y"]), ["a"], [1, 2])
-    batch.columns[0].dtype = number
-    [(_, description)] = violations(batch)
-    assert "is not the declared dtype" in description
-
-
-def test_every_violation_is_reported_at_once() -> None:
-    batch = batch_of(["x", "y"], sequences=[1], deleted=[True, False, True])
-    batch.event_times_us.extend([1, 2])
-    add(add(add(add(batch, ["zz"], [1, 2]), ["a"], [1, 2]), ["a"], [1, 2]), ["b"], [1])
-    assert [field for field, _ in violations(batch)] == ["event_times_us", "sequences", "deleted", "columns[0]", "columns[2]", "columns[3]"]
-
-
-def test_a_batch_without_event_times_is_refused() -> None:
-    batch = batch_of(["x", "y"])
-    batch.ClearField("event_times_us")
-    assert violations(batch) == [("event_times_us", "0 event times for 2 rows: give one per row, or one for all")]
-
-
-# --- with the store -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest_asyncio.fixture

@@ -16,12 +16,13 @@ import numpy as np
 
 from feature_retrieval.aggregation.events import Parsed, Refusal, parse
 from feature_retrieval.aggregation.plan import AggregatedView, AggregationPlans
-from feature_retrieval.retrieval import ids_of
 from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, encode_id, split
 from feature_retrieval.sources import Message
 from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import RedisStore, Swap
 from plait.errors import InvalidArgument, Unavailable
+from plait.registry.entity_ids import composites, read_ids
+from plait.registry.records import Entity
 
 _ROUNDS: Final = 64  # how often a row that others change is tried; one of them gets on each time
 _READ_TIMEOUT_S: Final = 5.0
@@ -127,7 +128,7 @@ class Applying:
                 about = parsed.event.subject if view.by_subject else parsed.event.object
                 if about.entity_type != view.view.entity.type:
                     continue
-                entity = _entity(about.ids, view.view.entity.key)
+                entity = _entity(about.ids, view.view.entity)
                 refusal = entity if isinstance(entity, Refusal) else view.refusal(parsed, now_us)
                 if refusal is not None:
                     outcome.refused.setdefault(position, refusal)
@@ -283,34 +284,28 @@ def _note(rows: _Rows, entity: Id, outcome: Outcome) -> None:
     outcome.newest_us[where] = max(newest, outcome.newest_us.get(where, 0))
 
 
-def _entity(ids: Any, key: str) -> Id | Refusal:
+def _entity(ids: Any, entity: Entity) -> Id | Refusal:
     """Return the one id of the entity a row is about, of the view's kind of key."""
-    if key == "string":
-        strings = ids.string_ids
-        if len(strings) == 1 and not ids.int64_ids and not ids.composite_ids:
-            text: str = strings[0]
-            return text if text and len(text.encode()) <= MAX_ID_BYTES else _BAD_ID
-    values, problem = ids_of(ids, key)
+    values, problem = read_ids(ids, entity)
     if problem:
         return Refusal("ENTITY_ID_INVALID", f"the entity's id cannot be used: {problem}")
     if len(values) != 1:
         return _TWO_IDS
-    usable = _usable(values[0])
-    return _BAD_ID if usable is None else usable
+    return _BAD_ID if _too_long(values[0]) else values[0]
 
 
 def _any_id(ids: Any) -> Id | None:
     """Return the one id of somebody, of whatever kind; None where there is none that can be used."""
-    for kind, given in (("string", ids.string_ids), ("int64", ids.int64_ids), ("composite", ids.composite_ids)):
-        if len(given) == 1:
-            values, problem = ids_of(ids, kind)
-            return None if problem else _usable(values[0])
-    return None
+    found: list[Id] = [*ids.string_ids, *ids.int64_ids, *composites(ids)]
+    return None if len(found) != 1 or _too_long(found[0]) else found[0]
 
 
-def _usable(entity_id: Id) -> Id | None:
+def _too_long(entity_id: Id) -> bool:
+    """Whether an id makes no key."""
+    if isinstance(entity_id, str) and len(entity_id) <= MAX_ID_BYTES // 4:
+        return False
     try:
         encode_id(entity_id)
     except InvalidArgument:
-        return None
-    return entity_id
+        return True
+    return False

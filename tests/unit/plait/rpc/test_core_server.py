@@ -391,3 +391,21 @@ async def test_calls_beyond_the_limit_are_refused_before_they_reach_the_loop() -
 async def _awaited(call: Any) -> bytes:
     answer: bytes = await call
     return answer
+
+
+@pytest.mark.parametrize("by_method", [True, False])
+async def test_interceptors_that_go_by_the_method_are_asked_once(by_method: bool) -> None:
+    asked: list[str] = []
+
+    class Interceptor(grpc.aio.ServerInterceptor):
+        async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+            asked.append(handler_call_details.method)
+            return await continuation(handler_call_details)
+
+    interceptor = Interceptor()
+    interceptor.by_method = by_method  # type: ignore[attr-defined]
+    async with serving("core", interceptors=[interceptor]) as world:
+        for _ in range(3):
+            assert await world.unary(b"x") == b"x"
+            assert [m async for m in world.channel.unary_stream("/e.Echo/UnaryStream")(b"1")] == [b"0"]
+    assert len(asked) == (2 if by_method else 6)
