@@ -110,7 +110,9 @@ class DeadLetters:
             wanted = [_checked_id("ids", one) for one in ids]
             moved = await self._move(dead, events, wanted)
             if not moved:
-                raise NotFound("none of these dead letters is there: see 'plait features dead-letters list'", reason="DEAD_LETTER_NOT_FOUND")
+                raise NotFound(
+                    "none of these dead letters is there: see 'plait features dead-letters list'", reason="DEAD_LETTER_NOT_FOUND"
+                )
             return moved
         newest = await self._streams.range(dead, count=1, newest_first=True)
         moved, after = 0, b""

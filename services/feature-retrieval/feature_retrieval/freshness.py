@@ -32,9 +32,13 @@ class Freshness:
             "plait_features_event_visible_seconds", "from an event's append to its being in the rows", ("source",), _VISIBLE_BUCKETS_S
         )
         self._events = metrics.counter(
-            "plait_features_events_total", "events by what became of them: applied, unused (no view takes them), refused", ("source", "outcome")
+            "plait_features_events_total",
+            "events by what became of them: applied, unused (no view takes them), refused",
+            ("source", "outcome"),
         )
-        self._retries = metrics.counter("plait_features_swap_retries_total", "rows that another consumer changed first, and that were tried again")
+        self._retries = metrics.counter(
+            "plait_features_swap_retries_total", "rows that another consumer changed first, and that were tried again"
+        )
         self._dead = metrics.counter("plait_features_dead_letters_total", "events moved to the dead letters", ("reason",))
 
     def wrote(self, tenant: str, view: str, newest_us: int) -> None:
@@ -72,4 +76,3 @@ class Freshness:
     def _age_s(self, view: str) -> float:
         newest = max((at for (_, name), at in self._newest_us.items() if name == view), default=0)
         return max(0.0, self._clock() - newest / 1e6)
-

@@ -202,9 +202,7 @@ class Applying:
             for mark, known in zip(marks, answer, strict=True)
         }
 
-    def _prepare(
-        self, rows: _Rows, found: _Found, known: Mapping[tuple[bytes, int], bool], outcome: Outcome
-    ) -> list[tuple[Id, Swap]]:
+    def _prepare(self, rows: _Rows, found: _Found, known: Mapping[tuple[bytes, int], bool], outcome: Outcome) -> list[tuple[Id, Swap]]:
         """Merge what is new into the rows that were read; return what to swap. Rows to which nothing is new are done."""
         work, view = rows.work, rows.work.view
         fresh: list[int] = []

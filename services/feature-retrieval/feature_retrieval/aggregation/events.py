@@ -29,10 +29,14 @@ class Refusal:
 
 UNREADABLE: Final = Refusal("EVENT_UNREADABLE", "these bytes are not a plait.api.events.v1.Event: see what the producer sends")
 TOO_LARGE: Final = Refusal("EVENT_TOO_LARGE", f"an event has at most {MAX_EVENT_BYTES} bytes")
-ID_INVALID: Final = Refusal("EVENT_ID_INVALID", f"event_id has 1 to {MAX_EVENT_ID_BYTES} bytes: it is what makes applying an event once possible")
+ID_INVALID: Final = Refusal(
+    "EVENT_ID_INVALID", f"event_id has 1 to {MAX_EVENT_ID_BYTES} bytes: it is what makes applying an event once possible"
+)
 TYPE_UNKNOWN: Final = Refusal("EVENT_TYPE_UNKNOWN", "the type is unset or newer than this service: set it, or update plait and redrive")
 TIME_INVALID: Final = Refusal("EVENT_TIME_INVALID", "event_time must be set and after 1970")
-TIME_IN_FUTURE: Final = Refusal("EVENT_TIME_IN_FUTURE", "event_time is further ahead of this service's clock than it allows: is its unit right?")
+TIME_IN_FUTURE: Final = Refusal(
+    "EVENT_TIME_IN_FUTURE", "event_time is further ahead of this service's clock than it allows: is its unit right?"
+)
 VALUES_INVALID: Final = Refusal("VALUE_INVALID", f"value and values must be finite numbers, at most {MAX_VALUES} of them")
 
 

@@ -90,7 +90,9 @@ class AggregatedView:
     def refusal(self, parsed: Parsed, now_us: int) -> Refusal | None:
         """Return why this view cannot take an event of its own, None = it can."""
         if parsed.time_us < now_us - self.memory_us:
-            return Refusal("EVENT_TOO_LATE", f"view {self.view.name!r} takes events up to {self.memory_us / MICRO:.0f} s old: see lateness_s")
+            return Refusal(
+                "EVENT_TOO_LATE", f"view {self.view.name!r} takes events up to {self.memory_us / MICRO:.0f} s old: see lateness_s"
+            )
         missing = [feature for feature in self.features if feature.misses(parsed)]
         if missing:
             return Refusal(

@@ -47,7 +47,8 @@ class Ring:
     def live(self, newest: Ints, now_us: int) -> Bools:
         """Return [rows, T]: True where a cell is in the window that ends now. Tiles that have yet to begin are in it (clocks differ)."""
         if not self.tile_us:
-            return (newest != NEVER)[:, None]
+            ever: Bools = newest != NEVER
+            return ever[:, None]
         known = np.maximum(newest, now_us // self.tile_us - self.tiles)  # from there on nothing is live, and nothing overflows
         reach = np.minimum(known - now_us // self.tile_us + self.tiles, self.tiles).astype(np.int16)
         found: Bools = self.age(newest) < reach[:, None]

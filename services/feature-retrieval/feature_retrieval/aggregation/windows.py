@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,9 @@ _DECAY_TILES: Final = 64
 _DECAY_TILES_PER_HALF_LIFE: Final = 8
 _PHASES: Final = 256
 # 2 ** (part of a tile) in steps of 1/256, as whole 2 ** -20: the same numbers on every machine, whatever its libm rounds.
-_PHASE_WEIGHTS: Final = np.array([round(2 ** ((n + 0.5) / _PHASES / _DECAY_TILES_PER_HALF_LIFE) * (1 << 20)) for n in range(_PHASES)]) / (1 << 20)
+_PHASE_WEIGHTS: Final = np.array([round(2 ** ((n + 0.5) / _PHASES / _DECAY_TILES_PER_HALF_LIFE) * (1 << 20)) for n in range(_PHASES)]) / (
+    1 << 20
+)
 
 Bytes2D = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
@@ -281,12 +283,12 @@ def _newest(state: Bytes2D) -> Ints:
     return _cells(state, 0, 1, "<i8")[:, 0]
 
 
-def _cells(state: Bytes2D, offset: int, count: int, dtype: str) -> npt.NDArray[np.generic]:
+def _cells(state: Bytes2D, offset: int, count: int, dtype: str) -> npt.NDArray[Any]:
     """Return `count` neighbouring 8-byte cells of each row as numbers, the same memory."""
     return state[:, offset : offset + 8 * count].view(dtype)
 
 
-def _advance(ring: Ring, state: Bytes2D, events: Taken, parts: tuple[npt.NDArray[np.generic], ...], blank: float) -> Landing:
+def _advance(ring: Ring, state: Bytes2D, events: Taken, parts: tuple[npt.NDArray[Any], ...], blank: float) -> Landing:
     """Move the ring of each row on to its newest event, blank the tiles that leave, and return where the events land."""
     newest = _newest(state)
     later, moved, left, landing = ring.advance(newest, events.rows, events.times_us)
@@ -302,7 +304,7 @@ def _millionths(values: Floats) -> Ints:
     return np.rint(values * MICRO).astype(np.int64)
 
 
-def _add(cells: npt.NDArray[np.generic], where: Ints, amounts: Ints) -> None:
+def _add(cells: npt.NDArray[Any], where: Ints, amounts: Ints) -> None:
     """Add whole numbers to cells, several to one where they fall together; a sum that leaves int64 makes its cell OVERFLOW for good."""
     touched, inverse = np.unique(where, return_inverse=True)
     at = np.divmod(touched, cells.shape[1])
@@ -313,7 +315,7 @@ def _add(cells: npt.NDArray[np.generic], where: Ints, amounts: Ints) -> None:
     cells[at] = np.where((held == OVERFLOW) | (size >= _FULL), OVERFLOW, held + added)
 
 
-def _sum(tiles: npt.NDArray[np.generic], live: Bools) -> tuple[Floats, Bools | None]:
+def _sum(tiles: npt.NDArray[Any], live: Bools) -> tuple[Floats, Bools | None]:
     found = np.where(live, tiles, 0)
     total: Floats = found.sum(axis=1, dtype=np.float64) / MICRO
     overflowed = found.min(axis=1, initial=0) == OVERFLOW

@@ -51,8 +51,8 @@ class EventSource(Protocol):
         """Move a message to the dead letters, once, and acknowledge it."""
         ...
 
-    async def backlog(self) -> dict[str, Backlog]:
-        """Return what waits, by tenant."""
+    async def backlog_of(self, tenant: str) -> Backlog:
+        """Return what waits for one tenant."""
         ...
 
     async def close(self) -> None:

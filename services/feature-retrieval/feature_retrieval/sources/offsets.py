@@ -33,15 +33,15 @@ class Offsets:
             if (topic, partition) in self._delivered:
                 self._done.setdefault((topic, partition), set()).add(offset)
                 touched.add((topic, partition))
-        moved = {}
-        for partition in touched:
-            waiting, done = self._delivered[partition], self._done[partition]
+        moved: dict[tuple[str, int], int] = {}
+        for where in touched:
+            waiting, done = self._delivered[where], self._done[where]
             last = None
             while waiting and waiting[0] in done:
                 last = waiting.popleft()
                 done.discard(last)
             if last is not None:
-                moved[partition] = waiting[0] if waiting else last + 1
+                moved[where] = waiting[0] if waiting else last + 1
         return moved
 
     def oldest(self, topic: str, partition: int) -> int | None:

@@ -75,12 +75,8 @@ class RedisStreamSource:
         """Move it to the dead letters and acknowledge it, in one script."""
         await self._dead_letters.bury(message, refusal, GROUP, message.token)
 
-    async def backlog(self) -> dict[str, Backlog]:
-        """Return what waits, by tenant; exact, over all replicas."""
-        return {tenant: await self.backlog_of(tenant) for tenant in self._tenants()}
-
     async def backlog_of(self, tenant: str) -> Backlog:
-        """Return what waits for one tenant."""
+        """Return what waits for one tenant; exact, over all replicas."""
         key = tenant_key(b"e1", tenant)
         now_us = int(self._clock() * 1e6)
         state = await self._streams.state(key, GROUP)
@@ -99,9 +95,7 @@ class RedisStreamSource:
     async def _claim(self, tenants: Sequence[str], limit: int) -> list[Message]:
         found: list[Message] = []
         for tenant in tenants:
-            entries = await self._streams.claim(
-                tenant_key(b"e1", tenant), GROUP, self._consumer, idle_s=self._claim_after_s, count=limit
-            )
+            entries = await self._streams.claim(tenant_key(b"e1", tenant), GROUP, self._consumer, idle_s=self._claim_after_s, count=limit)
             found += [_message(tenant, entry) for entry in entries]
         return found
 

@@ -27,7 +27,9 @@ from plait.registry.records import Epochs, FeatureSchema, FeatureView, Snapshot
 
 KINDS = ["view", "like", "make_offer", "complete_purchase", "rate"]
 AGES_S = st.one_of(
-    st.floats(0, 3 * 3600), st.floats(0, 1.9 * DAY_S), st.sampled_from([-250.0, 0.0, 299.9, 300.0, 3600.0, DAY_S, 1.999 * DAY_S, 3 * DAY_S, -400.0])
+    st.floats(0, 3 * 3600),
+    st.floats(0, 1.9 * DAY_S),
+    st.sampled_from([-250.0, 0.0, 299.9, 300.0, 3600.0, DAY_S, 1.999 * DAY_S, 3 * DAY_S, -400.0]),
 )
 
 
@@ -264,9 +266,7 @@ async def test_a_row_that_returns_to_an_earlier_value_is_not_taken_for_unchanged
         (event("e", listing="x" * 257), "ENTITY_ID_INVALID"),
     ],
 )
-async def test_a_bad_event_is_refused_and_the_good_ones_beside_it_count(
-    redis_url: str, bad: events_pb2.Event | bytes, reason: str
-) -> None:
+async def test_a_bad_event_is_refused_and_the_good_ones_beside_it_count(redis_url: str, bad: events_pb2.Event | bytes, reason: str) -> None:
     async with opened(redis_url) as store:
         outcome = await applying(store).apply(messages([event("good1"), bad, event("good2")]))
         assert {at: refusal.reason for at, refusal in outcome.refused.items()} == {1: reason}
@@ -286,7 +286,11 @@ async def test_tenants_and_epochs_are_apart_and_every_epoch_in_use_is_written(re
     plans = AggregationPlans(Snapshot(feature_views=SNAPSHOT.feature_views, epochs=epochs))
     async with opened(redis_url) as store:
         await applying(store, plans).apply([*messages([event("e1")]), *messages([event("e1"), event("e2")], "shop")])
-        rows = {(tenant, epoch): (await rows_of(store, epoch, tenant))[LISTINGS.name, "l1"] for tenant in ("default", "shop") for epoch in range(6)}
+        rows = {
+            (tenant, epoch): (await rows_of(store, epoch, tenant))[LISTINGS.name, "l1"]
+            for tenant in ("default", "shop")
+            for epoch in range(6)
+        }
         counts = {where: values_of(LISTINGS, row)["views_1h"] for where, row in rows.items() if row is not None}
         assert counts == {("default", 0): 1, ("shop", 2): 2, ("shop", 3): 2, ("shop", 4): 2}
 
@@ -330,9 +334,7 @@ async def test_an_erasure_between_reading_and_swapping_wins(redis_url: str) -> N
 async def test_rows_of_an_older_schema_go_on_and_those_of_a_newer_one_are_left_alone(redis_url: str) -> None:
     more = (*LISTINGS.features, feature("likes", "count", "like"))
     schemas = (FeatureSchema(id=1, features=LISTINGS.features), FeatureSchema(id=2, features=more))
-    wider = FeatureView(
-        name=LISTINGS.name, entity=LISTINGS.entity, features=more, aggregation=LISTINGS.aggregation, schemas=schemas
-    )
+    wider = FeatureView(name=LISTINGS.name, entity=LISTINGS.entity, features=more, aggregation=LISTINGS.aggregation, schemas=schemas)
     newer = AggregationPlans(Snapshot(feature_views={wider.name: wider}))
     async with opened(redis_url) as store:
         await applying(store).apply(messages([event("e1"), event("e2", "like")]))

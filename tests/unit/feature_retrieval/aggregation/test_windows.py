@@ -77,7 +77,7 @@ def merge(window: Window, block: np.ndarray, found: Sequence[Fact], *, counts: b
     )
 
 
-def recount(aggregate: Aggregate, found: Sequence[Fact], now_us: int) -> float | None:
+def recount(aggregate: Aggregate, found: Sequence[Fact], now_us: int) -> float | None:  # noqa: PLR0911  (one per function)
     """What one row is worth, in plain Python and exact arithmetic; None = null."""
     tile_us = int(aggregate.tile_s * 1e6)
     if aggregate.half_life_s:
