@@ -18,6 +18,7 @@ import pytest_asyncio
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.fakes.calls import call_of
 from tests.fakes.feature_world import make_batch, statuses, tensor
 
 from feature_retrieval.ingestion import Ingestion
@@ -100,7 +101,7 @@ class World:
     async def write(self, view: str, ids: list[Any], columns: dict[str, Any], *, age_s: float = 0, **more: Any) -> None:
         batch = make_batch(view, [], columns, at_s=NOW_S - age_s, **more)
         (batch.ids.int64_ids if view == "profile" else batch.ids.string_ids).extend(ids)
-        await self.ingestion.write(batch, pb.WriteFeaturesResponse(), "default")
+        await self.ingestion.write(batch, pb.WriteFeaturesResponse(), call_of())
 
     async def read(self, name: str = "stats", *, within_s: float = 20, policy: int = 0, share: float = 0, **ids: list[Any]) -> Any:
         request = pb.GetFeaturesRequest(feature_set=name, policy=policy, max_defaulted_share=share, include_event_times=True)  # type: ignore[arg-type]
@@ -166,7 +167,7 @@ async def _compare_with_a_model(store: Slow, data: st.DataObject) -> None:
         if view == "content" and second is not None:  # n is of another dtype: all columns again, later
             batch = make_batch(view, [item_id], {"x": [first]} if first is not None else {}, at_s=NOW_S)
             batch.columns.add(features=["n"], dtype=types_pb2.DATA_TYPE_INT64, data=np.int64(second).tobytes())
-            await w.ingestion.write(batch, pb.WriteFeaturesResponse(), "default")
+            await w.ingestion.write(batch, pb.WriteFeaturesResponse(), call_of())
         if (item_id, view) in deleted:
             await w.write(view, [item_id], {}, deleted=[True], sequences=[1])
     items = data.draw(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=12))
