@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from feature_retrieval.aggregation.applying import Applying
 from feature_retrieval.freshness import Freshness
@@ -35,6 +36,9 @@ class Consumer:
         self._batch = batch
         self._room = asyncio.Semaphore(_UNSAFE)
         self._finishing: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._idle = asyncio.Event()  # nothing is read any more, and all that was is acknowledged
+        self._idle.set()
 
     def __repr__(self) -> str:
         return f"<Consumer {self._source!r} unsafe={len(self._finishing)}>"
@@ -42,8 +46,9 @@ class Consumer:
     async def run(self) -> None:
         """Consume until cancelled. What is then not acknowledged is delivered again, to whoever comes next."""
         pause = _Pause()
+        self._idle.clear()
         try:
-            while True:
+            while not self._stopping:
                 try:
                     messages = await self._source.read(self._batch, _READ_S)
                 except Unavailable as error:
@@ -55,9 +60,20 @@ class Consumer:
                     task = asyncio.create_task(self._finish(messages, await self._apply(messages)), name="acknowledge events")
                     self._finishing.add(task)
                     task.add_done_callback(self._finished)
+            await asyncio.gather(*self._finishing)
+            self._idle.set()
+            await asyncio.Event().wait()  # a loop that ends would be a fault
         finally:
             for task in self._finishing:
                 task.cancel()
+
+    async def drain(self, timeout_s: float = 5.0) -> None:
+        """Read no more, finish what was read, and leave the source; what takes too long is delivered again."""
+        self._stopping = True
+        with contextlib.suppress(TimeoutError, Unavailable):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+                await self._source.close()
 
     async def _apply(self, messages: Sequence[Message]) -> Receipt:
         """Apply a batch, however often it takes; return what has to be safe before it is acknowledged."""
@@ -97,6 +113,28 @@ class Consumer:
         self._room.release()
         if not task.cancelled() and task.exception() is not None:
             log.error("a batch of events is not acknowledged and will be delivered again", exc_info=task.exception())
+
+
+class Known(Protocol):
+    """Who knows which tenants there are, and which views events feed."""
+
+    def tenants(self) -> Sequence[str]:
+        """Return every tenant."""
+        ...
+
+    def views(self) -> Sequence[str]:
+        """Return the names of the views."""
+        ...
+
+
+async def report(source: EventSource, known: Known, freshness: Freshness, every_s: float = 5.0) -> None:
+    """Publish what waits in a source as metrics, again and again until cancelled."""
+    while True:
+        try:
+            freshness.waits(source.name, {tenant: await source.backlog_of(tenant) for tenant in known.tenants()}, known.views())
+        except Unavailable as error:
+            log.info("the lag of events is not known", source=source.name, reason=error.reason)
+        await asyncio.sleep(every_s)
 
 
 class _Pause:

@@ -17,7 +17,17 @@ class RedisSettings(Group):
 
     url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
-        description="redis:// or rediss:// (TLS) URL of one server; Sentinel and Cluster are not supported yet",
+        description="redis:// or rediss:// (TLS) URL of the server; of a cluster, its first one; with Sentinel only how to log in counts",
+    )
+    mode: Literal["single", "sentinel", "cluster"] = Field("single", description="one server, what Sentinel names, or a Redis Cluster")
+    nodes: str = Field("", description="host:port,host:port: the Sentinels, or further servers of the cluster to ask at start")
+    sentinel_service: str = Field("", description="name by which the Sentinels know the primary")
+    sentinel_password: SecretStr = Field(SecretStr(""), description="password of the Sentinels themselves; empty = none")
+    tls_ca: Path | None = Field(None, description="PEM roots that rediss:// servers must chain to; default: the system's")
+    tls_cert: Path | None = Field(None, description="PEM client certificate (mutual TLS); needs tls_key")
+    tls_key: Path | None = Field(None, description="PEM private key of tls_cert")
+    ttl_jitter: float = Field(
+        0.1, ge=0, le=1, description="largest share by which a row is kept longer than its view says, so that rows do not expire together"
     )
     connections: int = Field(32, ge=1, le=1024, description="connections at most, each used by one read or write at a time")
     connect_timeout_s: float = Field(1.0, gt=0, le=60, description="longest wait for a connection, seconds")
@@ -35,6 +45,46 @@ class RedisSettings(Group):
             raise ValueError("expected redis://host:port/database or rediss://…, special characters of the password percent-encoded")
         return url
 
+    @field_validator("nodes")
+    @classmethod
+    def _addresses(cls, nodes: str) -> str:
+        for node in filter(None, nodes.split(",")):
+            try:
+                parts = urlsplit(f"//{node.strip()}")
+                usable = bool(parts.hostname) and bool(parts.port) and parts.netloc == node.strip() and "@" not in node
+            except ValueError:
+                usable = False
+            if not usable:
+                raise ValueError("expected host:port,host:port and nothing else; passwords belong into url and sentinel_password")
+        return nodes
+
+    @model_validator(mode="after")
+    def _complete(self) -> RedisSettings:
+        if self.mode == "sentinel" and not (self.node_list and self.sentinel_service):
+            raise ValueError("mode=sentinel needs nodes (the Sentinels, host:port,…) and sentinel_service")
+        if self.mode == "cluster" and urlsplit(self.url.get_secret_value()).path not in ("", "/", "/0"):
+            raise ValueError("a Redis Cluster has database 0 only: leave the database out of url")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together: set both or neither")
+        if self.tls_ca is not None and not self.url.get_secret_value().startswith("rediss://"):
+            raise ValueError("tls_ca is set but url is not rediss://, so it would be ignored")
+        return self
+
+    @property
+    def node_list(self) -> tuple[str, ...]:
+        """The addresses in `nodes`."""
+        return tuple(node.strip() for node in self.nodes.split(",") if node.strip())
+
+
+class IngestionSettings(Group):
+    """How writes are taken."""
+
+    ack: Literal["auto", "applied", "synced", "replicated"] = Field(
+        "auto",
+        description="when a write is acknowledged: applied in memory, synced in the append-only file, replicated; auto = synced where Redis can",
+    )
+    replicas: int = Field(1, ge=1, le=16, description="replicas that must have a write before it is acknowledged as replicated")
+
 
 class NearCacheSettings(Group):
     """Rows of hot entities kept in this process."""
@@ -49,11 +99,14 @@ class EventSettings(Group):
     """Where the events come from that aggregated views count."""
 
     source: Literal["none", "redis", "kafka"] = Field(
-        "redis", description="redis: the streams that PublishEvents appends to; kafka: these, and topics of Kafka; none: no events are taken"
+        "redis",
+        description="redis: the streams that PublishEvents appends to; kafka: these, and topics of Kafka; none: no events are taken",
     )
     consumer: str = Field("", description="name of this replica in the consumer group, unique among them; empty = host and process")
     batch: int = Field(2000, ge=1, le=10_000, description="most events of a tenant applied together")
-    max_backlog: int = Field(1_000_000, ge=1, description="events of a tenant that may wait; with more, PublishEvents answers EVENT_BACKLOG")
+    max_backlog: int = Field(
+        1_000_000, ge=1, description="events of a tenant that may wait; with more, PublishEvents answers EVENT_BACKLOG"
+    )
     claim_after_s: float = Field(30.0, gt=0, le=3600, description="after how long events that a dead replica took are taken over, seconds")
     keep_s: float = Field(3600.0, ge=0, description="how long applied events stay in the stream, seconds")
     kafka_servers: str = Field("", description="host:port of Kafka brokers, separated by commas")
@@ -86,4 +139,5 @@ class FeatureRetrievalSettings(ServiceSettings):
 
     redis: RedisSettings = Field(default_factory=RedisSettings, description="the row store")
     near_cache: NearCacheSettings = Field(default_factory=NearCacheSettings, description="rows of hot entities in this process")
+    ingestion: IngestionSettings = Field(default_factory=IngestionSettings, description="how writes are taken")
     events: EventSettings = Field(default_factory=EventSettings, description="events that aggregated views count")
