@@ -61,6 +61,8 @@ SPACES = {1: KeySpace.of("shop", "offer", "stats", 1), 2: KeySpace.of("shop", "o
 IDS: tuple[tuple[str, int], ...] = (("x", 1), ("x", 2), ("", 1), ("x\0", 1), ("y", -1))
 Row = tuple[int, int, bool, list[float | None]]  # event time, expiry (0 = never), deleted, columns
 
+SHOP = Call(method="/m", tenant="shop", scopes=frozenset({"features"}), deadline=Deadline.never())
+
 
 def encoded(version: int, row: Row) -> bytes:
     codec = CODECS[version]
@@ -235,7 +237,7 @@ async def test_embeddings_lists_and_words_become_columns(redis_url: str, near_ca
     try:
         for batch in (wide, coded):
             result = pb.WriteFeaturesResponse()
-            await writer.write(batch, result, "shop")
+            await writer.write(batch, result, SHOP)
             assert (len(result.errors), result.applied) == (0, len(batch.ids.string_ids))
         request = pb.GetFeaturesRequest(feature_set="s")
         request.entities.add(entity_type="item").ids.string_ids.extend(["a", "b", "c", "d"])
@@ -307,7 +309,7 @@ async def test_transforms_see_every_row_and_what_was_sent_with_it(redis_url: str
     try:
         for batch in (taste, listing):
             result = pb.WriteFeaturesResponse()
-            await writer.write(batch, result, "shop")
+            await writer.write(batch, result, SHOP)
             assert result.applied == len(batch.ids.string_ids)
         for _ in range(2):
             answer = await ask(page, crossed_request(["u"], ["a", "b", "a", "c"], [1, 2, 3, 4]))
@@ -367,7 +369,7 @@ async def test_a_computed_column_is_what_it_is_worth_now(redis_url: str, near_ca
     batch.columns.add(features=["t"], dtype=types_pb2.DATA_TYPE_INT64, data=np.array([NOW_US - 2_000_000, 0], "<i8").tobytes())
     batch.columns.add(features=["a"], dtype=types_pb2.DATA_TYPE_FLOAT32, data=np.array([5, 6], "<f4").tobytes())
     try:
-        await Ingestion(store, lambda: snapshot, clock=lambda: NOW_S).write(batch, pb.WriteFeaturesResponse(), "shop")
+        await Ingestion(store, lambda: snapshot, clock=lambda: NOW_S).write(batch, pb.WriteFeaturesResponse(), SHOP)
         request = pb.GetFeaturesRequest(feature_set="s")
         request.entities.add(entity_type="item").ids.string_ids.extend(["i", "j", "k"])
         for later_s in (0, 3, 8):
