@@ -76,6 +76,8 @@ def _value(aggregate: Aggregate) -> Iterator[Finding]:
             yield ("value",), "is not looked at by count; leave it out, or use sum"
         return
     if not aggregate.value:
+        if aggregate.function == "sum":
+            return  # each event counts one
         yield ("value",), f"{aggregate.function} needs what of an event it takes: value, a name of the event's values, or (distinct) an id"
     elif not _VALUE.match(aggregate.value):
         yield ("value",), f"{aggregate.value[:80]!r} is not a name: use {findings.NAME_HELP}"

@@ -28,7 +28,7 @@ VIEW = FeatureView(
         Feature(name="low", aggregate=Aggregate(function="min", events=("make_offer",), value="price", window_s=2592000, tile_s=86400)),
         Feature(name="last", aggregate=Aggregate(function="last", events=("make_offer",), value="value", window_s=60)),
         Feature(name="viewers", aggregate=Aggregate(function="distinct", events=("view",), value="subject", window_s=86400, tile_s=14400)),
-        Feature(name="heat", dtype="int64", aggregate=Aggregate(function="sum", events=("view", "like"), value="value", half_life_s=60)),
+        Feature(name="heat", dtype="int64", aggregate=Aggregate(function="sum", events=("view", "like"), half_life_s=60)),
     ),
 )
 
@@ -53,7 +53,7 @@ def test_events_are_those_of_the_contract() -> None:
         ({"events": ("view", "view")}, ("aggregate", "events", 1), "twice"),
         ({"events": ("look",)}, ("aggregate", "events", 0), "there is no event 'look'; there are view, like"),
         ({"value": "value"}, ("aggregate", "value"), "not looked at by count"),
-        ({"function": "sum"}, ("aggregate", "value"), "sum needs what of an event it takes"),
+        ({"function": "min"}, ("aggregate", "value"), "min needs what of an event it takes"),
         ({"function": "max", "value": "A b"}, ("aggregate", "value"), "is not a name"),
         ({"function": "mean", "value": "subject"}, ("aggregate", "value"), "is an id, which mean cannot take"),
         ({"window_s": -1.0}, ("aggregate", "window_s"), "at least 0"),
