@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
+from feature_retrieval.audience import Audience
 from feature_retrieval.certificates import Signer
+from feature_retrieval.coalescing import CoalescedReads
 from feature_retrieval.durable_copy import DurableCopy
 from feature_retrieval.epochs import EpochUpkeep
 from feature_retrieval.erasing import Erasing
@@ -55,10 +57,12 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
     metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
 
+    reads = CoalescedReads(store)
+    stack.push_async_callback(reads.close)
     current = CurrentPlans(await watcher.first(settings.registry.first_snapshot_timeout_s))
     watcher.subscribe(current.swap)
     if settings.near_cache.max_bytes:
-        tasks.start(_track_changes(store, cache, current), "near-cache")
+        tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
 
     registry = await Store.open(settings.registry.dsn.get_secret_value(), max_connections=2, lazy=True)
     stack.push_async_callback(registry.close)
@@ -75,7 +79,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     )
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(  # type: ignore[abstract]  # the RPCs that are not written yet answer UNIMPLEMENTED
-        Retrieval(store, cache, current.plans),
+        Retrieval(reads, cache, current.plans),
         Ingestion(store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=future_s),
         current.plans,
         max_in_flight=settings.rpc.max_in_flight,
@@ -132,11 +136,11 @@ class CurrentPlans:
         return sorted(entity_prefix(tenant, entity_type) for tenant in tenants for entity_type in types)
 
 
-async def _track_changes(store: RedisStore, cache: NearCache, current: CurrentPlans) -> None:
-    """Keep the near cache told of changes, over every break of the connection."""
+async def _track_changes(store: RedisStore, audience: Audience, current: CurrentPlans) -> None:
+    """Keep those who hold rows told of changes, over every break of the connection."""
     while True:
         try:
-            await store.watch(current.key_prefixes, cache)
+            await store.watch(current.key_prefixes, audience)
         except Unavailable as error:
             log.info("changes in redis are not tracked, so nothing is cached", reason=error.reason)
             await asyncio.sleep(_RETRY_S)
