@@ -5,8 +5,10 @@ It may run while writers write, stop anywhere and go on from its cursor, or begi
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, Final
 
 from feature_retrieval.epochs import event_time_us
@@ -60,16 +62,29 @@ class Rebuilding:
         pace = Pace(request.max_rows_per_s)
         read, applied, unsettled, receipt, cursor = 0, 0, 0, Receipt(), request.cursor
         yield pb.RebuildFeaturesResponse(total=total, erasures=erasures, cursor=cursor)
-        while page := await self._rows.page(call.tenant, names, after, _PAGE_ROWS):
-            await pace.take(len(page))
-            applied += await self._write(page, views, snapshot, receipt)
-            read, unsettled, after = read + len(page), unsettled + 1, page[-1][0]
-            if unsettled == _PAGES_SETTLED_AT_ONCE or len(page) < _PAGE_ROWS:
-                await self._store.settle(receipt)
-                unsettled, receipt, cursor = 0, Receipt(), after.key
-            yield pb.RebuildFeaturesResponse(read=read, total=total, applied=applied, erasures=erasures, cursor=cursor)
+        async with aclosing(self._pages(call.tenant, names, after)) as pages:
+            async for page in pages:
+                await pace.take(len(page))
+                applied += await self._write(page, views, snapshot, receipt)
+                read, unsettled, after = read + len(page), unsettled + 1, page[-1][0]
+                if unsettled == _PAGES_SETTLED_AT_ONCE or len(page) < _PAGE_ROWS:
+                    await self._store.settle(receipt)
+                    unsettled, receipt, cursor = 0, Receipt(), after.key
+                yield pb.RebuildFeaturesResponse(read=read, total=total, applied=applied, erasures=erasures, cursor=cursor)
         if unsettled:
             await self._store.settle(receipt)
+
+    async def _pages(self, tenant: str, names: Sequence[str], after: Place | None) -> AsyncGenerator[Sequence[tuple[Place, bytes]], None]:
+        """Yield a tenant's rows page by page; Postgres reads the next one while one is written."""
+        page = await self._rows.page(tenant, names, after, _PAGE_ROWS)
+        while page:
+            ahead = asyncio.create_task(self._rows.page(tenant, names, page[-1][0], _PAGE_ROWS), name="next page")
+            try:
+                yield page
+                page = await ahead
+            finally:
+                ahead.cancel()
+                await asyncio.gather(ahead, return_exceptions=True)
 
     async def _write(
         self, page: Sequence[tuple[Place, bytes]], views: Mapping[tuple[str, int], FeatureView], snapshot: Snapshot, receipt: Receipt

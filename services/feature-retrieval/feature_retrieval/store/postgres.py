@@ -26,11 +26,11 @@ where not exists (
     and substring(given.position from 1 for 8) <= int8send(e.until_us # (-9223372036854775807 - 1)))
 on conflict (tenant, entity_type, entity, view, version, epoch) do update set position = excluded.position, value = excluded.value
 where (excluded.position, excluded.value) > (feature_row.position, feature_row.value)"""
+# The primary key whole on the left, so that its index finds the start of each page.
 _PAGE: Final = """
 select entity_type, entity, view, version, epoch, value from plait.feature_row
-where tenant = $1 and view = any($2::text[])
-  and ($3::text is null or (entity_type, entity, view, version, epoch) > ($3, $4::bytea, $5::text, $6::int, $7::int))
-order by entity_type, entity, view, version, epoch limit $8"""
+where (tenant, entity_type, entity, view, version, epoch) > ($1, $2, $3::bytea, $4, $5, $6) and tenant = $1 and view = any($7::text[])
+order by tenant, entity_type, entity, view, version, epoch limit $8"""
 _READ: Final = """
 select wanted.at, r.value from unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::int[], $6::int[]) with ordinality
   as wanted(tenant, entity_type, entity, view, version, epoch, at)
@@ -109,9 +109,9 @@ class DurableRows:
 
     async def page(self, tenant: str, views: Sequence[str], after: Place | None, limit: int) -> list[tuple[Place, bytes]]:
         """Return a tenant's rows of some views, in the order of their places, from behind one."""
-        start = (None,) * 5 if after is None else _columns(after)[1:]
+        start = _columns(after or Place(tenant, "", b"", "", -1, -1))
         async with self._pool.connection() as connection:
-            found = await connection.fetch(_PAGE, tenant, list(views), *start, limit)
+            found = await connection.fetch(_PAGE, *start, list(views), limit)
         return [(Place(tenant, r["entity_type"], r["entity"], r["view"], r["version"], r["epoch"]), r["value"]) for r in found]
 
     async def count(self, tenant: str, views: Sequence[str]) -> int:
