@@ -16,6 +16,7 @@ from feature_retrieval.certificates import Signer
 from feature_retrieval.coalescing import CoalescedReads
 from feature_retrieval.consumer import Consumer, report
 from feature_retrieval.dead_letters import DeadLetters
+from feature_retrieval.durable_copy import DurableCopy
 from feature_retrieval.epochs import EpochUpkeep
 from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
@@ -24,6 +25,7 @@ from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import MAX_FUTURE_S, Ingestion
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.publishing import Publishing
+from feature_retrieval.rebuilding import Rebuilding
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
@@ -33,11 +35,13 @@ from feature_retrieval.settings import FeatureRetrievalSettings
 from feature_retrieval.sources import EventSource
 from feature_retrieval.sources.redis_stream import RedisStreamSource
 from feature_retrieval.store.opening import open_store
+from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.errors import Unavailable
+from plait.registry.database import open_pool
 from plait.registry.records import Snapshot
 from plait.registry.store import Store
 from plait.registry.watcher import Watcher
@@ -76,6 +80,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     stack.push_async_callback(registry.close)
     guard = ErasureGuard(store, registry, poll_s=settings.privacy.poll_s)
     tasks.start(guard.run(), "erasures")
+    durable_rows, durable = await _durable_copy(settings, metrics, watcher, stack, tasks)
     privacy_key = settings.privacy.key.get_secret_value().encode()
     future_s = settings.ingestion.max_future_s
 
@@ -87,15 +92,16 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(  # type: ignore[abstract]  # the RPCs that are not written yet answer UNIMPLEMENTED
         Retrieval(reads, cache, current.plans),
-        Ingestion(store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, max_future_s=future_s),
+        Ingestion(store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=future_s),
         current.plans,
         events=_open_events(settings, store, watcher, metrics, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
         upkeep=UpkeepParts(
-            epochs=EpochUpkeep(store, lambda: watcher.snapshot, guard.loaded, max_future_s=future_s),
+            epochs=EpochUpkeep(store, lambda: watcher.snapshot, guard.loaded, keep=durable.keep, max_future_s=future_s),
             exporting=Exporting(store, lambda: watcher.snapshot),
             erasing=Erasing(store, registry, Signer(privacy_key) if privacy_key else None, guard.catch_up, max_future_s=future_s),
+            rebuilding=Rebuilding(store, durable_rows, lambda: watcher.snapshot, guard.loaded, max_future_s=future_s),
         ),
         max_batches=settings.ingestion.max_batches,
         max_bytes=settings.ingestion.max_bytes,
@@ -103,6 +109,22 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
     return server
+
+
+async def _durable_copy(
+    settings: FeatureRetrievalSettings, metrics: Metrics, watcher: Watcher, stack: AsyncExitStack, tasks: Tasks
+) -> tuple[DurableRows, DurableCopy]:
+    """Open the copy in the registry's Postgres, which may be away; what waits for it is committed at the end."""
+    dsn = settings.registry.dsn.get_secret_value()
+    pool = await open_pool(dsn, name="plait-features", min_connections=0, max_connections=settings.durable.connections)
+    stack.push_async_callback(pool.close)
+    rows = DurableRows(pool)
+    copy = DurableCopy(rows, lambda: watcher.snapshot, queue_rows=settings.durable.queue_rows, batch_rows=settings.durable.batch_rows)
+    stack.push_async_callback(copy.close)
+    tasks.start(copy.run(), "durable-copy")
+    metrics.gauge("plait_features_durable_queue_rows", "rows that wait to be copied to Postgres").set_function(lambda: copy.queued)
+    metrics.gauge("plait_features_durable_lag_seconds", "how long the oldest of them has waited, seconds").set_function(lambda: copy.lag_s)
+    return rows, copy
 
 
 class CurrentPlans:
