@@ -20,6 +20,7 @@ from feature_retrieval.durable_copy import DurableCopy
 from feature_retrieval.epochs import EpochUpkeep
 from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.exporting import Exporting
 from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import MAX_FUTURE_S, Ingestion
@@ -89,11 +90,13 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         service_token=settings.rpc.service_token.get_secret_value(),
         required=settings.rpc.require_auth,
     )
+    retrieval = Retrieval(reads, cache, current.plans)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(  # type: ignore[abstract]  # the RPCs that are not written yet answer UNIMPLEMENTED
-        Retrieval(reads, cache, current.plans),
+        retrieval,
         Ingestion(store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=future_s),
         current.plans,
+        explanation=Explanation(retrieval, current.plans, store.times_to_live),
         events=_open_events(settings, store, watcher, metrics, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,

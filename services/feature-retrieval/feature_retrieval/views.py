@@ -170,6 +170,7 @@ class Plan:
     request: tuple[RequestColumn, ...]
     transforms: tuple[TransformPlan, ...]
     inputs: tuple[ModelInput, ...]
+    restricted: tuple[FeatureView, ...]  # views that name who may read them
 
 
 class Plans:
@@ -241,7 +242,17 @@ class _Compiler:
             for name, cells in self._sent.items()
         )
         entities = tuple(self._entity(entity_type) for entity_type in self._stored)
-        return Plan(self._set, tuple(self._tensors), len(self._inputs), entities, request, tuple(self._transforms.values()), self._inputs)
+        restricted = tuple(view.view for entity in entities for view in entity.views if view.view.readers)
+        return Plan(
+            self._set,
+            tuple(self._tensors),
+            len(self._inputs),
+            entities,
+            request,
+            tuple(self._transforms.values()),
+            self._inputs,
+            restricted,
+        )
 
     def _columns(self, at: int, item: ModelInput) -> int:
         """Give every feature of an input its columns; return how many there are."""
