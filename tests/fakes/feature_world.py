@@ -12,6 +12,8 @@ from typing import Any
 import grpc
 import numpy as np
 
+from feature_retrieval.audience import Audience
+from feature_retrieval.coalescing import CoalescedReads
 from feature_retrieval.dead_letters import DeadLetters
 from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import Ingestion
@@ -101,17 +103,18 @@ async def feature_world(snapshot: Snapshot, redis_url: str, *, near_cache: bool 
     """Run the service on a free port."""
     store = RedisStore(redis_url, connect_timeout_s=1.0)
     cache = NearCache(16 << 20 if near_cache else 0, 300.0)
+    reads = CoalescedReads(store)
     plans = Plans(snapshot)
     prefixes = sorted({entity_prefix("default", v.entity.type) for v in snapshot.feature_views.values()})
 
     async def track() -> None:
         while True:
             with contextlib.suppress(Unavailable):
-                await store.watch(lambda: prefixes, cache)
+                await store.watch(lambda: prefixes, Audience(cache, reads))
             await asyncio.sleep(0.05)
 
     server = RpcServer(RpcSettings(grace_s=2), authenticator=Authenticator(lambda _: None, service_token="t0ken"))
-    retrieval = Retrieval(store, cache, lambda: plans)
+    retrieval = Retrieval(reads, cache, lambda: plans)
     servicer = FeatureRetrievalServicer(
         retrieval,
         Ingestion(store, lambda: snapshot),
@@ -130,4 +133,5 @@ async def feature_world(snapshot: Snapshot, redis_url: str, *, near_cache: bool 
     if tracker is not None:
         tracker.cancel()
         await asyncio.gather(tracker, return_exceptions=True)
+    await reads.close()
     await store.close()

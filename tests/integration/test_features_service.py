@@ -61,6 +61,26 @@ async def test_what_is_written_is_read_as_tensors(redis_url: str, near_cache: bo
             assert answer.registry_revision == 3
 
 
+async def test_who_wrote_reads_what_it_wrote_whoever_else_reads(redis_url: str) -> None:
+    """Without tracking: a read that another caller has under way may be older than this caller's write, so it is not joined."""
+    async with feature_world(SNAPSHOT, redis_url) as w:
+        done = asyncio.Event()
+
+        async def load() -> None:
+            while not done.is_set():
+                await w.read("stats", item=["i", "j"])
+
+        async def write_and_read(item: str) -> None:
+            for version in range(40):
+                await w.write("stats", [item], {"a": [version]}, at_s=1_700_000_000 + version)
+                assert tensor(await w.read("stats", item=[item, "other"]), "item")[0, 0] == version
+
+        readers = [asyncio.create_task(load()) for _ in range(8)]
+        await asyncio.gather(write_and_read("i"), write_and_read("j"))
+        done.set()
+        await asyncio.gather(*readers)
+
+
 async def test_statuses_are_always_true(redis_url: str) -> None:
     async with feature_world(SNAPSHOT, redis_url) as w:
         now = time.time()

@@ -11,6 +11,8 @@ from contextlib import AsyncExitStack
 
 from feature_retrieval.aggregation.applying import Applying
 from feature_retrieval.aggregation.plan import AggregationPlans
+from feature_retrieval.audience import Audience
+from feature_retrieval.coalescing import CoalescedReads
 from feature_retrieval.consumer import Consumer, report
 from feature_retrieval.dead_letters import DeadLetters
 from feature_retrieval.freshness import Freshness
@@ -56,10 +58,12 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
     metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
 
+    reads = CoalescedReads(store)
+    stack.push_async_callback(reads.close)
     current = CurrentPlans(await watcher.first(settings.registry.first_snapshot_timeout_s))
     watcher.subscribe(current.swap)
     if settings.near_cache.max_bytes:
-        tasks.start(_track_changes(store, cache, current), "near-cache")
+        tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
 
     authenticator = Authenticator(
         lambda sha256: watcher.snapshot.keys.get(sha256),  # noqa: PLW0108  (the snapshot is swapped)
@@ -68,7 +72,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     )
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(  # type: ignore[abstract]  # the RPCs that are not written yet answer UNIMPLEMENTED
-        Retrieval(store, cache, current.plans),
+        Retrieval(reads, cache, current.plans),
         Ingestion(store, lambda: watcher.snapshot),
         current.plans,
         events=_open_events(settings, store, watcher, metrics, stack, tasks),
@@ -106,11 +110,11 @@ def tenants_of(snapshot: Snapshot) -> Sequence[str]:
     return sorted({*snapshot.tenants, *(key.tenant for key in snapshot.keys.values()), "default"})
 
 
-async def _track_changes(store: RedisStore, cache: NearCache, current: CurrentPlans) -> None:
-    """Keep the near cache told of changes, over every break of the connection."""
+async def _track_changes(store: RedisStore, audience: Audience, current: CurrentPlans) -> None:
+    """Keep those who hold rows told of changes, over every break of the connection."""
     while True:
         try:
-            await store.watch(current.key_prefixes, cache)
+            await store.watch(current.key_prefixes, audience)
         except Unavailable as error:
             log.info("changes in redis are not tracked, so nothing is cached", reason=error.reason)
             await asyncio.sleep(_RETRY_S)

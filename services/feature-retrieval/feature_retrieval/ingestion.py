@@ -14,8 +14,8 @@ from typing import Any, Final
 import numpy as np
 
 from feature_retrieval.batch_encoding import Encoded, Encoder
+from feature_retrieval.entity_ids import MAX_ROWS
 from feature_retrieval.permissions import check_admin, check_writable
-from feature_retrieval.retrieval import MAX_ROWS
 from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, RowCodec, header
 from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import APPLIED, ERASED, RedisStore

@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 from tests.fakes.calls import call_of
 from tests.fakes.feature_world import make_batch, statuses, tensor
 
+from feature_retrieval.audience import Audience
+from feature_retrieval.coalescing import CoalescedReads
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
-from feature_retrieval.retrieval import Retrieval, ids_of
+from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import KeySpace, RowCodec, entity_prefix, header, split
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.store.rows import Read
@@ -451,6 +453,19 @@ async def test_a_caller_that_leaves_hurts_nobody(store: Slow) -> None:
     assert [view.readings for view in [v for entity in w.cache._entities.values() for v in entity.views.values()]] == [0]
 
 
+async def test_a_cold_key_that_many_want_is_read_once_and_once_more_after_it_changed(store: Slow) -> None:
+    w = World(store, near_cache=True)
+    reads = CoalescedReads(store)
+    reads.connected(PREFIXES)
+    w.page = Retrieval(reads, w.cache, lambda: w.plans, clock=lambda: NOW_S)
+    for version in (1, 2):
+        await w.write("stats", ["i"], {"a": [version], "b": [2]}, sequences=[version])
+        Audience(w.cache, reads).changed(STATS_SPACE.keys(["i"]))
+        answers = await asyncio.gather(*(w.read(item=["i"]) for _ in range(100)))
+        assert {tensor(answer, "item")[0, 0] for answer in answers} == {version}
+        assert len(store.asked) == version
+
+
 async def test_a_refused_request_leaves_no_read_under_way(store: Slow) -> None:
     w = World(store, near_cache=True)
     with pytest.raises(InvalidArgument):
@@ -543,22 +558,3 @@ async def test_rows_are_counted_by_entity_type(store: Slow) -> None:
     assert [(v.field, v.description) for v in caught.value.violations] == [
         ("entities[1].ids", "10001 rows are asked for, at most 10000 of a type are allowed")
     ]
-
-
-@pytest.mark.parametrize(
-    ("ids", "key", "values", "problem"),
-    [
-        ({"string_ids": ["a", "b"]}, "string", ["a", "b"], ""),
-        ({"int64_ids": [0, -1]}, "int64", [0, -1], ""),
-        ({}, "string", [], "at least one id"),
-        ({"string_ids": ["1"]}, "int64", [], "set int64_ids"),
-        ({"int64_ids": [1]}, "string", [], "set string_ids"),
-        ({"string_ids": ["1"], "int64_ids": [1]}, "string", [], "only one of"),
-        ({"string_ids": ["a", ""]}, "string", ["a", ""], "an id is empty"),
-    ],
-)
-def test_ids_of(ids: Any, key: str, values: list[Any], problem: str) -> None:
-    found, said = ids_of(types_pb2.EntityIds(**ids), key)
-    assert list(found) == values
-    assert problem in said
-    assert bool(said) == bool(problem)

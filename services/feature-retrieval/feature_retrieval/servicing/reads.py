@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from feature_retrieval import request_features
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.views import Plan, Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
-from plait.dtypes import BY_NAME
 from plait.errors import PermissionDenied
+from plait.registry.references import Reference, parse, width_of
+from plait.registry.shapes import wire_type
 from plait.rpc import multiplex
 from plait.rpc.call import current
 from plait.telemetry.tracing import Tracing
@@ -58,17 +60,28 @@ class Reads(pb_grpc.FeatureRetrievalServiceServicer):
 
 
 def _describe(plan: Plan, plans: Plans, response: Any) -> None:
+    request_features.describe(plan.feature_set.request, response.request_features)
     for model_input, tensor in zip(plan.feature_set.inputs, plan.tensors, strict=True):
         described = response.inputs.add(name=model_input.name, entity_type=model_input.entity, dtype=tensor.number)
-        for reference in model_input.features:
-            view_name, _, name = reference.partition(":")
-            view = plans.snapshot.feature_views[view_name]
-            feature = next(f for f in view.features if f.name == name)
-            described.features.add(
-                feature_view=view_name,
-                feature=name,
-                stored_dtype=BY_NAME[feature.dtype].number,
-                default_value=None if feature.default is None else float(feature.default),
-                max_age_s=view.max_age_s,
-                description=feature.description,
-            )
+        for text in model_input.features:
+            reference = parse(text)
+            if reference is not None and reference.kind == "stored":
+                _describe_stored(reference, plans, described)
+            elif reference is not None:
+                described.features.add(feature=str(reference), width=1)
+
+
+def _describe_stored(reference: Reference, plans: Plans, described: Any) -> None:
+    view = plans.snapshot.feature_views[reference.view].at(reference.version)
+    assert view is not None  # noqa: S101  (the plan was compiled from it)
+    feature = next(f for f in view.features if f.name == reference.feature)
+    described.features.add(
+        feature_view=view.name,
+        feature=feature.name,
+        stored_dtype=wire_type(feature).number,
+        default_value=None if feature.default is None or isinstance(feature.default, str) else float(feature.default),
+        max_age_s=view.max_age_s,
+        description=feature.description,
+        width=width_of(feature),
+        view_version=view.version,
+    )
