@@ -21,6 +21,7 @@ from feature_retrieval.sources import Message
 from feature_retrieval.store.commands import pack
 from plait.api.events.v1 import events_pb2
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
+from plait.api.types.v1 import types_pb2
 from plait.errors import from_rpc_error
 from plait.registry.records import Epochs, FeatureView, Snapshot
 from plait.settings import TelemetrySettings
@@ -248,3 +249,43 @@ async def test_a_consumer_that_drains_acknowledges_what_it_took_and_leaves(servi
     key = tenant_key(b"e1", "shop")
     (groups,) = await service.store.streams.ask(key, [pack(b"XINFO", [b"GROUPS", key])])
     assert dict(zip(groups[0][::2], groups[0][1::2], strict=True))[b"consumers"] == 0
+
+
+async def test_an_aggregated_view_is_read_like_any_other_and_as_of_the_moment(service: EventService) -> None:
+    async def read(*listings: str) -> tuple[np.ndarray, list[str]]:
+        request = pb.GetFeaturesRequest(feature_set="home")
+        request.entities.add(entity_type="listing").ids.string_ids.extend(listings)
+        answer = await service.stub.GetFeatures(request, metadata=SHOP, timeout=20)
+        (tensor,) = answer.tensors
+        found = np.frombuffer(tensor.data, np.float32).reshape(tuple(tensor.shape))
+        return found, [types_pb2.RowStatus.Name(one).removeprefix("ROW_STATUS_") for one in answer.views[0].statuses]
+
+    async with consuming(service.consumer()):
+        await service.publish([event(f"e{n}", at_s=NOW_S - 60 * n, subject=f"u{n % 3}") for n in range(10)])
+        await service.publish([event("offer", "make_offer", value=9.5, values={"price": 12.0}), event("like", "like", listing="l2")])
+        await settled(service)
+    values, statuses = await read("l1", "l2", "nobody")
+    # views_1h, viewers, heat, rating (nobody rated), last_price
+    assert values[0, :2] == pytest.approx([10, 3], abs=0.2)
+    assert values[0, 2] == pytest.approx(sum(2 ** (-n / 60) for n in range(10)), rel=1e-3)
+    assert values[0, 3:].tolist() == [-1, 12]
+    assert values[1, [0, 3, 4]].tolist() == [0, -1, 0]
+    assert statuses == ["NULL", "NULL", "NOT_FOUND"]
+    service.now_s += 1800
+    later, _ = await read("l1")
+    assert later[0, 2] == pytest.approx(values[0, 2] * 2**-0.5, rel=1e-3)
+    service.now_s += 1500
+    assert (await read("l1"))[0][0, 0] == 4  # of the hour's twelve tiles only the oldest still has any: those of the last 200 s
+    service.now_s += 300
+    assert (await read("l1"))[0][0, 0] == 0
+    service.now_s += 7200
+    gone, statuses = await read("l1")
+    assert gone[0, [0, 1, 4]].tolist() == [0, 0, 12]
+    assert statuses == ["NULL"]
+
+
+async def test_nobody_writes_an_aggregated_view_by_hand(service: EventService) -> None:
+    batch = pb.FeatureBatch(feature_view=LISTINGS.name, event_times_us=[NOW_US])
+    batch.ids.string_ids.append("l1")
+    error = await refused(lambda: service.stub.WriteFeatures(pb.WriteFeaturesRequest(batch=batch), metadata=SHOP, timeout=20))
+    assert error.reason == "VIEW_IS_AGGREGATED"
