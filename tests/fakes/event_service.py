@@ -50,6 +50,7 @@ class EventService:
         self.freshness = Freshness(self.metrics, self.clock)
         self.dead_letters = DeadLetters(store.streams)
         self.stub: Any = None
+        self.address = ""
 
     def clock(self) -> float:
         return self.now_s
@@ -118,6 +119,7 @@ async def event_service(
     await server.start()
     try:
         async with grpc.aio.insecure_channel(server.address) as channel:
+            service.address = server.address
             service.stub = pb_grpc.FeatureRetrievalServiceStub(channel)
             yield service
     finally:

@@ -67,7 +67,7 @@ async def test_consumers_killed_twenty_times_end_where_an_undisturbed_one_does(r
                 await process.wait()
             assert process.returncode == -signal.SIGKILL
 
-        async def waiting():  # noqa: ANN202
+        async def waiting():
             return await service.source("front").backlog_of("shop")
 
         for first in range(0, _KILLS, _AT_ONCE):
