@@ -33,7 +33,7 @@ LISTINGS = FeatureView(
         feature("high", "max", "make_offer", value="value"),
         feature("last_price", "last", "make_offer", value="price", default=0),
         feature("viewers", "distinct", "view", value="subject", window_s=7200.0, tile_s=1800.0, precision=6),
-        feature("heat", "sum", "view", "like", half_life_s=3600.0),
+        feature("heat", "count", "view", "like", half_life_s=3600.0),
     ),
 )
 USERS = FeatureView(
