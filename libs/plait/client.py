@@ -302,13 +302,15 @@ class RankingClient(_Client):
         top_k: int = 0,
         request_id: str = "",
         inline_features: Iterable[Tensor] = (),
+        request_features: Iterable[Tensor] = (),
         explain: bool = False,
         timeout_s: float | None = None,
     ) -> Ranking:
         """Return the candidates in the order of the route's model, for one subject.
 
         Ids are all str or all int (64 bits), as the route's entity types declare; 1 to 10 000 distinct candidates. `top_k`: how many to
-        answer, 0 = all. `inline_features` replace whole model inputs of the same name. `explain` adds timings and a feature report.
+        answer, 0 = all. `inline_features` replace whole model inputs of the same name; `request_features` are what the model's feature set
+        declares to be sent along, one value each or one per candidate. `explain` adds timings and a feature report.
         `request_id` (at most 128 bytes) is made up when empty, and the same on every try. `timeout_s` bounds all tries together.
 
         Raises PlaitError: InvalidArgument, NotFound (ROUTE_NOT_FOUND), FailedPrecondition, Unauthenticated, PermissionDenied,
@@ -317,7 +319,9 @@ class RankingClient(_Client):
         Example:  ranking = await client.rank("home", "user-42", ["listing-7", "listing-8"], top_k=1)
         """
         return _ranking(
-            await self._call("Rank", _rank_request(route, subject, candidates, top_k, request_id, inline_features, explain), timeout_s)
+            await self._call(
+                "Rank", _rank_request(route, subject, candidates, top_k, request_id, inline_features, request_features, explain), timeout_s
+            )
         )
 
     async def predict(
@@ -326,6 +330,7 @@ class RankingClient(_Client):
         entities: Mapping[str, Ids],
         *,
         inline_features: Iterable[Tensor] = (),
+        request_features: Iterable[Tensor] = (),
         outputs: Iterable[str] = (),
         request_id: str = "",
         explain: bool = False,
@@ -339,7 +344,9 @@ class RankingClient(_Client):
         Example:  scores = numpy.asarray((await client.predict("fraud", {"payment": [17]})).outputs["score"])
         """
         return _prediction(
-            await self._call("Predict", _predict_request(route, entities, inline_features, outputs, request_id, explain), timeout_s)
+            await self._call(
+                "Predict", _predict_request(route, entities, inline_features, request_features, outputs, request_id, explain), timeout_s
+            )
         )
 
     async def _call(self, method: str, request: Message, timeout_s: float | None) -> Any:
@@ -396,12 +403,15 @@ class SyncRankingClient(_Client):
         top_k: int = 0,
         request_id: str = "",
         inline_features: Iterable[Tensor] = (),
+        request_features: Iterable[Tensor] = (),
         explain: bool = False,
         timeout_s: float | None = None,
     ) -> Ranking:
         """Do what RankingClient.rank does, and wait for it."""
         return _ranking(
-            self._call("Rank", _rank_request(route, subject, candidates, top_k, request_id, inline_features, explain), timeout_s)
+            self._call(
+                "Rank", _rank_request(route, subject, candidates, top_k, request_id, inline_features, request_features, explain), timeout_s
+            )
         )
 
     def predict(
@@ -410,6 +420,7 @@ class SyncRankingClient(_Client):
         entities: Mapping[str, Ids],
         *,
         inline_features: Iterable[Tensor] = (),
+        request_features: Iterable[Tensor] = (),
         outputs: Iterable[str] = (),
         request_id: str = "",
         explain: bool = False,
@@ -417,7 +428,9 @@ class SyncRankingClient(_Client):
     ) -> Prediction:
         """Do what RankingClient.predict does, and wait for it."""
         return _prediction(
-            self._call("Predict", _predict_request(route, entities, inline_features, outputs, request_id, explain), timeout_s)
+            self._call(
+                "Predict", _predict_request(route, entities, inline_features, request_features, outputs, request_id, explain), timeout_s
+            )
         )
 
     def _call(self, method: str, request: Message, timeout_s: float | None) -> Any:
@@ -480,22 +493,37 @@ def backoff_s(failed: int, retry_after_s: float | None, chance: float) -> float:
 
 
 def _rank_request(
-    route: str, subject: Id, candidates: Ids, top_k: int, request_id: str, inline_features: Iterable[Tensor], explain: bool
+    route: str,
+    subject: Id,
+    candidates: Ids,
+    top_k: int,
+    request_id: str,
+    inline_features: Iterable[Tensor],
+    request_features: Iterable[Tensor],
+    explain: bool,
 ) -> pb.RankRequest:
     with _sendable():
         request = pb.RankRequest(route=route, top_k=top_k, request_id=request_id or str(uuid.uuid4()), explain=explain)
         request.inline_features.extend(map(_tensor_message, inline_features))
+        request.request_features.extend(map(_tensor_message, request_features))
     _fill(request.subject, [subject], "subject")
     _fill(request.candidates, candidates, "candidates")
     return request
 
 
 def _predict_request(
-    route: str, entities: Mapping[str, Ids], inline_features: Iterable[Tensor], outputs: Iterable[str], request_id: str, explain: bool
+    route: str,
+    entities: Mapping[str, Ids],
+    inline_features: Iterable[Tensor],
+    request_features: Iterable[Tensor],
+    outputs: Iterable[str],
+    request_id: str,
+    explain: bool,
 ) -> pb.PredictRequest:
     with _sendable():
         request = pb.PredictRequest(route=route, outputs=outputs, request_id=request_id or str(uuid.uuid4()), explain=explain)
         request.inline_features.extend(map(_tensor_message, inline_features))
+        request.request_features.extend(map(_tensor_message, request_features))
         for entity_type, ids in entities.items():
             _fill(request.entities.add(entity_type=entity_type).ids, ids, f"entities[{entity_type!r}]")
     return request

@@ -11,7 +11,11 @@ from typing import Any
 
 import grpc
 import numpy as np
+from tests.fakes.upkeep import upkeep_of
 
+from feature_retrieval.audience import Audience
+from feature_retrieval.coalescing import CoalescedReads
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.retrieval import Retrieval
@@ -85,26 +89,33 @@ async def feature_world(snapshot: Snapshot, redis_url: str, *, near_cache: bool 
     """Run the service on a free port."""
     store = RedisStore(redis_url, connect_timeout_s=1.0)
     cache = NearCache(16 << 20 if near_cache else 0, 300.0)
+    reads = CoalescedReads(store)
     plans = Plans(snapshot)
     prefixes = sorted({entity_prefix("default", v.entity.type) for v in snapshot.feature_views.values()})
 
     async def track() -> None:
         while True:
             with contextlib.suppress(Unavailable):
-                await store.watch(lambda: prefixes, cache)
+                await store.watch(lambda: prefixes, Audience(cache, reads))
             await asyncio.sleep(0.05)
 
     server = RpcServer(RpcSettings(grace_s=2), authenticator=Authenticator(lambda _: None, service_token="t0ken"))
-    retrieval = Retrieval(store, cache, lambda: plans)
-    servicer = FeatureRetrievalServicer(retrieval, Ingestion(store, lambda: snapshot), lambda: plans, max_in_flight=64, tracing=off())
+    retrieval = Retrieval(reads, cache, lambda: plans)
+    explanation = Explanation(retrieval, lambda: plans, store.times_to_live)
+    ingestion = Ingestion(store, lambda: snapshot)
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
-    server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
-    await server.start()
-    tracker = asyncio.create_task(track()) if near_cache else None
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        yield FeatureWorld(store, cache, server, pb_grpc.FeatureRetrievalServiceStub(channel))
-    await server.drain()
+    async with upkeep_of(store, lambda: snapshot) as upkeep:
+        servicer = FeatureRetrievalServicer(
+            retrieval, ingestion, lambda: plans, explanation=explanation, max_in_flight=64, tracing=off(), upkeep=upkeep
+        )
+        server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
+        await server.start()
+        tracker = asyncio.create_task(track()) if near_cache else None
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            yield FeatureWorld(store, cache, server, pb_grpc.FeatureRetrievalServiceStub(channel))
+        await server.drain()
     if tracker is not None:
         tracker.cancel()
         await asyncio.gather(tracker, return_exceptions=True)
+    await reads.close()
     await store.close()

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from types import TracebackType
 from typing import Self
 
 
 class TcpProxy:
-    """Forwards to `target` (host, port); None refuses everybody. A context manager; `port` is where it listens on 127.0.0.1."""
+    """Forwards to `target` (host, port); None refuses everybody. A context manager; `port` is where it listens on 127.0.0.1.
 
-    def __init__(self, target: tuple[str, int] | None) -> None:
+    With `tls` it speaks TLS to those who come, for servers that cannot.
+    """
+
+    def __init__(self, target: tuple[str, int] | None, *, tls: ssl.SSLContext | None = None) -> None:
         self.target = target
+        self._tls = tls
         self.port = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

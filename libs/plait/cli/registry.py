@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from plait.cli import kinds, render
+from plait.cli.author import author
 from plait.cli.options import DEFAULT_STATE, AllowHttpOption, DsnOption, JsonOption, StateOption, registry_dsn
 from plait.cli.output import write_json
 
@@ -113,7 +112,7 @@ async def _apply(paths: list[Path], dsn: str, reason: str, dry_run: bool, allow_
 
     wanted = manifests.pin_artifacts(manifests.load(paths), options=StoreOptions(allow_http=allow_http))
     async with await Store.open(dsn, max_connections=1) as store:
-        return await store.apply(wanted, actor=_actor(), reason=reason, dry_run=dry_run)
+        return await store.apply(wanted, actor=author(), reason=reason, dry_run=dry_run)
 
 
 async def _read(dsn: str, kind: Kind, name: str | None) -> list[Resource]:
@@ -128,12 +127,3 @@ async def _describe(dsn: str, kind: Kind, name: str) -> tuple[Resource, list[Any
 
     async with await Store.open(dsn, max_connections=1) as store:
         return await store.get(kind, name), await store.history(kind, name, limit=_HISTORY)
-
-
-def _actor() -> str:
-    """Return who makes the change, for the audit log: the account and the machine."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # an account number without a name, as in many containers
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"

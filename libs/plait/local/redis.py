@@ -13,8 +13,9 @@ import secrets
 import shutil
 import signal
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Final, Self
 
 from plait.errors import FailedPrecondition
@@ -32,14 +33,22 @@ class EmbeddedRedis:
     """One server for the length of an `async with`, at `url` (with its password: treat it as a secret).
 
     `data_dir` keeps the data over restarts (append-only file, synced every second); without it nothing is written and the temporary
-    folder is removed at the end. Raises Unavailable (LOCAL_START_FAILED), FailedPrecondition (LOCAL_NOT_INSTALLED, LOCAL_IN_USE).
+    folder is removed at the end. `options` are further lines of its configuration, or other values for those it has. Raises Unavailable (LOCAL_START_FAILED), FailedPrecondition (LOCAL_NOT_INSTALLED, LOCAL_IN_USE).
     """
 
-    def __init__(self, data_dir: Path | None = None, *, log: Path | None = None, start_timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        data_dir: Path | None = None,
+        *,
+        log: Path | None = None,
+        start_timeout_s: float = 30.0,
+        options: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._given = data_dir.absolute() if data_dir else None
+        self._options = options
         self._log = log
         self._start_timeout_s = start_timeout_s
-        self._password = secrets.token_urlsafe(24)
+        self._password = options.get("requirepass") or secrets.token_urlsafe(24)
         self._home: Path
         self._server = locate()
         self._child: Child | None = None
@@ -110,6 +119,7 @@ class EmbeddedRedis:
             "appendonly": "yes" if self._given else "no",
             "appendfsync": "everysec",
             "maxmemory-policy": "noeviction",
+            **self._options,
         }
         descriptor = os.open(self._config_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as config:

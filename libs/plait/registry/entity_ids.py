@@ -32,8 +32,13 @@ def read_ids(ids: Any, entity: Entity) -> tuple[Sequence[Id], str]:
 
 
 def composites(ids: Any) -> list[tuple[IdPart, ...]]:
-    """Return the composite ids of an EntityIds message as tuples; a part that is not set is the empty text."""
-    return [tuple(part.int64_part if part.HasField("int64_part") else part.string_part for part in key.parts) for key in ids.composite_ids]
+    """Return the composite ids of an EntityIds message as tuples; one with a part that is not set becomes the empty tuple, which fits nothing."""
+    return [_composite(key.parts) for key in ids.composite_ids]
+
+
+def _composite(parts: Any) -> tuple[IdPart, ...]:
+    kinds = [part.WhichOneof("part") for part in parts]
+    return () if None in kinds else tuple(getattr(part, kind) for part, kind in zip(parts, kinds, strict=True))
 
 
 def misfit(found: Sequence[tuple[IdPart, ...]], entity: Entity) -> str:

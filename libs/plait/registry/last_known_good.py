@@ -1,6 +1,6 @@
 """The last snapshot on disk, so that a process can start and serve while Postgres is away.
 
-One JSON file: format version, revision, the stored specs, the hashes of the API keys, and a checksum over them. Written beside and
+One JSON file: format version, revision, the stored specs, the hashes of the API keys, the epochs of views, and a checksum over them. Written beside and
 renamed over, mode 0600, so that a reader sees the whole old or the whole new file.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from plait.errors import PlaitError
-from plait.registry.records import ApiKey, Snapshot
+from plait.registry.records import ApiKey, Epochs, Snapshot
 from plait.registry.resources import records_of, snapshot_of
 from plait.registry.specs import KINDS, Validator, from_stored, kind_of, to_plain, to_stored
 
@@ -26,6 +26,7 @@ FORMAT: Final = "plait-registry-snapshot"
 VERSION: Final = 1
 
 _KEY: Final = Validator(ApiKey, forbid_unknown=False)
+_EPOCHS: Final = Validator(Epochs, forbid_unknown=False)
 
 
 class Unusable(Exception):
@@ -66,6 +67,7 @@ def encode(snapshot: Snapshot) -> bytes:
         "revision": snapshot.revision,
         "resources": [{"kind": kind_of(r), "name": r.name, "spec": to_stored(r)} for r in records_of(snapshot)],
         "keys": [to_plain(key) for _, key in sorted(snapshot.keys.items())],
+        "epochs": [[*of, to_plain(epochs)] for of, epochs in sorted(snapshot.epochs.items())],
     }
     text = json.dumps(body, separators=(",", ":"), sort_keys=True)
     head = {"format": FORMAT, "version": VERSION, "saved_at": time.time(), "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -88,4 +90,5 @@ def decode(content: bytes) -> Snapshot:
 def _snapshot(body: dict[str, Any]) -> Snapshot:
     known = [r for r in body["resources"] if r["kind"] in KINDS]  # a newer build may have written kinds we do not know
     records = [from_stored(r["kind"], r["name"], r["spec"]) for r in known]
-    return snapshot_of(body["revision"], records, [_KEY(key) for key in body["keys"]])
+    epochs = {(tenant, view, version): _EPOCHS(found) for tenant, view, version, found in body.get("epochs", [])}  # older files have none
+    return snapshot_of(body["revision"], records, [_KEY(key) for key in body["keys"]], epochs)

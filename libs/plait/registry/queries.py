@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
 from plait.registry.plan import Step
-from plait.registry.records import ApiKey, FeatureView, Kind, Record, Snapshot
+from plait.registry.records import ApiKey, Epochs, FeatureView, Kind, Record, Snapshot
 from plait.registry.resources import Change, Key, Past, Resource, snapshot_of
 from plait.registry.specs import KINDS, from_stored, to_stored
 
@@ -96,7 +96,18 @@ async def snapshot(connection: Connection, known: Known | None = None, since: in
     current = {(row["kind"], row["name"]): _read(row, known.get((row["kind"], row["name"]))) for row in rows}
     known.clear()
     known.update(current)
-    return snapshot_of(now, (read.record for read in current.values()), await api_keys(connection))
+    return snapshot_of(now, (read.record for read in current.values()), await api_keys(connection), await epochs(connection))
+
+
+async def epochs(connection: Connection) -> dict[tuple[str, str, int], Epochs]:
+    """Return the epochs of every view that was ever backfilled, by (tenant, view, version)."""
+    rows = await connection.fetch("select tenant, view, version, serving, building, previous, newest from plait.view_epoch")
+    return {
+        (row["tenant"], row["view"], row["version"]): Epochs(
+            serving=row["serving"], building=row["building"], previous=row["previous"], newest=row["newest"]
+        )
+        for row in rows
+    }
 
 
 def _read(row: Row, before: Read | None) -> Read:

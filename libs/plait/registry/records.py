@@ -401,11 +401,17 @@ Kind = Literal["Model", "FeatureView", "FeatureSet", "Route", "Tenant"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epochs:
     """Which generations of a view's rows there are for one tenant: the one that is read, the one a backfill builds beside it, and the one
-    kept for a rollback. All of them are written."""
+    kept for a rollback. All of them are written. `newest` is the highest there ever was: a number is never given twice."""
 
     serving: int = 0
     building: int | None = None
     previous: int | None = None
+    newest: int = 0
+
+    @property
+    def in_use(self) -> tuple[int, ...]:
+        """Every epoch that is written, the served one first."""
+        return (self.serving, *(epoch for epoch in (self.building, self.previous) if epoch is not None))
 
 
 _FIRST_EPOCHS = Epochs()

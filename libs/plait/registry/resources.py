@@ -45,13 +45,14 @@ class Resource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What became of one resource (or, with kind "ApiKey", of one key): the answer of a write, and an entry of the audit log.
+    """What became of one resource (of one key with kind "ApiKey", of a view's epochs with "FeatureEpoch"): the answer of a write, and an
+    entry of the audit log.
 
     `before` and `after` are stored specs, None where there was or is nothing. A dry run has the revision it looked at.
     """
 
     action: Action
-    kind: Kind | Literal["ApiKey"]
+    kind: Kind | Literal["ApiKey", "FeatureEpoch"]
     name: str
     generation: int
     revision: int

@@ -1,4 +1,4 @@
-"""The registry in Postgres: the only module that talks to the driver. What is decided is decided in `plan`; the SQL is in `queries`.
+"""The registry in Postgres. What is decided is decided in `plan`; the SQL is in `queries`; connections are `database`'s.
 
 Every write is one transaction that holds the lock of the revision row, so writers queue and readers never wait. It stores the
 resources, appends to the audit log, bumps the revision and notifies, or does none of it.
@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
-import asyncpg
-
-from plait.errors import Aborted, FailedPrecondition, Internal, InvalidArgument, NotFound, PlaitError, Unavailable
-from plait.registry import migrator, plan, queries
+from plait.errors import InvalidArgument, NotFound
+from plait.registry import epochs as epoch_rules
+from plait.registry import erasures, migrator, plan, queries
+from plait.registry.database import Pool, connect, mapped, open_pool
+from plait.registry.epochs import EpochKey
+from plait.registry.erasures import Erasure
 from plait.registry.manifests import Manifest
 from plait.registry.migrator import Migration
 from plait.registry.queries import CHANNEL, Connection
-from plait.registry.records import ApiKey, Kind, Snapshot
+from plait.registry.records import ApiKey, Epochs, FeatureView, Kind, Snapshot
 from plait.registry.resources import Change, Resource
 from plait.registry.specs import to_stored
 from plait.rpc.credentials import new_key
@@ -28,61 +30,14 @@ from plait.rpc.credentials import new_key
 SCOPES: Final = ("rank", "features", "infer", "admin")
 MAX_REASON_BYTES: Final = 1024
 MAX_PAGE: Final = 1000
-_CONNECT_TIMEOUT_S: Final = 5.0
-_COMMAND_TIMEOUT_S: Final = 30.0
 _LISTENER_TIMEOUT_S: Final = 10.0  # an answer this late means that the connection is dead
-_RETRY_AFTER_S: Final = 1.0
-_DSN_HELP: Final = "expected postgresql://user:password@host:port/database"
 
 Changes = list[Change]  # spelt here because the store has a method called list
 Keys = list[ApiKey]
-
-
-@contextmanager
-def mapped() -> Iterator[None]:
-    """Turn the driver's errors into ours, where they enter. Messages hold no DSN, no password and no values."""
-    try:
-        yield
-    except PlaitError:
-        raise
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError) as error:
-        raise _ours(error) from error
-
-
-@contextmanager
-def _connecting(dsn: str) -> Iterator[None]:
-    """Like `mapped`, while the DSN is being read."""
-    if not dsn:
-        raise InvalidArgument(f"no DSN is set for the registry: {_DSN_HELP}", reason="REGISTRY_DSN")
-    try:
-        with mapped():
-            yield
-    except ValueError as error:
-        raise InvalidArgument(f"the registry's DSN cannot be read: {_DSN_HELP}", reason="REGISTRY_DSN") from error
-
-
-def _ours(error: Exception) -> PlaitError:
-    match error:
-        case asyncpg.exceptions.ClientConfigurationError():
-            return InvalidArgument(f"the registry's DSN cannot be read: {_DSN_HELP}", reason="REGISTRY_DSN")
-        case asyncpg.InvalidAuthorizationSpecificationError() | asyncpg.InvalidCatalogNameError() | asyncpg.InsufficientPrivilegeError():
-            message = f"Postgres refuses the registry's user or database ({type(error).__name__}); check the DSN and the grants"
-            return FailedPrecondition(message, reason="REGISTRY_REFUSED")
-        case asyncpg.UndefinedTableError() | asyncpg.InvalidSchemaNameError():
-            return FailedPrecondition("the registry's tables are not there yet; run: plait migrate", reason="REGISTRY_NOT_MIGRATED")
-        case asyncpg.LockNotAvailableError() | asyncpg.exceptions.TransactionRollbackError():
-            return Aborted("another change of the registry was in the way; try again", reason="REGISTRY_BUSY", retry_after_s=_RETRY_AFTER_S)
-        case asyncpg.PostgresError() if not _away(error):
-            return Internal(f"Postgres answered with SQLSTATE {error.sqlstate} ({type(error).__name__})", reason="REGISTRY_FAULT")
-        case _:
-            message = f"Postgres cannot be reached ({type(error).__name__}); the registry cannot be read or changed until it is back"
-            return Unavailable(message, reason="REGISTRY_UNAVAILABLE", retry_after_s=_RETRY_AFTER_S)
-
-
-def _away(error: Exception) -> bool:
-    """Say whether the server, and not the statement, is the reason: broken connection, shutting down or starting, out of connections."""
-    classes = asyncpg.PostgresConnectionError, asyncpg.exceptions.OperatorInterventionError, asyncpg.exceptions.InsufficientResourcesError
-    return isinstance(error, classes)
+Numbers = list[int]
+Erasures = list[Erasure]
+Counts = list[dict[str, int]]
+HeldViews = list[tuple[str, int, int]]
 
 
 class Store:
@@ -92,29 +47,20 @@ class Store:
     before `migrate` has run.
     """
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     @classmethod
-    async def open(cls, dsn: str, *, max_connections: int = 4) -> Self:
-        """Connect. Raises InvalidArgument (REGISTRY_DSN), FailedPrecondition (REGISTRY_REFUSED), Unavailable."""
-        with _connecting(dsn):
-            pool = await asyncpg.create_pool(
-                dsn,
-                min_size=1,
-                max_size=max_connections,
-                timeout=_CONNECT_TIMEOUT_S,
-                command_timeout=_COMMAND_TIMEOUT_S,
-                server_settings={"application_name": "plait-registry"},
-            )
-        return cls(pool)
+    async def open(cls, dsn: str, *, max_connections: int = 4, lazy: bool = False) -> Self:
+        """Connect; with `lazy` only when first asked, so that a service starts while Postgres is away.
+
+        Raises InvalidArgument (REGISTRY_DSN), FailedPrecondition (REGISTRY_REFUSED), Unavailable.
+        """
+        return cls(await open_pool(dsn, name="plait-registry", min_connections=0 if lazy else 1, max_connections=max_connections))
 
     async def close(self) -> None:
         """Give every connection back; one that does not answer any more is cut."""
-        try:
-            await asyncio.wait_for(self._pool.close(), _CONNECT_TIMEOUT_S)
-        except TimeoutError:
-            self._pool.terminate()
+        await self._pool.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -123,16 +69,16 @@ class Store:
         await self.close()
 
     def __repr__(self) -> str:
-        return f"<Store connections={self._pool.get_size()} idle={self._pool.get_idle_size()}>"
+        return f"<Store {self._pool!r}>"
 
     async def migrate(self, known: Sequence[Migration] | None = None) -> tuple[Migration, ...]:
         """Bring the tables up to date; return what was applied. Raises FailedPrecondition (MIGRATION_EDITED)."""
-        async with self._connection() as connection:
+        async with self._pool.connection() as connection:
             return await migrator.migrate(connection, migrator.shipped() if known is None else known)
 
     async def snapshot(self) -> Snapshot:
         """Return the whole registry at one revision."""
-        async with self._reading() as connection:
+        async with self._pool.reading() as connection:
             return await queries.snapshot(connection)
 
     async def apply(self, manifests: Sequence[Manifest], *, actor: str, reason: str = "", dry_run: bool = False) -> list[Change]:
@@ -143,7 +89,7 @@ class Store:
         """
         _check_author(actor, reason)
         if dry_run:
-            async with self._reading() as connection:
+            async with self._pool.reading() as connection:
                 return await _apply(connection, manifests, await queries.revision(connection), actor, reason, dry_run=True)
         async with self._writing() as (connection, revision):
             return await _apply(connection, manifests, revision, actor, reason, dry_run=False)
@@ -176,7 +122,7 @@ class Store:
 
     async def get(self, kind: Kind, name: str) -> Resource:
         """Return one resource. Raises NotFound (RESOURCE_NOT_FOUND)."""
-        async with self._reading() as connection:
+        async with self._pool.reading() as connection:
             found = await queries.resources(connection, kind, name)
         if (kind, name) not in found:
             raise NotFound(f"there is no {kind} {name}", reason="RESOURCE_NOT_FOUND")
@@ -184,7 +130,7 @@ class Store:
 
     async def list(self, kind: Kind | None = None) -> list[Resource]:
         """Return the resources of a kind, or all, by kind and name."""
-        async with self._reading() as connection:
+        async with self._pool.reading() as connection:
             return [*(await queries.resources(connection, kind)).values()]
 
     async def history(
@@ -194,7 +140,7 @@ class Store:
 
         A page holds `limit` (1 to 1 000) entries and whatever else belongs to the last one's revision; `below_revision` goes on there.
         """
-        async with self._reading() as connection:
+        async with self._pool.reading() as connection:
             return await queries.changes(connection, kind, name, max(1, min(limit, MAX_PAGE)), below_revision)
 
     async def create_key(
@@ -233,25 +179,97 @@ class Store:
 
     async def list_keys(self, tenant: str | None = None) -> Keys:
         """Return the keys that were not revoked, oldest first."""
-        async with self._reading() as connection:
+        async with self._pool.reading() as connection:
             return await queries.api_keys(connection, tenant)
 
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Connection]:
-        with mapped():
-            async with self._pool.acquire(timeout=_CONNECT_TIMEOUT_S) as connection:
-                yield connection
+    async def begin_epoch(self, tenant: str, view: str, *, version: int = 0, actor: str, reason: str = "") -> Epochs:
+        """Begin to build a new epoch of a view (`version` 0 = the current one) for a tenant; from now on writers write it, too.
 
-    @asynccontextmanager
-    async def _reading(self) -> AsyncIterator[Connection]:
-        """One unchanging view of everything."""
-        async with self._connection() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
-            yield connection
+        This and the four below return the epochs as they are then, and raise NotFound (RESOURCE_NOT_FOUND, VIEW_VERSION_NOT_FOUND) and
+        FailedPrecondition (EPOCH_BUSY, EPOCH_NOT_FOUND).
+        """
+        return await self._move_epochs(epoch_rules.begin, tenant, view, version, actor, reason)
+
+    async def flip_epoch(self, tenant: str, view: str, *, version: int = 0, actor: str, reason: str = "") -> Epochs:
+        """Serve the epoch that was built; the one served until now is kept, and written, for a rollback."""
+        return await self._move_epochs(epoch_rules.flip, tenant, view, version, actor, reason)
+
+    async def rollback_epoch(self, tenant: str, view: str, *, version: int = 0, actor: str, reason: str = "") -> Epochs:
+        """Serve the kept epoch again; the one served until now is kept in its place."""
+        return await self._move_epochs(epoch_rules.rollback, tenant, view, version, actor, reason)
+
+    async def retire_epoch(self, tenant: str, view: str, *, version: int = 0, actor: str, reason: str = "") -> Epochs:
+        """Write the kept epoch no more; there is no rollback after it."""
+        return await self._move_epochs(epoch_rules.retire, tenant, view, version, actor, reason)
+
+    async def abandon_epoch(self, tenant: str, view: str, *, version: int = 0, actor: str, reason: str = "") -> Epochs:
+        """Give up the epoch being built."""
+        return await self._move_epochs(epoch_rules.abandon, tenant, view, version, actor, reason)
+
+    async def epochs(self, tenant: str, view: str, *, version: int = 0) -> Epochs:
+        """Return the epochs of a view for a tenant. Raises NotFound as `begin_epoch` does."""
+        async with self._pool.reading() as connection:
+            return await epoch_rules.read(connection, await _epoch_key(connection, tenant, view, version)) or Epochs()
+
+    async def remember_erasures(
+        self, tenant: str, entity_type: str, entities: Sequence[bytes], until_us: int, *, actor: str, reason: str
+    ) -> Numbers:
+        """Remember that events of these entities (typed ids) up to a time are refused; return the erasures' numbers, in order.
+
+        The audit log is append-only and so holds nothing of them.
+        """
+        _check_author(actor, reason)
+        async with self._writing() as (connection, _):
+            return await erasures.remember(connection, tenant, entity_type, entities, until_us, actor, reason)
+
+    async def erasures_after(self, number: int, limit: int = MAX_PAGE) -> Erasures:
+        """Return the erasures after a number, in order, at most `limit`."""
+        async with self._pool.connection() as connection:
+            return await erasures.after(connection, number, limit)
+
+    async def newest_erasure(self) -> int:
+        """Return the number of the last erasure, 0 where there never was one."""
+        async with self._pool.connection() as connection:
+            return await erasures.newest(connection)
+
+    async def views_that_held(self, tenant: str, entity_type: str) -> HeldViews:
+        """Return every (view, version, newest epoch) that may hold rows of an entity type, deleted views and old versions included."""
+        async with self._pool.connection() as connection:
+            return await erasures.views_of(connection, tenant, entity_type)
+
+    async def forget_rows(self, forgotten: Sequence[Erasure]) -> Counts:
+        """Delete erased entities' rows from the durable copy; return how many there were of each view, parallel to the erasures."""
+        async with self._pool.connection() as connection:
+            return [await erasures.forget_rows(connection, erasure) for erasure in forgotten]
+
+    async def _move_epochs(self, move: Callable[[Epochs], Epochs], tenant: str, view: str, version: int, actor: str, reason: str) -> Epochs:
+        _check_author(actor, reason)
+        async with self._writing() as (connection, revision):
+            key = await _epoch_key(connection, tenant, view, version)
+            before = await epoch_rules.read(connection, key)
+            after = move(before or Epochs())
+            begun, flipped = move is epoch_rules.begin, move in (epoch_rules.flip, epoch_rules.rollback)
+            await epoch_rules.write(connection, key, after, begun=begun, flipped=flipped)
+            logged = (epoch_rules.KIND, epoch_rules.name_of(key))
+            last = await queries.generations(connection, [logged])
+            change = Change(
+                action="updated" if before else "created",
+                kind="FeatureEpoch",
+                name=logged[1],
+                generation=last[logged] + 1,
+                revision=revision + 1,
+                before=epoch_rules.described(before),
+                after=epoch_rules.described(after),
+                actor=actor,
+                reason=reason,
+            )
+            await _record(connection, [change])
+            return after
 
     @asynccontextmanager
     async def _writing(self) -> AsyncIterator[tuple[Connection, int]]:
         """The only writer, and the revision it starts from. Read committed: what is read under the lock is the newest there is."""
-        async with self._connection() as connection, connection.transaction():
+        async with self._pool.connection() as connection, connection.transaction():
             yield connection, await queries.lock_revision(connection)
 
 
@@ -271,13 +289,7 @@ class Listener:
     @asynccontextmanager
     async def open(cls, dsn: str, known: queries.Known | None = None) -> AsyncIterator[Self]:
         """Connect and listen. Raises as `Store.open` does."""
-        with _connecting(dsn):
-            connection = await asyncpg.connect(
-                dsn,
-                timeout=_CONNECT_TIMEOUT_S,
-                command_timeout=_LISTENER_TIMEOUT_S,
-                server_settings={"application_name": "plait-watcher"},
-            )
+        connection = await connect(dsn, name="plait-watcher", command_timeout_s=_LISTENER_TIMEOUT_S)
         listener = cls(connection, {} if known is None else known)
         connection.add_termination_listener(lambda _: listener._heard.set())
         try:
@@ -309,6 +321,20 @@ class Listener:
                 found = await queries.snapshot(self._connection, self._known, self._since)
         self._since = found.revision
         return found
+
+
+async def _epoch_key(connection: Connection, tenant: str, view: str, version: int) -> EpochKey:
+    """Return what a view's epochs are kept under; raises NotFound where the registry has no such tenant, view or version."""
+    found = await queries.resources(connection, "FeatureView", view)
+    if ("FeatureView", view) not in found:
+        raise NotFound(f"there is no FeatureView {view}", reason="RESOURCE_NOT_FOUND")
+    if ("Tenant", tenant) not in await queries.resources(connection, "Tenant", tenant):
+        raise NotFound(f"there is no Tenant {tenant}", reason="RESOURCE_NOT_FOUND")
+    record = found["FeatureView", view].record
+    wanted = record.at(version) if isinstance(record, FeatureView) else None
+    if wanted is None:
+        raise NotFound(f"FeatureView {view} has no version {version} any more", reason="VIEW_VERSION_NOT_FOUND")
+    return tenant, view, wanted.version
 
 
 def _check_author(actor: str, reason: str) -> None:

@@ -104,7 +104,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler.stream_stream is not None:
             behaviour = self._stream(handler.stream_stream, method, scope)
             return grpc.stream_stream_rpc_method_handler(behaviour, parse, handler.response_serializer)
-        raise TypeError(f"{method}: only unary-unary and stream-stream methods are served")
+        if handler.unary_stream is not None:
+            behaviour = self._answering_stream(handler.unary_stream, method, scope)
+            return grpc.unary_stream_rpc_method_handler(behaviour, parse, handler.response_serializer)
+        raise TypeError(f"{method}: methods that take a stream and give one answer are not served")
 
     def _unary(self, inner: Callable[[Any, Any], Awaitable[Any]], method: str, scope: str) -> Callable[[Any, Any], Awaitable[Any]]:
         seconds = self._seconds.labels(method)
@@ -138,6 +141,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if not taken_s:  # the callers wait for their answers, nobody for the counters
                     asyncio.get_running_loop().call_soon(count)
                 taken_s.append(time.perf_counter() - started)
+
+        return behaviour
+
+    def _answering_stream(self, inner: Callable[[Any, Any], AsyncIterator[Any]], method: str, scope: str) -> Callable[[Any, Any], Any]:
+        handled_ok = self._handled.labels(method, "OK")
+
+        async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                self._admit(context, method, scope)
+                if request is MALFORMED:
+                    raise InvalidArgument("the request cannot be parsed: is it the message this method takes?", reason="MALFORMED_MESSAGE")
+                async for response in inner(request, context):
+                    yield response
+            except Exception as error:
+                await self._fail(context, method, error)
+            else:
+                handled_ok.inc()
 
         return behaviour
 

@@ -6,18 +6,29 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
+from feature_retrieval.audience import Audience
+from feature_retrieval.certificates import Signer
+from feature_retrieval.coalescing import CoalescedReads
+from feature_retrieval.epochs import EpochUpkeep
+from feature_retrieval.erasing import Erasing
+from feature_retrieval.erasure_guard import ErasureGuard
+from feature_retrieval.explanation import Explanation
+from feature_retrieval.exporting import Exporting
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
+from feature_retrieval.servicing.upkeep import UpkeepParts
 from feature_retrieval.settings import FeatureRetrievalSettings
+from feature_retrieval.store.opening import open_store
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.errors import Unavailable
 from plait.registry.records import Snapshot
+from plait.registry.store import Store
 from plait.registry.watcher import Watcher
 from plait.rpc.credentials import Authenticator
 from plait.rpc.process import Tasks
@@ -38,34 +49,46 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     watcher = Watcher(settings.registry.dsn.get_secret_value(), settings.registry.last_known_good, settings.registry.poll_s)
     tasks.start(watcher.run(), "registry")
 
-    redis = settings.redis
-    store = RedisStore(
-        redis.url.get_secret_value(),
-        connections=redis.connections,
-        connect_timeout_s=redis.connect_timeout_s,
-        write_timeout_s=redis.write_timeout_s,
-    )
+    store = open_store(settings.redis, settings.ingestion)
     stack.push_async_callback(store.close)
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
     metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
 
+    reads = CoalescedReads(store)
+    stack.push_async_callback(reads.close)
     current = CurrentPlans(await watcher.first(settings.registry.first_snapshot_timeout_s))
     watcher.subscribe(current.swap)
     if settings.near_cache.max_bytes:
-        tasks.start(_track_changes(store, cache, current), "near-cache")
+        tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
+
+    registry = await Store.open(settings.registry.dsn.get_secret_value(), max_connections=2, lazy=True)
+    stack.push_async_callback(registry.close)
+    guard = ErasureGuard(store, registry, poll_s=settings.privacy.poll_s)
+    tasks.start(guard.run(), "erasures")
+    privacy_key = settings.privacy.key.get_secret_value().encode()
+    future_s = settings.ingestion.max_future_s
 
     authenticator = Authenticator(
         lambda sha256: watcher.snapshot.keys.get(sha256),  # noqa: PLW0108  (the snapshot is swapped)
         service_token=settings.rpc.service_token.get_secret_value(),
         required=settings.rpc.require_auth,
     )
+    retrieval = Retrieval(reads, cache, current.plans)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(  # type: ignore[abstract]  # the RPCs that are not written yet answer UNIMPLEMENTED
-        Retrieval(store, cache, current.plans),
-        Ingestion(store, lambda: watcher.snapshot),
+        retrieval,
+        Ingestion(store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, max_future_s=future_s),
         current.plans,
+        explanation=Explanation(retrieval, current.plans, store.times_to_live),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
+        upkeep=UpkeepParts(
+            epochs=EpochUpkeep(store, lambda: watcher.snapshot, guard.loaded, max_future_s=future_s),
+            exporting=Exporting(store, lambda: watcher.snapshot),
+            erasing=Erasing(store, registry, Signer(privacy_key) if privacy_key else None, guard.catch_up, max_future_s=future_s),
+        ),
+        max_batches=settings.ingestion.max_batches,
+        max_bytes=settings.ingestion.max_bytes,
     )
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
@@ -94,11 +117,11 @@ class CurrentPlans:
         return sorted(entity_prefix(tenant, entity_type) for tenant in tenants for entity_type in types)
 
 
-async def _track_changes(store: RedisStore, cache: NearCache, current: CurrentPlans) -> None:
-    """Keep the near cache told of changes, over every break of the connection."""
+async def _track_changes(store: RedisStore, audience: Audience, current: CurrentPlans) -> None:
+    """Keep those who hold rows told of changes, over every break of the connection."""
     while True:
         try:
-            await store.watch(current.key_prefixes, cache)
+            await store.watch(current.key_prefixes, audience)
         except Unavailable as error:
             log.info("changes in redis are not tracked, so nothing is cached", reason=error.reason)
             await asyncio.sleep(_RETRY_S)

@@ -1,58 +1,104 @@
-"""From a columnar FeatureBatch to rows in the store: checked, encoded, written where newer; what is wrong with one row costs only that row."""
+"""From a columnar FeatureBatch to rows in the store: checked, encoded, written where newer; what is wrong with one row costs only that row.
+
+Rows go to every epoch of their view that is in use, so that a flip and a rollback find in theirs whatever was streamed; a backfill names its
+epoch. Nothing is acknowledged before it is as safe as the settings ask, and nothing is written to a Redis that has not been told of every
+erasure.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from feature_retrieval.batch_encoding import Encoded, Encoder
-from feature_retrieval.retrieval import MAX_ROWS
+from feature_retrieval.entity_ids import MAX_ROWS
+from feature_retrieval.permissions import check_admin, check_writable
 from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, RowCodec, header
-from feature_retrieval.store.redis import APPLIED, RedisStore
+from feature_retrieval.store.dispatch import Receipt
+from feature_retrieval.store.redis import APPLIED, ERASED, RedisStore
 from feature_retrieval.views import schemas_of
-from plait.errors import InvalidArgument, NotFound, Violation
+from plait.errors import FailedPrecondition, InvalidArgument, NotFound, Violation
 from plait.registry.entity_ids import read_ids
 from plait.registry.explain import suggestion
 from plait.registry.records import FeatureSchema, FeatureView, Snapshot
+from plait.rpc.call import Call
 
 MAX_FUTURE_S: Final = 300.0  # an event time further ahead would block every true update until then
 
+_Bad = dict[int, tuple[str, str]]  # row → reason, message
+
+
+async def _nothing_was_erased() -> None:
+    """For who keeps no erasures."""
+
 
 class Ingestion:
-    """Answers WriteFeatures. `snapshot` gives the newest registry snapshot."""
+    """Answers WriteFeatures. `snapshot` gives the newest registry snapshot; `erasures_loaded` returns once Redis knows every erasure, or
+    raises; `max_future_s`: how far an event time may be ahead of `clock`."""
 
-    def __init__(self, store: RedisStore, snapshot: Callable[[], Snapshot], clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        store: RedisStore,
+        snapshot: Callable[[], Snapshot],
+        clock: Callable[[], float] = time.time,
+        *,
+        erasures_loaded: Callable[[], Awaitable[None]] = _nothing_was_erased,
+        max_future_s: float = MAX_FUTURE_S,
+    ) -> None:
         self._store = store
         self._snapshot = snapshot
         self._clock = clock
+        self._erasures_loaded = erasures_loaded
+        self._max_future_s = max_future_s
         self._encoders: dict[tuple[str, int], tuple[FeatureSchema, Encoder]] = {}
 
-    async def write(self, batch: Any, result: Any, tenant: str) -> None:
-        """Write a FeatureBatch; fill a WriteFeaturesResponse. Raises NotFound, InvalidArgument, Unavailable as the contract says."""
-        view = self._snapshot().feature_views.get(batch.feature_view)
-        if view is None:
-            hint = suggestion(batch.feature_view, list(self._snapshot().feature_views))
-            raise NotFound(
-                f"no feature view {batch.feature_view!r}{hint}: see 'plait get featureview' for what there is",
-                reason="FEATURE_VIEW_NOT_FOUND",
-            )
+    async def write(self, batch: Any, result: Any, call: Call) -> None:
+        """Write a FeatureBatch; fill a WriteFeaturesResponse.
+
+        Raises NotFound, InvalidArgument, PermissionDenied, FailedPrecondition and Unavailable as the contract says.
+        """
+        snapshot = self._snapshot()
+        view = view_of(snapshot, batch.feature_view, batch.view_version)
+        check_writable(view, call)
+        _check_written_by_callers(view)
+        epochs = _epochs(snapshot, view, batch, call)
         encoder = self._encoder(view)
         ids = _checked_ids(batch, view)
         encoded = encoder.encode(batch, ids)
+        bad = self._bad_rows(encoded, ids, view)
         rows: Sequence[bytes] = encoder.codec.pack(encoded.block, encoded.tails)
-        good = self._refuse_bad_rows(encoded, ids, result)
-        if good is not None:
-            ids, rows = [ids[at] for at in good.tolist()], [rows[at] for at in good.tolist()]
-        if not ids:
-            return
-        space = KeySpace.of(tenant, view.entity.type, view.name, view.version)
-        verdicts = await self._store.write(space.keys(ids), space.mark_keys(ids), rows, int(view.retention_s * 1000))
-        result.applied = verdicts.count(APPLIED)
-        result.ignored = len(ids) - result.applied
+        places: Sequence[int] = range(len(ids))
+        if bad:
+            places = [at for at in places if at not in bad]
+            ids, rows = [ids[at] for at in places], [rows[at] for at in places]
+        if ids:
+            receipt = Receipt()
+            verdicts = await self._write(view, epochs, call.tenant, ids, rows, receipt)
+            result.applied = verdicts.count(APPLIED)
+            result.ignored = len(ids) - result.applied - verdicts.count(ERASED)
+            bad |= {places[at]: _ERASED for at, verdict in enumerate(verdicts) if verdict == ERASED}
+            result.durability = await self._store.settle(receipt)
+        for at in sorted(bad):
+            result.errors.add(row=at, reason=bad[at][0], message=bad[at][1])
+
+    async def _write(
+        self, view: FeatureView, epochs: Sequence[int], tenant: str, ids: Sequence[Id], rows: Sequence[bytes], receipt: Receipt
+    ) -> bytes:
+        """Write rows to epochs in one round trip; return the verdicts of the first epoch, which is the one that is served."""
+        spaces = [KeySpace.of(tenant, view.entity.type, view.name, view.version, epoch) for epoch in epochs]
+        keys = [key for space in spaces for key in space.keys(ids)]
+        marks = spaces[0].mark_keys(ids)
+        await self._erasures_loaded()
+        verdicts = await self._store.write(keys, marks * len(epochs), [*rows] * len(epochs), self._ttl_ms(view), receipt)
+        return verdicts[: len(ids)]
+
+    def _ttl_ms(self, view: FeatureView) -> int:
+        """How long Redis keeps a row. Past it, an older event must be too old to be taken, or it would come back: whatever the row's event
+        time was, it was at most `max_future_s` ahead."""
+        return int((view.retention_s + self._max_future_s) * 1000) if view.retention_s else 0
 
     def _encoder(self, view: FeatureView) -> Encoder:
         schema = schemas_of(view)[-1]
@@ -61,24 +107,70 @@ class Ingestion:
             known = self._encoders[(view.name, view.version)] = (schema, Encoder(view, RowCodec(schema)))
         return known[1]
 
-    def _refuse_bad_rows(self, encoded: Encoded, ids: Sequence[Id], result: Any) -> npt.NDArray[np.intp] | None:
-        """Report rows whose time, id or value is impossible; return the positions of the others, None when all are good."""
+    def _bad_rows(self, encoded: Encoded, ids: Sequence[Id], view: FeatureView) -> _Bad:
+        """Return the rows whose time, id or value is impossible."""
         times = header(encoded.block)["event_time_us"]
-        bad = dict(encoded.refused)
-        limit = int((self._clock() + MAX_FUTURE_S) * 1e6)
-        for at in np.flatnonzero(times > limit).tolist():
-            bad[at] = (
-                "EVENT_TIME_IN_FUTURE",
-                f"the event time is more than {MAX_FUTURE_S:.0f} s ahead of this service's clock: is it in microseconds?",
+        bad: _Bad = dict(encoded.refused)
+        now_us = int(self._clock() * 1e6)
+        future = (
+            "EVENT_TIME_IN_FUTURE",
+            f"the event time is more than {self._max_future_s:.0f} s ahead of this service's clock: is it in microseconds?",
+        )
+        bad |= dict.fromkeys(np.flatnonzero(times > now_us + int(self._max_future_s * 1e6)).tolist(), future)
+        if view.retention_s:
+            old = (
+                "EVENT_TIME_TOO_OLD",
+                f"the event time is further back than the view's retention_s, {view.retention_s:g} s: such rows are kept no more",
             )
-        for at in np.flatnonzero(times <= 0).tolist():
-            bad[at] = ("EVENT_TIME_INVALID", "the event time must be after 1970, in microseconds since the epoch")
+            bad |= dict.fromkeys(np.flatnonzero(times < now_us - int(view.retention_s * 1e6)).tolist(), old)
+        invalid = ("EVENT_TIME_INVALID", "the event time must be after 1970, in microseconds since the epoch")
+        bad |= dict.fromkeys(np.flatnonzero(times <= 0).tolist(), invalid)
         for at, entity_id in enumerate(ids):
             if _impossible(entity_id):
                 bad[at] = ("ID_INVALID", f"an id has 1 to {MAX_ID_BYTES} bytes of UTF-8, and so has each text of a composite one, or none")
-        for at in sorted(bad):
-            result.errors.add(row=at, reason=bad[at][0], message=bad[at][1])
-        return np.delete(np.arange(len(ids)), list(bad)) if bad else None
+        return bad
+
+
+_ERASED: Final = ("ENTITY_ERASED", "the entity was erased after this event: only what happens from then on is taken, if anything")
+
+
+def view_of(snapshot: Snapshot, name: str, version: int) -> FeatureView:
+    """Return a view in a version, 0 = the current one. Raises NotFound (FEATURE_VIEW_NOT_FOUND, VIEW_VERSION_NOT_FOUND)."""
+    view = snapshot.feature_views.get(name)
+    if view is None:
+        hint = suggestion(name, list(snapshot.feature_views))
+        raise NotFound(f"no feature view {name!r}{hint}: see 'plait get featureview' for what there is", reason="FEATURE_VIEW_NOT_FOUND")
+    found = view.at(version)
+    if found is None:
+        kept = ", ".join(str(past.version) for past in view.versions) or "none"
+        raise NotFound(
+            f"feature view {name!r} has no version {version}: it is at {view.version}, and earlier ones still kept are {kept}",
+            reason="VIEW_VERSION_NOT_FOUND",
+        )
+    return found
+
+
+def _check_written_by_callers(view: FeatureView) -> None:
+    if view.aggregation is not None:
+        message = f"the rows of {view.name!r} are computed from events: send events with PublishEvents"
+        raise FailedPrecondition(message, reason="VIEW_IS_AGGREGATED")
+    if view.feast is not None:
+        message = f"the rows of {view.name!r} are Feast's and only read here: write them with Feast"
+        raise FailedPrecondition(message, reason="VIEW_IS_FOREIGN")
+
+
+def _epochs(snapshot: Snapshot, view: FeatureView, batch: Any, call: Call) -> Sequence[int]:
+    """Return which epochs a batch goes to, the served one first; or the one it names, which takes an administrator."""
+    epochs = snapshot.epochs_of(call.tenant, view.name, view.version)
+    if not batch.HasField("epoch"):
+        return epochs.in_use
+    check_admin(call)
+    if batch.epoch not in epochs.in_use:
+        raise NotFound(
+            f"epoch {batch.epoch} of feature view {view.name!r} is not in use here (yet); in use are {list(epochs.in_use)}",
+            reason="EPOCH_NOT_FOUND",
+        )
+    return (batch.epoch,)
 
 
 def _checked_ids(batch: Any, view: FeatureView) -> Sequence[Id]:

@@ -255,7 +255,8 @@ class NearCache(Listener):
             slots = reading.entity.slots([ids[at] for at in chosen])
             view.reserve(len(reading.entity.index))
             if chosen is good:
-                block = np.frombuffer(b"".join([rows[at] or b"" for at in good]), np.uint8).reshape(len(good), codec.row_bytes)
+                block = codec.widen([rows[at] or b"" for at in good])
+                assert block is not None  # noqa: S101  (each row is a current one)
                 view.put(slots, block, now)
             else:
                 view.put_misses(slots, now)

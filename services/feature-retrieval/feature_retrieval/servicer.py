@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.servicing.reads import Reads
-from feature_retrieval.servicing.writes import Writes
+from feature_retrieval.servicing.upkeep import Upkeep, UpkeepParts
+from feature_retrieval.servicing.writes import MAX_BATCHES, MAX_BYTES, Writes
 from feature_retrieval.views import Plans
 from plait.telemetry.tracing import Tracing
 
 
-class FeatureRetrievalServicer(Reads, Writes):
+class FeatureRetrievalServicer(Reads, Writes, Upkeep):
     """Gives each part what it hands requests to."""
 
     def __init__(
-        self, retrieval: Retrieval, ingestion: Ingestion, plans: Callable[[], Plans], *, max_in_flight: int, tracing: Tracing
+        self,
+        retrieval: Retrieval,
+        ingestion: Ingestion,
+        plans: Callable[[], Plans],
+        *,
+        explanation: Explanation,
+        max_in_flight: int,
+        tracing: Tracing,
+        upkeep: UpkeepParts,
+        max_batches: int = MAX_BATCHES,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
-        Reads.__init__(self, retrieval, plans, max_in_flight=max_in_flight, tracing=tracing)
-        Writes.__init__(self, ingestion)
+        Reads.__init__(self, retrieval, explanation, plans, max_in_flight=max_in_flight, tracing=tracing)
+        Writes.__init__(self, ingestion, max_batches=max_batches, max_bytes=max_bytes)
+        Upkeep.__init__(self, upkeep)

@@ -54,11 +54,12 @@ class FeatureClient:
         entities: Iterable[tuple[str, types_pb2.EntityIds]],
         inputs: Sequence[str],
         *,
+        request_features: Sequence[types_pb2.Tensor] = (),
         deadline: Deadline,
         tenant: str,
         request_id: str,
     ) -> pb.GetFeaturesResponse:
-        """Return the tensors of `inputs` (empty = all of the arm's feature set) for these ids.
+        """Return the tensors of `inputs` (empty = all of the arm's feature set) for these ids and what the caller sent along.
 
         Raises Unreachable when no replica can be reached, Unavailable (FEATURES_UNAVAILABLE) when none knows the feature set yet.
         FailedPrecondition (FEATURES_MISSING), Unavailable (STORE_UNAVAILABLE), ResourceExhausted and DeadlineExceeded are its own.
@@ -69,6 +70,7 @@ class FeatureClient:
         request.policy = route.policy
         request.max_defaulted_share = route.max_defaulted_share
         request.inputs.extend(inputs)
+        request.request_features.extend(request_features)
         for entity_type, ids in entities:
             request.entities.add(entity_type=entity_type).ids.CopyFrom(ids)
         try:
@@ -101,6 +103,8 @@ def _to_caller(error: PlaitError) -> PlaitError:
     if isinstance(error, NotFound):
         message = "feature-retrieval does not know the route's feature set yet: retry"
         return Unavailable(message, reason="FEATURES_UNAVAILABLE", retry_after_s=_RETRY_S)
-    if isinstance(error, InvalidArgument):  # ids are all that came from the caller
+    if isinstance(error, InvalidArgument) and error.reason == "REQUEST_FEATURE_INVALID":
+        return InvalidArgument(error.message, reason=error.reason, violations=error.violations)  # fields are called alike here
+    if isinstance(error, InvalidArgument):  # ids are all else that came from the caller
         return InvalidArgument(f"feature-retrieval refused the ids: {error.message}", reason=error.reason)
     return error

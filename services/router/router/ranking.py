@@ -53,6 +53,7 @@ class _Question:
     arm: Arm
     ids: Mapping[str, types_pb2.EntityIds]
     inline: Mapping[str, types_pb2.Tensor]
+    request_features: Sequence[types_pb2.Tensor]
     outputs: Sequence[str]
     request_id: str
     tenant: str
@@ -197,6 +198,7 @@ class Ranking:
             arm=arm,
             ids=ids,
             inline={tensor.name: tensor for tensor in request.inline_features},
+            request_features=request.request_features,
             outputs=outputs,
             request_id=request.request_id or call.request_id or uuid.uuid4().hex,
             tenant=call.tenant,
@@ -235,6 +237,7 @@ class Ranking:
                 question.arm,
                 [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
                 [item.name for item in inputs] if question.inline else (),
+                request_features=question.request_features,
                 deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
                 tenant=question.tenant,
                 request_id=question.request_id,

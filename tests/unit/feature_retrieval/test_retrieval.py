@@ -18,11 +18,14 @@ import pytest_asyncio
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.fakes.calls import call_of
 from tests.fakes.feature_world import make_batch, statuses, tensor
 
+from feature_retrieval.audience import Audience
+from feature_retrieval.coalescing import CoalescedReads
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
-from feature_retrieval.retrieval import Retrieval, ids_of
+from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import KeySpace, RowCodec, entity_prefix, header, split
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.store.rows import Read
@@ -100,7 +103,7 @@ class World:
     async def write(self, view: str, ids: list[Any], columns: dict[str, Any], *, age_s: float = 0, **more: Any) -> None:
         batch = make_batch(view, [], columns, at_s=NOW_S - age_s, **more)
         (batch.ids.int64_ids if view == "profile" else batch.ids.string_ids).extend(ids)
-        await self.ingestion.write(batch, pb.WriteFeaturesResponse(), "default")
+        await self.ingestion.write(batch, pb.WriteFeaturesResponse(), call_of())
 
     async def read(self, name: str = "stats", *, within_s: float = 20, policy: int = 0, share: float = 0, **ids: list[Any]) -> Any:
         request = pb.GetFeaturesRequest(feature_set=name, policy=policy, max_defaulted_share=share, include_event_times=True)  # type: ignore[arg-type]
@@ -166,7 +169,7 @@ async def _compare_with_a_model(store: Slow, data: st.DataObject) -> None:
         if view == "content" and second is not None:  # n is of another dtype: all columns again, later
             batch = make_batch(view, [item_id], {"x": [first]} if first is not None else {}, at_s=NOW_S)
             batch.columns.add(features=["n"], dtype=types_pb2.DATA_TYPE_INT64, data=np.int64(second).tobytes())
-            await w.ingestion.write(batch, pb.WriteFeaturesResponse(), "default")
+            await w.ingestion.write(batch, pb.WriteFeaturesResponse(), call_of())
         if (item_id, view) in deleted:
             await w.write(view, [item_id], {}, deleted=[True], sequences=[1])
     items = data.draw(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=12))
@@ -450,6 +453,19 @@ async def test_a_caller_that_leaves_hurts_nobody(store: Slow) -> None:
     assert [view.readings for view in [v for entity in w.cache._entities.values() for v in entity.views.values()]] == [0]
 
 
+async def test_a_cold_key_that_many_want_is_read_once_and_once_more_after_it_changed(store: Slow) -> None:
+    w = World(store, near_cache=True)
+    reads = CoalescedReads(store)
+    reads.connected(PREFIXES)
+    w.page = Retrieval(reads, w.cache, lambda: w.plans, clock=lambda: NOW_S)
+    for version in (1, 2):
+        await w.write("stats", ["i"], {"a": [version], "b": [2]}, sequences=[version])
+        Audience(w.cache, reads).changed(STATS_SPACE.keys(["i"]))
+        answers = await asyncio.gather(*(w.read(item=["i"]) for _ in range(100)))
+        assert {tensor(answer, "item")[0, 0] for answer in answers} == {version}
+        assert len(store.asked) == version
+
+
 async def test_a_refused_request_leaves_no_read_under_way(store: Slow) -> None:
     w = World(store, near_cache=True)
     with pytest.raises(InvalidArgument):
@@ -542,22 +558,3 @@ async def test_rows_are_counted_by_entity_type(store: Slow) -> None:
     assert [(v.field, v.description) for v in caught.value.violations] == [
         ("entities[1].ids", "10001 rows are asked for, at most 10000 of a type are allowed")
     ]
-
-
-@pytest.mark.parametrize(
-    ("ids", "key", "values", "problem"),
-    [
-        ({"string_ids": ["a", "b"]}, "string", ["a", "b"], ""),
-        ({"int64_ids": [0, -1]}, "int64", [0, -1], ""),
-        ({}, "string", [], "at least one id"),
-        ({"string_ids": ["1"]}, "int64", [], "set int64_ids"),
-        ({"int64_ids": [1]}, "string", [], "set string_ids"),
-        ({"string_ids": ["1"], "int64_ids": [1]}, "string", [], "only one of"),
-        ({"string_ids": ["a", ""]}, "string", ["a", ""], "an id is empty"),
-    ],
-)
-def test_ids_of(ids: Any, key: str, values: list[Any], problem: str) -> None:
-    found, said = ids_of(types_pb2.EntityIds(**ids), key)
-    assert list(found) == values
-    assert problem in said
-    assert bool(said) == bool(problem)

@@ -7,9 +7,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.servicer import FeatureRetrievalServicer
+from feature_retrieval.servicing.writes import MAX_BATCHES, Window
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable, Violation, from_status
@@ -44,9 +47,9 @@ class SlowWrites(Ingestion):
         self.tenants: set[str] = set()
         self.errors: dict[str, Exception] = {}
 
-    async def write(self, batch: Any, result: Any, tenant: str) -> None:
+    async def write(self, batch: Any, result: Any, call: Call) -> None:
         self.begun.append(batch.feature_view)
-        self.tenants.add(tenant)
+        self.tenants.add(call.tenant)
         try:
             await self.gate.wait()
         finally:
@@ -59,7 +62,7 @@ class SlowWrites(Ingestion):
 def servicer_of(ingestion: Any = None) -> FeatureRetrievalServicer:
     plans = Plans(SNAPSHOT)
     unused: Any = None
-    return FeatureRetrievalServicer(unused, ingestion, lambda: plans, max_in_flight=4, tracing=off())
+    return FeatureRetrievalServicer(unused, ingestion, lambda: plans, explanation=unused, max_in_flight=4, tracing=off(), upkeep=unused)
 
 
 def enter(*, is_service: bool = False) -> None:
@@ -74,7 +77,7 @@ async def requests(count: int, taken: list[int]) -> AsyncIterator[Any]:
 
 async def settle() -> None:
     """Let everything run that can run."""
-    for _ in range(50):
+    for _ in range(200):
         await asyncio.sleep(0)
 
 
@@ -91,11 +94,38 @@ async def test_a_fast_producer_is_held_back() -> None:
     acks = servicer_of(ingestion).IngestFeatures(requests(100, taken), None)
     first = asyncio.ensure_future(anext(acks))
     await settle()
-    assert 2 <= len(taken) <= 8
+    assert len(taken) == MAX_BATCHES + 1  # the last one waits at the door
+    assert len(ingestion.begun) == MAX_BATCHES
     ingestion.gate.set()
     told = [await first, *[ack async for ack in acks]]
     assert [ack.batch_id for ack in told] == list(range(100))
     assert ingestion.tenants == {"shop"}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=30), st.integers(1, 5), st.integers(1, 10), st.randoms())
+def test_a_window_never_holds_more_than_it_may_and_lets_all_in(sizes: list[int], batches: int, size_bytes: int, random: Any) -> None:
+    async def run() -> None:
+        window, inside, entered = Window(batches, size_bytes), list[int](), list[int]()
+
+        async def producer() -> None:
+            for size in sizes:
+                await window.enter(size)
+                inside.append(size)
+                entered.append(size)
+                assert len(inside) <= batches
+                assert len(inside) == 1 or sum(inside) <= size_bytes
+
+        task = asyncio.create_task(producer())
+        while not task.done() or inside:
+            await settle()
+            if inside:
+                window.leave(inside.pop(random.randrange(len(inside))))
+        await task
+        assert entered == sizes
+        assert repr(window) == f"<Window batches=0/{batches} bytes=0/{size_bytes}>"
+
+    asyncio.run(run())
 
 
 async def test_a_producer_that_leaves_ends_what_it_began() -> None:

@@ -53,6 +53,8 @@ def test_every_setting_has_a_meaning() -> None:
     own = {name.removeprefix(PREFIX) for name in named if "REDIS__" in name or "NEAR_CACHE__" in name}
     assert own == {
         *("REDIS__URL", "REDIS__CONNECTIONS", "REDIS__CONNECT_TIMEOUT_S", "REDIS__WRITE_TIMEOUT_S"),
+        *("REDIS__MODE", "REDIS__NODES", "REDIS__SENTINEL_SERVICE", "REDIS__SENTINEL_PASSWORD", "REDIS__TTL_JITTER"),
+        *("REDIS__TLS_CA", "REDIS__TLS_CERT", "REDIS__TLS_KEY"),
         *("NEAR_CACHE__MAX_BYTES", "NEAR_CACHE__MAX_AGE_S"),
     }
     assert all(not meaning.startswith("None") for meaning in named.values())
@@ -93,3 +95,40 @@ def test_a_url_that_is_not_redis_is_refused_without_showing_it(monkeypatch: pyte
 def test_unknown_names_are_refused_with_the_nearest_known(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match=f"{PREFIX}REDIS__ULR.*did you mean {PREFIX}REDIS__URL"):
         read(monkeypatch, REDIS__ULR="redis://a")
+
+
+def test_every_deployment_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    redis = read(
+        monkeypatch,
+        REDIS__URL="rediss://:secret@x/0",
+        REDIS__MODE="sentinel",
+        REDIS__NODES="s1:26379, [::1]:26380",
+        REDIS__SENTINEL_SERVICE="shop",
+        REDIS__SENTINEL_PASSWORD="secret",
+        REDIS__TLS_CA="/ca.pem",
+        INGESTION__ACK="replicated",
+        INGESTION__REPLICAS="2",
+    )
+    assert redis.redis.node_list == ("s1:26379", "[::1]:26380")
+    assert (redis.ingestion.ack, redis.ingestion.replicas) == ("replicated", 2)
+    assert "secret" not in repr(redis)
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"REDIS__MODE": "sentinel", "REDIS__NODES": "s:1"}, "needs nodes"),
+        ({"REDIS__MODE": "sentinel", "REDIS__SENTINEL_SERVICE": "shop"}, "needs nodes"),
+        ({"REDIS__MODE": "cluster", "REDIS__URL": "redis://x/3"}, "database 0 only"),
+        ({"REDIS__NODES": "one"}, "host:port"),
+        ({"REDIS__NODES": "a:1,:secret@b:2"}, "host:port"),
+        ({"REDIS__NODES": "a:99999"}, "host:port"),
+        ({"REDIS__TLS_CERT": "/c.pem", "REDIS__URL": "rediss://x"}, "tls_cert and tls_key"),
+        ({"REDIS__TLS_CA": "/c.pem"}, "would be ignored"),
+        ({"REDIS__MODE": "replica"}, "single"),
+        ({"INGESTION__ACK": "perhaps"}, "applied"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        read(monkeypatch, **environ)

@@ -93,7 +93,7 @@ def test_tensors_and_entities() -> None:
         ("item", "item", np.dtype("<f4"), 11, 2),
         ("light", "item", np.dtype("<f8"), 12, 1),
     ]
-    assert [(e.entity_type, e.key, e.tensors, [v.view.name for v in e.views]) for e in plan.entities] == [
+    assert [(e.entity_type, e.entity and e.entity.key, e.tensors, [v.view.name for v in e.views]) for e in plan.entities] == [
         ("user", "int64", (0,), ["profile"]),
         ("item", "string", (1, 2), ["stats", "content"]),  # stats is read once for both
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.fakes.calls import call_of
 from tests.fakes.router import FakeRouter
 
 from feature_retrieval.ingestion import Ingestion
@@ -48,7 +49,7 @@ async def test_on_the_floor(redis_url: str, tmp_path: Path, data: Dataset, featu
     snapshot = snapshot_of(1, [m.record for m in load([manifests.FOLDER / "feature-views.yaml"])], [])
     store = RedisStore(redis_url)
     for batch in producer.batches(data, features):
-        await Ingestion(store, lambda: snapshot).write(batch, pb.WriteFeaturesResponse(), "default")
+        await Ingestion(store, lambda: snapshot).write(batch, pb.WriteFeaturesResponse(), call_of())
     await store.close()
     folder = train.export(trained.model, data, features, tmp_path / "artifact", name="r", feature_set="f")
     questions = [(user, list(data.item_ids[:10])) for user in data.user_ids[:3]]

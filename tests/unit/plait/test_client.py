@@ -179,6 +179,15 @@ async def test_predict_sends_rows_and_tensors(client: Any, router: FakeRouter) -
     assert (prediction.request_id, prediction.degraded_reasons, prediction.timings) == ("r1", (), None)
 
 
+async def test_what_the_feature_set_wants_along_is_sent(client: Any, router: FakeRouter) -> None:
+    along = [Tensor.of("hour", np.float32(9)), Tensor.of("km", np.array([1, 2], np.float32))]
+    await client.rank("home", "ann", ["a", "b"], request_features=along)
+    await client.predict("home", {"user": ["ann"]}, request_features=along)
+    for request in router.requests:
+        assert [(t.name, list(t.shape), t.data) for t in request.request_features] == [(t.name, list(t.shape), t.data) for t in along]
+        assert [t.dtype for t in request.request_features] == [11, 11]
+
+
 async def test_an_output_of_an_unknown_type_is_no_answer(client: Any, router: FakeRouter) -> None:
     router.change = lambda answer: answer.outputs.add(name="score", dtype=99)
     with pytest.raises(Internal, match="update plait"):
@@ -325,6 +334,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"route": 7}, "cannot be sent"),
     ({"top_k": 2**31}, "cannot be sent"),
     ({"inline_features": [Tensor("x", "complex64", (1,), b"12345678")]}, "complex64"),
+    ({"request_features": [Tensor("x", "complex64", (1,), b"12345678")]}, "complex64"),
     ({"timeout_s": -1}, "timeout_s"),
     ({"timeout_s": 0}, "timeout_s"),
     ({"timeout_s": float("nan")}, "timeout_s"),

@@ -21,6 +21,7 @@ from plait.errors import (
     ResourceExhausted,
     Unauthenticated,
     Unavailable,
+    Violation,
 )
 from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
@@ -60,6 +61,19 @@ async def test_what_is_asked_is_what_the_route_says() -> None:
         assert [e.entity_type for e in part.entities] == ["item"]
         assert behind.calls[0].tenant == "shop"
         assert behind.address in repr(features)
+
+
+async def test_what_the_caller_sent_along_is_passed_on_and_its_faults_come_back_whole() -> None:
+    along = types_pb2.Tensor(name="hour", dtype=types_pb2.DATA_TYPE_FLOAT32, data=b"\0\0\0\0")
+    wrong = [Violation("request_features[0]", "'hour' holds a value above the maximum 23")]
+    async with FakeFeatureRetrieval(INPUTS) as behind, client(behind.address) as features:
+        behind.error = InvalidArgument("they do not fit", reason="REQUEST_FEATURE_INVALID", violations=wrong)
+        with pytest.raises(InvalidArgument, match=r"^they do not fit") as caught:
+            await features.get(
+                HOME, HOME.arms[0], IDS, (), request_features=[along], deadline=Deadline.after(20), tenant="shop", request_id="r"
+            )
+        assert (caught.value.reason, list(caught.value.violations)) == ("REQUEST_FEATURE_INVALID", wrong)
+        assert list(behind.requests[0].request_features) == [along]
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,14 @@ async def test_only_inputs_that_are_not_inline_are_read(world: World) -> None:
     assert list(world.worker.requests[-1].raw_input_contents) == [user.data, item.data]
 
 
+async def test_what_is_sent_along_reaches_the_features(world: World) -> None:
+    hour = types_pb2.Tensor(name="hour", dtype=types_pb2.DATA_TYPE_FLOAT32, data=b"\0\0\0\0")
+    await ask(world.ranking, rank(request_features=[hour]))
+    entities = [{"entity_type": "user", "ids": strings("u1")}, {"entity_type": "item", "ids": strings("i1")}]
+    await ask(world.ranking, pb.PredictRequest(route="home", entities=entities, request_features=[hour]))
+    assert [list(request.request_features) for request in world.features.requests] == [[hour], [hour]]
+
+
 async def test_inputs_that_would_not_fit_into_a_message_are_refused_before_they_are_read(world: World) -> None:
     wide = 1000
     world.ranking.adopt(snapshot(columns=wide))

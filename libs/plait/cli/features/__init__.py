@@ -1,12 +1,18 @@
-"""`plait features …`: what is done with the online features from outside."""
+"""`plait features …`: history of the online features, who is erased from it, and what is in it."""
 
 from __future__ import annotations
 
 import typer
 
-from plait.cli.features import import_feast
+from plait.cli.features import epochs, import_feast
 
-_HELP = """Take online features over.
+_HELP = """Fill, flip, look at and clean up the online features.
+
+  plait features materialize item-stats --from history.parquet
+
+  plait features epochs item-stats
+
+  plait features rollback item-stats --reason "wrong prices"
 
   plait features import-feast feature_repo/ --out manifests/
 """
@@ -15,6 +21,6 @@ _HELP = """Take online features over.
 def register(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(name="features", help=_HELP, no_args_is_help=True)
-    for command in (import_feast,):
+    for command in (epochs, import_feast):
         command.register(group)
     app.add_typer(group)

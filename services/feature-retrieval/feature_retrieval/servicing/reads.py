@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from feature_retrieval import request_features
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.views import Plan, Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
-from plait.dtypes import BY_NAME
 from plait.errors import PermissionDenied
+from plait.registry.records import Transform
+from plait.registry.references import Reference, parse, width_of
+from plait.registry.shapes import find, width, wire_type
 from plait.rpc import multiplex
 from plait.rpc.call import current
 from plait.telemetry.tracing import Tracing
@@ -19,8 +23,11 @@ from plait.telemetry.tracing import Tracing
 class Reads(pb_grpc.FeatureRetrievalServiceServicer):
     """Hands reads to the page."""
 
-    def __init__(self, retrieval: Retrieval, plans: Callable[[], Plans], *, max_in_flight: int, tracing: Tracing) -> None:
+    def __init__(
+        self, retrieval: Retrieval, explanation: Explanation, plans: Callable[[], Plans], *, max_in_flight: int, tracing: Tracing
+    ) -> None:
         self._retrieval = retrieval
+        self._explanation = explanation
         self._plans = plans
         self._max_in_flight = max_in_flight
         self._tracing = tracing
@@ -45,6 +52,12 @@ class Reads(pb_grpc.FeatureRetrievalServiceServicer):
             span_name="plait.api.feature_retrieval.v1.FeatureRetrievalService/GetFeatures",
         )
 
+    async def ExplainFeatures(self, request: Any, context: Any) -> Any:
+        """One entity of each type, and all that went into its answer."""
+        response = pb.ExplainFeaturesResponse()
+        await self._explanation.explain(request, response, current())
+        return response
+
     async def DescribeFeatureSet(self, request: Any, context: Any) -> Any:
         """What a set yields."""
         plans = self._plans()
@@ -58,17 +71,34 @@ class Reads(pb_grpc.FeatureRetrievalServiceServicer):
 
 
 def _describe(plan: Plan, plans: Plans, response: Any) -> None:
-    for model_input, tensor in zip(plan.feature_set.inputs, plan.tensors, strict=True):
+    request_features.describe(plan.feature_set.request, response.request_features)
+    for model_input, tensor in zip(plan.inputs, plan.tensors, strict=False):
         described = response.inputs.add(name=model_input.name, entity_type=model_input.entity, dtype=tensor.number)
-        for reference in model_input.features:
-            view_name, _, name = reference.partition(":")
-            view = plans.snapshot.feature_views[view_name]
-            feature = next(f for f in view.features if f.name == name)
-            described.features.add(
-                feature_view=view_name,
-                feature=name,
-                stored_dtype=BY_NAME[feature.dtype].number,
-                default_value=None if feature.default is None else float(feature.default),
-                max_age_s=view.max_age_s,
-                description=feature.description,
-            )
+        for text in model_input.features:
+            reference = parse(text)
+            if reference is not None and reference.kind == "stored":
+                _describe_stored(reference, plans, described)
+            elif reference is not None:
+                found = find(reference, plan.feature_set, plans.snapshot.feature_views)
+                described.features.add(
+                    feature=text,
+                    width=width(text, plan.feature_set, plans.snapshot.feature_views) or 0,
+                    expression=found.expression if isinstance(found, Transform) else "",
+                    description=found.description if found is not None else "",
+                )
+
+
+def _describe_stored(reference: Reference, plans: Plans, described: Any) -> None:
+    view = plans.snapshot.feature_views[reference.view].at(reference.version)
+    assert view is not None  # noqa: S101  (the plan was compiled from it)
+    feature = next(f for f in view.features if f.name == reference.feature)
+    described.features.add(
+        feature_view=view.name,
+        feature=feature.name,
+        stored_dtype=wire_type(feature).number,
+        default_value=None if feature.default is None or isinstance(feature.default, str) else float(feature.default),
+        max_age_s=view.max_age_s,
+        description=feature.description,
+        width=width_of(feature),
+        view_version=view.version,
+    )

@@ -109,6 +109,8 @@ class Node:
         self._free: deque[_Link] = deque()
         self._slots = asyncio.Semaphore(connections)
         self._down_until = 0.0
+        self._closed = False
+        self._tls: Any = None
         self.in_use = 0
 
     def __repr__(self) -> str:
@@ -151,7 +153,7 @@ class Node:
     @asynccontextmanager
     async def pushes(self) -> AsyncIterator[PushConnection]:
         """Open a RESP3 connection of its own for what the server tells unasked. Raises Unavailable when it breaks."""
-        connection: Any = self._kind(**self._arguments | {"protocol": 3})
+        connection = self._connection(protocol=3)
         try:
             await connection.connect()
             connection._parser.set_invalidation_push_handler(_as_it_is)  # noqa: SLF001  (no public way on a bare connection)
@@ -162,7 +164,8 @@ class Node:
             await _discard(connection)
 
     async def close(self) -> None:
-        """Close every idle connection."""
+        """Close every idle connection, and those in use once they are given back."""
+        self._closed = True
         while self._free:
             await _discard(self._free.popleft().connection)
 
@@ -172,7 +175,7 @@ class Node:
             raise unavailable()
         await self._slots.acquire()
         self.in_use += 1
-        link = self._free.pop() if self._free else _Link(self._kind(**self._arguments | {"protocol": 2}))
+        link = self._free.pop() if self._free else _Link(self._connection(protocol=2))
         try:
             if not link.connection.is_connected:
                 link.run = ""
@@ -186,10 +189,20 @@ class Node:
             await _discard(link.connection)
             raise
         else:
-            self._free.append(link)
+            if self._closed:
+                await _discard(link.connection)
+            else:
+                self._free.append(link)
         finally:
             self.in_use -= 1
             self._slots.release()
+
+    def _connection(self, protocol: int) -> Any:
+        connection = self._kind(**self._arguments | {"protocol": protocol})
+        if issubclass(self._kind, aioredis.SSLConnection):  # reading all of the system's roots takes longer than the handshake
+            self._tls = self._tls or connection.ssl_context
+            connection.ssl_context = self._tls
+        return connection
 
     def _fail(self, error: Exception) -> None:
         if not self.down:

@@ -160,6 +160,11 @@ class RedisStore:
             removed[owner] += reply
         return removed
 
+    async def remove(self, keys: Sequence[bytes]) -> int:
+        """Remove keys that nobody uses any more; return how many were there. Their memory is given back in the background."""
+        replies = await self._written(keys, [pack(b"UNLINK", [key]) for key in keys], None, None)
+        return sum(replies)
+
     async def applied(self, keys: Sequence[bytes], fingerprints: Sequence[Sequence[int]]) -> list[list[bool]]:
         """Return for each set which of its fingerprints (int64, at least one) are in it.
 
@@ -170,6 +175,21 @@ class RedisStore:
         await self._in_time(self.dispatch.run(keys, commands, replies))
         all_here(replies)
         return [[known == 1 for known in reply] for reply in replies]
+
+    async def times_to_live(self, keys: Sequence[bytes]) -> list[int]:
+        """Return how long each key will stay, ms; -1 = for ever, -2 = there is no such key."""
+        replies = late(len(keys))
+        await self._in_time(self.dispatch.run(keys, [pack(b"PTTL", [key]) for key in keys], replies))
+        all_here(replies)
+        return replies
+
+    async def notes(self, name: bytes) -> list[bytes | None]:
+        """Return what `note` left under a name on each primary, None where there is nothing (any more). Raises Unavailable."""
+        return await self._on_primaries(name, b"GET", ())
+
+    async def note(self, name: bytes, value: bytes) -> None:
+        """Leave a value under a name on every primary, where it lives and dies with that server's rows. Raises Unavailable."""
+        await self._on_primaries(name, b"SET", (value,))
 
     async def settle(self, receipt: Receipt) -> int:
         """Wait until everything a receipt names is as safe as the settings ask; return its Durability. See `Acknowledging.settle`."""
@@ -196,6 +216,18 @@ class RedisStore:
         for at, key in enumerate(keys):
             by_slot.setdefault(slot_of(key), []).append(at)
         return [mine[at : at + size] for mine in by_slot.values() for at in range(0, len(mine), size)]
+
+    async def _on_primaries(self, name: bytes, command: bytes, arguments: Sequence[bytes]) -> list[Any]:
+        async def ask() -> list[Any]:
+            await self.topology.ready()
+            nodes = self.topology.primaries()
+            return await asyncio.gather(*(node.ask(command, [self.topology.key_on(node, name), *arguments]) for node in nodes))
+
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                return await ask()
+        except TimeoutError as error:
+            raise unavailable() from error
 
     async def _written(self, keys: Sequence[bytes], commands: Sequence[bytes], script: Any, receipt: Receipt | None) -> list[Any]:
         replies = late(len(commands))

@@ -46,15 +46,15 @@ async def watch(topology: Topology, prefixes: Callable[[], Sequence[bytes]], lis
         def stale() -> bool:
             return tuple(prefixes()) != wanted or tuple(topology.primaries()) != nodes
 
-        await _first(connections, stale, listener)
+        await _first(connections, topology, stale, listener)
 
 
-async def _first(connections: Sequence[PushConnection], stale: Callable[[], bool], listener: Listener) -> None:
+async def _first(connections: Sequence[PushConnection], topology: Topology, stale: Callable[[], bool], listener: Listener) -> None:
     """Listen to all until one of them ends."""
     if len(connections) == 1:
-        await _listen(connections[0], stale, listener)
+        await _listen(connections[0], topology, stale, listener)
         return
-    tasks = [asyncio.create_task(_listen(connection, stale, listener), name="changes") for connection in connections]
+    tasks = [asyncio.create_task(_listen(connection, topology, stale, listener), name="changes") for connection in connections]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -73,7 +73,7 @@ async def _track(connection: PushConnection, prefixes: Sequence[bytes]) -> None:
     await connection.answer()
 
 
-async def _listen(connection: PushConnection, stale: Callable[[], bool], listener: Listener) -> None:
+async def _listen(connection: PushConnection, topology: Topology, stale: Callable[[], bool], listener: Listener) -> None:
     heard = time.monotonic()
     while not stale():
         message = await connection.heard(_TURN_S)
@@ -84,4 +84,5 @@ async def _listen(connection: PushConnection, stale: Callable[[], bool], listene
         elif time.monotonic() - heard > _SILENCE_S:
             raise unavailable()
         else:
+            await topology.ready()  # without calls, nobody else would notice a new primary
             await connection.send(b"PING")

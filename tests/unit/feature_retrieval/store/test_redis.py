@@ -131,7 +131,7 @@ async def test_a_redis_that_lost_the_script_is_given_it_again(store: RedisStore,
 async def test_time_to_live(store: RedisStore, redis_url: str, ttl_ms: int, low: int, high: int) -> None:
     await write(store, [b"k0"], [row()], ttl_ms)
     with redis.Redis.from_url(redis_url) as client:
-        assert low <= int(client.pttl("k0")) <= high  # type: ignore[arg-type]
+        assert low <= int(client.pttl("k0")) <= high
 
 
 async def test_keys_and_rows_may_hold_any_bytes(store: RedisStore) -> None:

@@ -8,9 +8,19 @@ import sys
 from collections.abc import Callable
 
 import pytest
+import typer
 from typer.testing import Result
 
-COMMANDS = ("up", "demo", "bench", "apply", "get", "describe", "rank", "migrate", "version")
+from plait.cli.main import app
+
+
+def features_commands() -> list[str]:
+    """The commands of the group `plait features`."""
+    group = typer.main.get_command(app).commands["features"]  # type: ignore[attr-defined]
+    return sorted(group.commands)
+
+
+COMMANDS = ("up", "demo", "bench", "apply", "get", "describe", "rank", "migrate", "version", "features")
 
 Plait = Callable[..., Result]
 
@@ -24,10 +34,10 @@ def test_help_names_every_command_and_where_to_start(plait: Plait) -> None:
     assert plait("--help").exit_code == 0
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*(c for c in COMMANDS if c != "features"), *(f"features {c}" for c in features_commands())])
 def test_each_command_has_an_example_and_json(plait: Plait, command: str) -> None:
     for option in ("--help", "-h"):
-        result = plait(command, option)
+        result = plait(*command.split(), option)
         assert result.exit_code == 0
         assert f"Example:  plait {command}" in result.stdout
         assert "--json" in result.stdout

@@ -13,8 +13,6 @@ import yaml
 from tests.fakes.object_store import ObjectStore
 from typer.testing import Result
 
-from plait.cli import registry
-
 Plait = Callable[..., Result]
 
 VIEW = """
@@ -152,11 +150,3 @@ def test_a_registry_without_tables_says_so(plait: Plait, postgres_server: Any) -
         postgres_server.drop_database("test_empty_registry")
     assert result.exit_code == 1
     assert "[REGISTRY_NOT_MIGRATED]" in result.stderr
-
-
-def test_an_account_without_a_name_is_still_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody() -> str:
-        raise KeyError("getpwuid(): uid not found: 12345")
-
-    monkeypatch.setattr("getpass.getuser", nobody)
-    assert registry._actor().startswith("unknown@")

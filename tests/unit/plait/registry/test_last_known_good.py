@@ -13,11 +13,12 @@ from tests.fakes.registry_world import FEATURES, HOME, ITEMS, RANKER, SHOP, USER
 
 from plait.registry import last_known_good
 from plait.registry.last_known_good import Unusable
-from plait.registry.records import ApiKey, FeatureSchema
+from plait.registry.records import ApiKey, Epochs, FeatureSchema
 from plait.registry.resources import snapshot_of
 
 KEY = ApiKey(id="key-1", tenant="shop", sha256="0" * 64, scopes=("rank",), expires_at=5.0)
-SNAPSHOT = snapshot_of(42, WORLD, [KEY])
+EPOCHS = {("shop", "item-stats", 2): Epochs(serving=3, previous=2, newest=4), ("shop", "user-profile", 1): Epochs(building=1, newest=1)}
+SNAPSHOT = snapshot_of(42, WORLD, [KEY], EPOCHS)
 
 
 def test_what_is_written_reads_back(tmp_path: Path) -> None:

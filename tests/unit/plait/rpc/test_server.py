@@ -13,6 +13,8 @@ from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as features_pb
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as features_grpc
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
 from plait.errors import InvalidArgument, ResourceExhausted, Violation, from_rpc_error
@@ -140,3 +142,46 @@ async def test_calls_are_counted_by_method_and_code() -> None:
         assert sample("plait_rpc_server_handled_total", {"method": method, "code": "OK"}) == 1
         assert sample("plait_rpc_server_handled_total", {"method": method, "code": "INVALID_ARGUMENT"}) == 1
         assert sample("plait_rpc_server_seconds_count", {"method": method}) == 2
+
+
+class Exporter(features_grpc.FeatureRetrievalServiceServicer):
+    async def ExportFeatures(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        for scanned in range(3):
+            yield features_pb.ExportFeaturesResponse(scanned=scanned, cursor=current().tenant.encode())
+        if request.feature_view == "bad":
+            raise InvalidArgument("1 problem", violations=[Violation("feature_view", "is bad")])
+
+
+@asynccontextmanager
+async def exporting(*, required: bool) -> AsyncIterator[Any]:
+    server = RpcServer(RpcSettings(grace_s=5), authenticator=Authenticator(lambda _: None, required=required))
+    name = features_pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
+    server.add(features_grpc.add_FeatureRetrievalServiceServicer_to_server, Exporter(), name, scope="features")  # type: ignore[abstract]
+    await server.start()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield channel
+    await server.drain()
+
+
+async def test_a_method_may_answer_with_a_stream() -> None:
+    async with exporting(required=False) as channel:
+        stub: Any = features_grpc.FeatureRetrievalServiceStub(channel)
+        answers = [a async for a in stub.ExportFeatures(features_pb.ExportFeaturesRequest(feature_view="good"))]
+        assert [(a.scanned, a.cursor) for a in answers] == [(0, b"default"), (1, b"default"), (2, b"default")]
+        call = stub.ExportFeatures(features_pb.ExportFeaturesRequest(feature_view="bad"))
+        assert [(await call.read()).scanned for _ in range(3)] == [0, 1, 2]  # what was found before the fault has arrived
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert from_rpc_error(caught.value).violations == (Violation("feature_view", "is bad"),)
+        raw = channel.unary_stream("/plait.api.feature_retrieval.v1.FeatureRetrievalService/ExportFeatures")
+        with pytest.raises(grpc.aio.AioRpcError) as malformed:
+            [a async for a in raw(b"\xff\xff")]
+        assert from_rpc_error(malformed.value).reason == "MALFORMED_MESSAGE"
+
+
+async def test_a_stream_of_answers_is_for_who_may_call() -> None:
+    async with exporting(required=True) as channel:
+        stub: Any = features_grpc.FeatureRetrievalServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [a async for a in stub.ExportFeatures(features_pb.ExportFeaturesRequest())]
+        assert from_rpc_error(caught.value).reason == "API_KEY_MISSING"

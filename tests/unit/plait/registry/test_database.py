@@ -1,4 +1,4 @@
-"""How the driver's errors become ours; what the store does is tested against a real PostgreSQL in tests/integration."""
+"""How the driver's errors become ours; what the pool does is tested against a real PostgreSQL in tests/integration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 
 from plait.errors import Aborted, FailedPrecondition, Internal, InvalidArgument, NotFound, PlaitError, Unavailable
-from plait.registry.store import mapped
+from plait.registry.database import mapped
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,143 @@
+"""`plait features epochs`, `flip`, `rollback`, `retire`, `abandon`: which generation of a view's rows is served."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from plait.cli.author import author
+from plait.cli.features.calling import ApiKeyOption, ReasonOption, VersionOption, ViewArgument, run, tenant_of
+from plait.cli.options import DEFAULT_STATE, DsnOption, JsonOption, StateOption, registry_dsn
+from plait.cli.output import write_json, write_line, write_note
+
+if TYPE_CHECKING:
+    from plait.registry.records import Epochs
+    from plait.registry.store import Store
+
+Move = Literal["flip", "rollback", "retire", "abandon"]
+TenantOption = Annotated[
+    str | None, typer.Option("--tenant", help="Whose rows; default: those of PLAIT_API_KEY, else of 'default'.", show_default=False)
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("epochs")(show)
+    for command in (flip, rollback, retire, abandon):
+        app.command()(command)
+
+
+def show(
+    view: ViewArgument,
+    version: VersionOption = 0,
+    tenant: TenantOption = None,
+    api_key: ApiKeyOption = None,
+    dsn: DsnOption = None,
+    state: StateOption = DEFAULT_STATE,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which epoch of a view is read, which is being built and which is kept for a rollback.
+
+    Example:  plait features epochs item-stats
+    """
+    found = run(_with_store(registry_dsn(dsn, state), tenant, api_key, lambda store, of: store.epochs(of, view, version=version)))
+    _tell(view, found, as_json)
+
+
+def flip(
+    view: ViewArgument,
+    version: VersionOption = 0,
+    reason: ReasonOption = "",
+    tenant: TenantOption = None,
+    api_key: ApiKeyOption = None,
+    dsn: DsnOption = None,
+    state: StateOption = DEFAULT_STATE,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve the epoch that a materialize with --no-flip has built. The one served until now is kept for a rollback.
+
+    Example:  plait features flip item-stats --reason "checked"
+    """
+    _move("flip", view, version, reason, tenant, api_key, registry_dsn(dsn, state), as_json)
+
+
+def rollback(
+    view: ViewArgument,
+    version: VersionOption = 0,
+    reason: ReasonOption = "",
+    tenant: TenantOption = None,
+    api_key: ApiKeyOption = None,
+    dsn: DsnOption = None,
+    state: StateOption = DEFAULT_STATE,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve the epoch from before the last flip again; it holds everything streamed since. Rolling back twice undoes it.
+
+    Example:  plait features rollback item-stats --reason "wrong prices"
+    """
+    _move("rollback", view, version, reason, tenant, api_key, registry_dsn(dsn, state), as_json)
+
+
+def retire(
+    view: ViewArgument,
+    version: VersionOption = 0,
+    reason: ReasonOption = "",
+    tenant: TenantOption = None,
+    api_key: ApiKeyOption = None,
+    dsn: DsnOption = None,
+    state: StateOption = DEFAULT_STATE,
+    as_json: JsonOption = False,
+) -> None:
+    """Keep the epoch from before the last flip no longer: writes get cheaper, and there is no rollback any more.
+
+    Example:  plait features retire item-stats
+    """
+    _move("retire", view, version, reason, tenant, api_key, registry_dsn(dsn, state), as_json)
+
+
+def abandon(
+    view: ViewArgument,
+    version: VersionOption = 0,
+    reason: ReasonOption = "",
+    tenant: TenantOption = None,
+    api_key: ApiKeyOption = None,
+    dsn: DsnOption = None,
+    state: StateOption = DEFAULT_STATE,
+    as_json: JsonOption = False,
+) -> None:
+    """Give up the epoch that is being built.
+
+    Example:  plait features abandon item-stats
+    """
+    _move("abandon", view, version, reason, tenant, api_key, registry_dsn(dsn, state), as_json)
+
+
+def _move(move: Move, view: str, version: int, reason: str, tenant: str | None, api_key: str | None, dsn: str, as_json: bool) -> None:
+    async def moved(store: Store, of: str) -> Epochs:
+        method: Callable[..., Awaitable[Epochs]] = getattr(store, f"{move}_epoch")
+        return await method(of, view, version=version, actor=author(), reason=reason)
+
+    _tell(view, run(_with_store(dsn, tenant, api_key, moved)), as_json)
+
+
+async def _with_store(dsn: str, tenant: str | None, api_key: str | None, work: Callable[[Store, str], Awaitable[Epochs]]) -> Epochs:
+    from plait.registry.store import Store  # noqa: PLC0415
+
+    async with await Store.open(dsn, max_connections=1) as store:
+        return await work(store, tenant or await tenant_of(store, api_key or ""))
+
+
+def _tell(view: str, epochs: Epochs, as_json: bool) -> None:
+    if as_json:
+        document: dict[str, Any] = {"view": view, **dataclasses.asdict(epochs)}
+        write_json(document)
+        return
+    write_line(f"{view}: epoch {epochs.serving} is served")
+    if epochs.building is not None:
+        write_line(f"epoch {epochs.building} is being built: 'plait features flip {view}' serves it, 'abandon' gives it up")
+    if epochs.previous is not None:
+        write_line(f"epoch {epochs.previous} is kept for a rollback")
+        write_note(f"every write goes to it, too: run 'plait features retire {view}' once a rollback is out of the question")
