@@ -14,15 +14,17 @@ from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
 from feature_retrieval.explanation import Explanation
 from feature_retrieval.exporting import Exporting
+from feature_retrieval.feast.reading import FeastRows
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
 from feature_retrieval.servicing.upkeep import UpkeepParts
-from feature_retrieval.settings import FeatureRetrievalSettings
-from feature_retrieval.store.opening import open_store
+from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings
+from feature_retrieval.store.opening import open_store, topology_of
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.store.topologies import Topology
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
@@ -54,7 +56,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
     metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
 
-    reads = CoalescedReads(store)
+    reads = CoalescedReads(FeastRows(store, _feast(settings.feast, stack), lambda: watcher.snapshot))
     stack.push_async_callback(reads.close)
     current = CurrentPlans(await watcher.first(settings.registry.first_snapshot_timeout_s))
     watcher.subscribe(current.swap)
@@ -93,6 +95,15 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
     return server
+
+
+def _feast(settings: FeastSettings, stack: AsyncExitStack) -> Topology | None:
+    """Return where Feast's rows are, if anywhere."""
+    if not settings.enabled:
+        return None
+    topology = topology_of(settings.redis)
+    stack.push_async_callback(topology.close)
+    return topology
 
 
 class CurrentPlans:

@@ -117,6 +117,13 @@ class PrivacySettings(Group):
         return key
 
 
+class FeastSettings(Group):
+    """An existing Feast online store, for the views that say `feast`."""
+
+    enabled: bool = Field(False, description="read such views' rows from Feast's Redis; off: they are answered as unavailable")
+    redis: RedisSettings = Field(default_factory=RedisSettings, description="Feast's Redis")
+
+
 class FeatureRetrievalSettings(ServiceSettings):
     """All settings of the service."""
 
@@ -126,3 +133,4 @@ class FeatureRetrievalSettings(ServiceSettings):
     near_cache: NearCacheSettings = Field(default_factory=NearCacheSettings, description="rows of hot entities in this process")
     ingestion: IngestionSettings = Field(default_factory=IngestionSettings, description="how writes are taken")
     privacy: PrivacySettings = Field(default_factory=PrivacySettings, description="erasing people and things")
+    feast: FeastSettings = Field(default_factory=FeastSettings, description="an existing Feast online store")
