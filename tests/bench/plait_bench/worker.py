@@ -15,7 +15,7 @@ from rich.console import Console
 from model_worker.settings import ModelWorkerSettings
 from plait.errors import InvalidArgument
 from plait.settings import fields
-from plait_bench import gpu, own, report, scenarios
+from plait_bench import gpu, live_load, own, report, scenarios
 from plait_bench.environments import cache_folder
 from plait_bench.measure import FULL, QUICK, Plan
 from plait_bench.models import HEAVY, MLP, publish
@@ -117,6 +117,7 @@ def _ours(
         facts["lone_caller"] = scenarios.lone_caller(bench, worker, _UNBATCHED)
         facts["overload"] = scenarios.overload(bench, worker)
         facts["peers"] = {peer.name: scenarios.against_peer(bench, worker, formats, peer, installed[peer.name]) for peer in peers}
+    facts["load_while_serving"] = live_load.load_while_serving(bench, formats)
     if not peers:
         bench.skip("peers", "none were asked for: --peers mosec,kserve,mlserver,litserve")
     return facts
@@ -129,6 +130,7 @@ def _total_s(plan: Plan, formats: int, peers: list[Peer], *, static: bool) -> fl
         + scenarios.batching_s(plan, static=static)
         + scenarios.lone_caller_s(plan, len(_UNBATCHED))
         + scenarios.overload_s(plan)
+        + live_load.load_while_serving_s(plan, formats)
         + sum(scenarios.against_peer_s(plan, formats, peer) for peer in peers)
     )
 
