@@ -22,6 +22,7 @@ from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
 from feature_retrieval.explanation import Explanation
 from feature_retrieval.exporting import Exporting
+from feature_retrieval.feast.reading import FeastRows
 from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import MAX_FUTURE_S, Ingestion
 from feature_retrieval.near_cache import NearCache
@@ -32,12 +33,13 @@ from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
 from feature_retrieval.servicing.events import EventParts
 from feature_retrieval.servicing.upkeep import UpkeepParts
-from feature_retrieval.settings import FeatureRetrievalSettings
+from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings
 from feature_retrieval.sources import EventSource
 from feature_retrieval.sources.redis_stream import RedisStreamSource
-from feature_retrieval.store.opening import open_store
+from feature_retrieval.store.opening import open_store, topology_of
 from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.store.topologies import Topology
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
@@ -70,7 +72,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
     metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
 
-    reads = CoalescedReads(store)
+    reads = CoalescedReads(FeastRows(store, _feast(settings.feast, stack), lambda: watcher.snapshot))
     stack.push_async_callback(reads.close)
     current = CurrentPlans(await watcher.first(settings.registry.first_snapshot_timeout_s))
     watcher.subscribe(current.swap)
@@ -128,6 +130,15 @@ async def _durable_copy(
     metrics.gauge("plait_features_durable_queue_rows", "rows that wait to be copied to Postgres").set_function(lambda: copy.queued)
     metrics.gauge("plait_features_durable_lag_seconds", "how long the oldest of them has waited, seconds").set_function(lambda: copy.lag_s)
     return rows, copy
+
+
+def _feast(settings: FeastSettings, stack: AsyncExitStack) -> Topology | None:
+    """Return where Feast's rows are, if anywhere."""
+    if not settings.enabled:
+        return None
+    topology = topology_of(settings.redis)
+    stack.push_async_callback(topology.close)
+    return topology
 
 
 class CurrentPlans:

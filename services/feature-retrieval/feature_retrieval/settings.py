@@ -162,6 +162,13 @@ class DurableSettings(Group):
     connections: int = Field(4, ge=1, le=64, description="connections to Postgres at most")
 
 
+class FeastSettings(Group):
+    """An existing Feast online store, for the views that say `feast`."""
+
+    enabled: bool = Field(False, description="read such views' rows from Feast's Redis; off: they are answered as unavailable")
+    redis: RedisSettings = Field(default_factory=RedisSettings, description="Feast's Redis")
+
+
 class FeatureRetrievalSettings(ServiceSettings):
     """All settings of the service."""
 
@@ -173,3 +180,4 @@ class FeatureRetrievalSettings(ServiceSettings):
     privacy: PrivacySettings = Field(default_factory=PrivacySettings, description="erasing people and things")
     events: EventSettings = Field(default_factory=EventSettings, description="events that aggregated views count")
     durable: DurableSettings = Field(default_factory=DurableSettings, description="the copy of rows in Postgres")
+    feast: FeastSettings = Field(default_factory=FeastSettings, description="an existing Feast online store")

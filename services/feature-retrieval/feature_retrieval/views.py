@@ -102,6 +102,8 @@ class ViewPlan:
         if space is None:
             view = self.view
             space = KeySpace.of(tenant, view.entity.type, view.name, view.version, self.epoch_of(tenant))
+            if view.feast is not None:
+                space = space.foreign()
             if len(self.spaces) < _MAX_SPACES:
                 self.spaces[tenant] = space
         return space
