@@ -94,7 +94,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     )
     retrieval = Retrieval(reads, cache, current.plans)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
-    servicer = FeatureRetrievalServicer(  # type: ignore[abstract]  # the RPCs that are not written yet answer UNIMPLEMENTED
+    servicer = FeatureRetrievalServicer(
         retrieval,
         Ingestion(store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=future_s),
         current.plans,
