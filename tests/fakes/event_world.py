@@ -8,7 +8,7 @@ from typing import Any
 from feature_retrieval.aggregation.plan import AggregationPlans
 from feature_retrieval.sources import Message
 from plait.api.events.v1 import events_pb2
-from plait.registry.records import Aggregate, Aggregation, Entity, Feature, FeatureView, Snapshot
+from plait.registry.records import Aggregate, Aggregation, Entity, Feature, FeatureSet, FeatureView, ModelInput, Snapshot
 
 NOW_S = 1_760_000_000.0
 NOW_US = int(NOW_S * 1e6)
@@ -17,8 +17,8 @@ DAY_S = 86_400.0
 TYPES = {name.removeprefix("EVENT_TYPE_").lower(): number for name, number in events_pb2.EventType.items()}
 
 
-def feature(name: str, function: Any, *events: str, **more: Any) -> Feature:
-    return Feature(name=name, dtype="float32", aggregate=Aggregate(function=function, events=events, **more))
+def feature(name: str, function: Any, *events: str, default: float | None = None, **more: Any) -> Feature:
+    return Feature(name=name, dtype="float32", default=default, aggregate=Aggregate(function=function, events=events, **more))
 
 
 LISTINGS = FeatureView(
@@ -28,12 +28,12 @@ LISTINGS = FeatureView(
     features=(
         feature("views_1h", "count", "view", window_s=3600.0, tile_s=300.0),
         feature("spent", "sum", "complete_purchase", "make_offer", value="value"),
-        feature("rating", "mean", "rate", value="value"),
+        feature("rating", "mean", "rate", value="value", default=-1),
         feature("low_1d", "min", "make_offer", value="value", window_s=DAY_S, tile_s=3600.0),
         feature("high", "max", "make_offer", value="value"),
-        feature("last_price", "last", "make_offer", value="price"),
+        feature("last_price", "last", "make_offer", value="price", default=0),
         feature("viewers", "distinct", "view", value="subject", window_s=7200.0, tile_s=1800.0, precision=6),
-        feature("heat", "sum", "view", "like", half_life_s=3600.0),
+        feature("heat", "count", "view", "like", half_life_s=3600.0),
     ),
 )
 USERS = FeatureView(
@@ -46,7 +46,17 @@ USERS = FeatureView(
         feature("spent_1d", "sum", "complete_purchase", value="value", window_s=DAY_S, tile_s=3600.0),
     ),
 )
-SNAPSHOT = Snapshot(feature_views={view.name: view for view in (LISTINGS, USERS)})
+HOME = FeatureSet(
+    name="home",
+    inputs=(
+        ModelInput(
+            name="listing",
+            entity="listing",
+            features=tuple(f"{LISTINGS.name}:{name}" for name in ("views_1h", "viewers", "heat", "rating", "last_price")),
+        ),
+    ),
+)
+SNAPSHOT = Snapshot(feature_views={view.name: view for view in (LISTINGS, USERS)}, feature_sets={HOME.name: HOME})
 PLANS = AggregationPlans(SNAPSHOT)
 
 

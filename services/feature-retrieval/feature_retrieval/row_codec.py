@@ -33,6 +33,7 @@ LAYOUT_WITH_TAIL: Final = 2
 HEADER_BYTES: Final = 32
 FLAG_TOMBSTONE: Final = 1
 FLAG_BACKFILL: Final = 2
+FOREIGN: Final = b"f1{"  # what keys begin with that stand for rows in somebody else's store
 MAX_ID_BYTES: Final = 256
 MAX_PARTS: Final = 8
 HEADER: Final = np.dtype(
@@ -128,6 +129,10 @@ class KeySpace:
     def applied_key(self, entity_id: Id, bucket: int) -> bytes:
         """Return the key of the set of events of one bucket of time (an int64) that are in an entity's aggregates. Raises as `keys` does."""
         return b"s1" + self.prefix[2:] + encode_id(entity_id) + self.suffix + b"a" + struct.pack(">q", bucket)
+
+    def foreign(self) -> KeySpace:
+        """Return the same space for rows that lie in somebody else's store: its keys name them here, and are in no Redis of ours."""
+        return KeySpace(FOREIGN + self.prefix[len(FOREIGN) :], self.suffix)
 
     def id_of(self, key: bytes) -> Id | None:
         """Return the id a key of this space stands for, or None for a key of another space."""

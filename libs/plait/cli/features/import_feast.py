@@ -42,6 +42,9 @@ def import_feast(
         typer.Option("--out", file_okay=False, help=f"Write {VIEWS_FILE} and {SETS_FILE} here, not to stdout.", show_default=False),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Write over the files that are there.")] = False,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Have the views read Feast's Redis as it is, instead of being filled anew; docs/feast.md.")
+    ] = False,
     max_length: Annotated[int, typer.Option(min=1, max=1024, help="Of lists: as many values as the model will see.")] = 32,
     hash_buckets: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Of strings without a vocabulary.")] = 1 << 20,
 ) -> None:
@@ -56,7 +59,7 @@ def import_feast(
     """
     from plait.cli.features.feast_mapping import Options, mapped  # noqa: PLC0415
 
-    found = mapped(read_repository(repo, python), Options(max_length=max_length, hash_buckets=hash_buckets))
+    found = mapped(read_repository(repo, python), Options(max_length=max_length, hash_buckets=hash_buckets, in_place=in_place))
     _refuse_nothing(found)
     texts = {VIEWS_FILE: _documents(found.views), SETS_FILE: _documents(found.sets, found.transforms)}
     if out is None:

@@ -98,7 +98,8 @@ class Applying:
     async def apply(self, messages: Sequence[Message], receipt: Receipt | None = None) -> Outcome:
         """Apply every event that can be; when it returns, each is in every row that takes it, or in `refused`.
 
-        `receipt`: to be settled before the messages are acknowledged.
+        `receipt`: to be settled before the messages are acknowledged; it also names where events are that were found to be applied already,
+        which may have yet to be safe.
         Raises Unavailable (STORE_UNAVAILABLE, ROW_UNREADABLE, ROW_CONTENDED): some are applied; apply all of them again.
         """
         outcome = Outcome()
@@ -166,7 +167,7 @@ class Applying:
         stored = await self._store.read([key for keys, marks in named for part in (keys, marks) for key in part], _READ_TIMEOUT_S)
         if not stored.whole:
             raise Unavailable("the feature store did not answer in time: retry", reason="STORE_UNAVAILABLE", retry_after_s=0.25)
-        known = await self._known(todo)
+        known = await self._known(todo, receipt)
         swaps: list[Swap] = []
         owners: list[tuple[_Rows, Id]] = []
         at = 0
@@ -186,7 +187,7 @@ class Applying:
                 beaten.setdefault(id(rows), _Rows(rows.work, {})).members[entity] = rows.members[entity]
         return list(beaten.values())
 
-    async def _known(self, todo: Sequence[_Rows]) -> Mapping[tuple[bytes, int], bool]:
+    async def _known(self, todo: Sequence[_Rows], receipt: Receipt | None) -> Mapping[tuple[bytes, int], bool]:
         """Return by (set, fingerprint) whether an event is in its row already."""
         asked: dict[bytes, list[int]] = {}
         for rows in todo:
@@ -195,7 +196,7 @@ class Applying:
                 for member in members:
                     parsed = work.events[member]
                     asked.setdefault(rows.set_of(entity, parsed.time_us), []).append(parsed.fingerprint)
-        answers = await self._store.applied(list(asked), list(asked.values()))
+        answers = await self._store.applied(list(asked), list(asked.values()), receipt)
         return {
             (key, mark): known
             for (key, marks), answer in zip(asked.items(), answers, strict=True)

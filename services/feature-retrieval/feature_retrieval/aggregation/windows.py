@@ -87,7 +87,7 @@ def _ring(aggregate: Aggregate) -> Ring:
     if not aggregate.window_s:
         return Ring(1, 0)
     tile_s = aggregate.tile_s or aggregate.window_s
-    return Ring(max(1, round(aggregate.window_s / tile_s)), round(tile_s * MICRO))
+    return Ring(max(1, round(aggregate.window_s / tile_s)), max(1, round(tile_s * MICRO)))
 
 
 class Totals:

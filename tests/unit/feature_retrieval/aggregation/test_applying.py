@@ -228,14 +228,14 @@ async def test_a_row_that_returns_to_an_earlier_value_is_not_taken_for_unchanged
         await applying(store).apply(messages([event("first", "complete_purchase", value=10.0)]))
 
         class Raced(RedisStore):
-            async def applied(self, keys: Sequence[bytes], fingerprints: Sequence[Sequence[int]]) -> list[list[bool]]:
+            async def applied(self, keys: Sequence[bytes], fingerprints: Any, receipt: Any = None) -> list[list[bool]]:
                 if not self.raced:
                     self.raced = True
                     await applying(store).apply(messages([plus]))
-                    known = await super().applied(keys, fingerprints)
+                    known = await super().applied(keys, fingerprints, receipt)
                     await applying(store).apply(messages([minus]))
                     return known
-                return await super().applied(keys, fingerprints)
+                return await super().applied(keys, fingerprints, receipt)
 
             raced = False
 
