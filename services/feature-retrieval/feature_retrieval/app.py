@@ -52,7 +52,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     watcher = Watcher(settings.registry.dsn.get_secret_value(), settings.registry.last_known_good, settings.registry.poll_s)
     tasks.start(watcher.run(), "registry")
 
-    store = open_store(settings.redis, settings.ingestion)
+    store = open_store(settings.redis, settings.ingestion, metrics)
     stack.push_async_callback(store.close)
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
     metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
