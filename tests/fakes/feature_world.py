@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from tests.fakes.upkeep import upkeep_of
 
 from feature_retrieval.audience import Audience
 from feature_retrieval.coalescing import CoalescedReads
@@ -115,21 +116,18 @@ async def feature_world(snapshot: Snapshot, redis_url: str, *, near_cache: bool 
 
     server = RpcServer(RpcSettings(grace_s=2), authenticator=Authenticator(lambda _: None, service_token="t0ken"))
     retrieval = Retrieval(reads, cache, lambda: plans)
-    servicer = FeatureRetrievalServicer(
-        retrieval,
-        Ingestion(store, lambda: snapshot),
-        lambda: plans,
-        events=no_events(store, snapshot),
-        max_in_flight=64,
-        tracing=off(),
-    )
+    ingestion = Ingestion(store, lambda: snapshot)
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
-    server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
-    await server.start()
-    tracker = asyncio.create_task(track()) if near_cache else None
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        yield FeatureWorld(store, cache, server, pb_grpc.FeatureRetrievalServiceStub(channel))
-    await server.drain()
+    async with upkeep_of(store, lambda: snapshot) as upkeep:
+        servicer = FeatureRetrievalServicer(
+            retrieval, ingestion, lambda: plans, max_in_flight=64, tracing=off(), upkeep=upkeep, events=no_events(store, snapshot)
+        )
+        server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
+        await server.start()
+        tracker = asyncio.create_task(track()) if near_cache else None
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            yield FeatureWorld(store, cache, server, pb_grpc.FeatureRetrievalServiceStub(channel))
+        await server.drain()
     if tracker is not None:
         tracker.cancel()
         await asyncio.gather(tracker, return_exceptions=True)

@@ -36,6 +36,7 @@ Changes = list[Change]  # spelt here because the store has a method called list
 Keys = list[ApiKey]
 Numbers = list[int]
 Erasures = list[Erasure]
+Counts = list[dict[str, int]]
 HeldViews = list[tuple[str, int, int]]
 
 
@@ -50,9 +51,12 @@ class Store:
         self._pool = pool
 
     @classmethod
-    async def open(cls, dsn: str, *, max_connections: int = 4) -> Self:
-        """Connect. Raises InvalidArgument (REGISTRY_DSN), FailedPrecondition (REGISTRY_REFUSED), Unavailable."""
-        return cls(await open_pool(dsn, name="plait-registry", max_connections=max_connections))
+    async def open(cls, dsn: str, *, max_connections: int = 4, lazy: bool = False) -> Self:
+        """Connect; with `lazy` only when first asked, so that a service starts while Postgres is away.
+
+        Raises InvalidArgument (REGISTRY_DSN), FailedPrecondition (REGISTRY_REFUSED), Unavailable.
+        """
+        return cls(await open_pool(dsn, name="plait-registry", min_connections=0 if lazy else 1, max_connections=max_connections))
 
     async def close(self) -> None:
         """Give every connection back; one that does not answer any more is cut."""
@@ -232,6 +236,11 @@ class Store:
         """Return every (view, version, newest epoch) that may hold rows of an entity type, deleted views and old versions included."""
         async with self._pool.connection() as connection:
             return await erasures.views_of(connection, tenant, entity_type)
+
+    async def forget_rows(self, forgotten: Sequence[Erasure]) -> Counts:
+        """Delete erased entities' rows from the durable copy; return how many there were of each view, parallel to the erasures."""
+        async with self._pool.connection() as connection:
+            return [await erasures.forget_rows(connection, erasure) for erasure in forgotten]
 
     async def _move_epochs(self, move: Callable[[Epochs], Epochs], tenant: str, view: str, version: int, actor: str, reason: str) -> Epochs:
         _check_author(actor, reason)

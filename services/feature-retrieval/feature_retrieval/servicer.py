@@ -8,12 +8,13 @@ from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.servicing.events import EventParts, Events
 from feature_retrieval.servicing.reads import Reads
-from feature_retrieval.servicing.writes import Writes
+from feature_retrieval.servicing.upkeep import Upkeep, UpkeepParts
+from feature_retrieval.servicing.writes import MAX_BATCHES, MAX_BYTES, Writes
 from feature_retrieval.views import Plans
 from plait.telemetry.tracing import Tracing
 
 
-class FeatureRetrievalServicer(Reads, Writes, Events):
+class FeatureRetrievalServicer(Reads, Writes, Upkeep, Events):
     """Gives each part what it hands requests to."""
 
     def __init__(
@@ -22,10 +23,14 @@ class FeatureRetrievalServicer(Reads, Writes, Events):
         ingestion: Ingestion,
         plans: Callable[[], Plans],
         *,
-        events: EventParts,
         max_in_flight: int,
         tracing: Tracing,
+        upkeep: UpkeepParts,
+        events: EventParts,
+        max_batches: int = MAX_BATCHES,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         Reads.__init__(self, retrieval, plans, max_in_flight=max_in_flight, tracing=tracing)
-        Writes.__init__(self, ingestion)
+        Writes.__init__(self, ingestion, max_batches=max_batches, max_bytes=max_bytes)
+        Upkeep.__init__(self, upkeep)
         Events.__init__(self, events, tracing=tracing)

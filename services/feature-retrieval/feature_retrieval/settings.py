@@ -84,6 +84,11 @@ class IngestionSettings(Group):
         description="when a write is acknowledged: applied in memory, synced in the append-only file, replicated; auto = synced where Redis can",
     )
     replicas: int = Field(1, ge=1, le=16, description="replicas that must have a write before it is acknowledged as replicated")
+    max_future_s: float = Field(300.0, ge=0, description="how far an event time may be ahead of this service's clock, seconds")
+    max_batches: int = Field(
+        64, ge=1, le=4096, description="batches of one stream in flight; where acks wait for a disk, one may take a second"
+    )
+    max_bytes: int = Field(64 * 1024 * 1024, ge=1, description="bytes of one stream's batches in flight")
 
 
 class NearCacheSettings(Group):
@@ -93,6 +98,31 @@ class NearCacheSettings(Group):
     max_age_s: float = Field(
         300.0, gt=0, description="backstop: longest time a row is kept although nothing was heard of a change, seconds"
     )
+
+
+class PrivacySettings(Group):
+    """Erasing people and things."""
+
+    key: SecretStr = Field(
+        SecretStr(""),
+        description="32 or more random characters, kept for as long as certificates are to be verified: signs them, and hides ids in logs",
+    )
+    poll_s: float = Field(30.0, gt=0, description="how often erasures that a process left half done are completed, seconds")
+
+    @field_validator("key")
+    @classmethod
+    def _long_enough(cls, key: SecretStr) -> SecretStr:
+        if 0 < len(key.get_secret_value().encode()) < 32:
+            raise ValueError("expected 32 or more bytes: openssl rand -hex 32")
+        return key
+
+
+class DurableSettings(Group):
+    """The copy of rows in the registry's Postgres, for views that ask for one (spec.durable)."""
+
+    queue_rows: int = Field(100_000, ge=1, description="rows that may wait to be copied behind their writes; more writes are refused")
+    batch_rows: int = Field(1000, ge=1, le=10_000, description="rows copied by one statement")
+    connections: int = Field(4, ge=1, le=64, description="connections to Postgres at most")
 
 
 class EventSettings(Group):
@@ -140,4 +170,6 @@ class FeatureRetrievalSettings(ServiceSettings):
     redis: RedisSettings = Field(default_factory=RedisSettings, description="the row store")
     near_cache: NearCacheSettings = Field(default_factory=NearCacheSettings, description="rows of hot entities in this process")
     ingestion: IngestionSettings = Field(default_factory=IngestionSettings, description="how writes are taken")
+    privacy: PrivacySettings = Field(default_factory=PrivacySettings, description="erasing people and things")
+    durable: DurableSettings = Field(default_factory=DurableSettings, description="the copy of rows in Postgres")
     events: EventSettings = Field(default_factory=EventSettings, description="events that aggregated views count")

@@ -12,16 +12,18 @@ from typing import Any
 
 import grpc
 import pytest
+import redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import SecretStr
 from tests.fakes.feature_world import TOKEN, make_batch, statuses, tensor
 
 from feature_retrieval.app import CurrentPlans, open_service
+from feature_retrieval.erasure_guard import LOADED_KEY
 from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.settings import FeatureRetrievalSettings, NearCacheSettings, RedisSettings
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
-from plait.errors import Unavailable
+from plait.errors import Unavailable, from_rpc_error
 from plait.registry import last_known_good
 from plait.registry.manifests import Manifest
 from plait.registry.records import ApiKey, Entity, Feature, FeatureSet, FeatureView, ModelInput, Snapshot, Tenant
@@ -90,6 +92,8 @@ async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float 
 @pytest.mark.parametrize("near_cache_bytes", [0, 1 << 22])
 async def test_it_serves_from_the_last_known_good_file(redis_url: str, tmp_path: Path, near_cache_bytes: int) -> None:
     settings = settings_of(redis_url, kept_in(tmp_path / "registry.json"), near_cache=NearCacheSettings(max_bytes=near_cache_bytes))
+    with redis.Redis.from_url(redis_url) as client:
+        client.set(LOADED_KEY, 0)  # a Redis that was told of every erasure there is
     async with running(settings) as (server, stub):
         assert (await write(stub, 1, 1e9)).applied == 1
         for n in range(2, 12):  # whatever is cached follows
@@ -106,6 +110,17 @@ async def test_it_serves_from_the_last_known_good_file(redis_url: str, tmp_path:
             health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert health.status == health_pb2.HealthCheckResponse.SERVING
     assert [task.get_name() for task in asyncio.all_tasks() if task.get_name() in {"registry", "near-cache"}] == []
+
+
+async def test_a_redis_that_was_lost_takes_no_writes_while_postgres_is_away_and_is_read(redis_url: str, tmp_path: Path) -> None:
+    async with running(settings_of(redis_url, kept_in(tmp_path / "registry.json"))) as (_, stub):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await write(stub, 1, 1e9)
+        assert from_rpc_error(caught.value).reason == "ERASURES_NOT_LOADED"
+        assert statuses(await read(stub), "stats") == ["DEFAULTED"]
+        with redis.Redis.from_url(redis_url) as client:
+            client.set(LOADED_KEY, 0)
+        assert (await write(stub, 1, 1e9)).applied == 1
 
 
 async def test_it_opens_although_redis_is_away(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.fakes.calls import call_of
 from tests.fakes.feature_world import statuses, tensor
 
 from feature_retrieval.ingestion import Ingestion
@@ -235,7 +236,7 @@ async def test_embeddings_lists_and_words_become_columns(redis_url: str, near_ca
     try:
         for batch in (wide, coded):
             result = pb.WriteFeaturesResponse()
-            await writer.write(batch, result, "shop")
+            await writer.write(batch, result, call_of("shop"))
             assert (len(result.errors), result.applied) == (0, len(batch.ids.string_ids))
         request = pb.GetFeaturesRequest(feature_set="s")
         request.entities.add(entity_type="item").ids.string_ids.extend(["a", "b", "c", "d"])

@@ -12,10 +12,12 @@ from typing import Any
 
 import grpc
 import numpy as np
+import redis
 import torch
 from pydantic import SecretStr
 
 from feature_retrieval.app import open_service
+from feature_retrieval.erasure_guard import LOADED_KEY
 from feature_retrieval.settings import FeatureRetrievalSettings, RedisSettings
 from marketplace import manifests, producer, train
 from marketplace.data import Dataset
@@ -42,6 +44,8 @@ def committed() -> Snapshot:
 async def feature_retrieval(redis_url: str, registry: Path) -> AsyncIterator[str]:
     """The whole service on a free port; yields its address."""
     last_known_good.write(registry, committed())
+    with redis.Redis.from_url(redis_url) as client:
+        client.set(LOADED_KEY, 0)  # there is no Postgres to ask which entities were erased
     settings = FeatureRetrievalSettings(
         rpc=RpcSettings(grace_s=5),
         redis=RedisSettings(url=SecretStr(redis_url)),

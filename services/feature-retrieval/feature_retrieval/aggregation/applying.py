@@ -8,7 +8,7 @@ are alike), the swap fails and the row is read again. So a batch may be applied 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any, Final
@@ -80,8 +80,15 @@ class _Rows:
         return self.work.space.keys(ids), self.work.space.mark_keys(ids)
 
 
+async def _nothing_was_erased() -> None:
+    """For who keeps no erasures."""
+
+
 class Applying:
-    """Applies batches of events to aggregated views."""
+    """Applies batches of events to aggregated views.
+
+    `max_future_s`: how far an event time may be ahead of `clock`. `erasures_loaded` returns once Redis knows every erasure, or raises.
+    """
 
     def __init__(
         self,
@@ -90,7 +97,9 @@ class Applying:
         *,
         max_future_s: float = 300.0,
         clock: Callable[[], float] = time.time,
+        erasures_loaded: Callable[[], Awaitable[None]] = _nothing_was_erased,
     ) -> None:
+        self._erasures_loaded = erasures_loaded
         self._store = store
         self._plans = plans
         self._max_future_us = int(max_future_s * 1e6)
@@ -101,10 +110,11 @@ class Applying:
 
         `receipt`: to be settled before the messages are acknowledged; it also names where events are that were found to be applied already,
         which may have yet to be safe.
-        Raises Unavailable (STORE_UNAVAILABLE, ROW_UNREADABLE, ROW_CONTENDED): some are applied; apply all of them again.
+        Raises Unavailable (STORE_UNAVAILABLE, ERASURES_NOT_LOADED, ROW_UNREADABLE, ROW_CONTENDED): some are applied; apply all of them again.
         """
         outcome = Outcome()
         now_us = int(self._clock() * 1e6)
+        await self._erasures_loaded()
         works = self._route(messages, now_us, outcome)
         todo = [_Rows(work, _by_entity(work)) for work in works]
         for _ in range(_ROUNDS):

@@ -9,6 +9,8 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from plait.errors import Unavailable
+
 Positions = npt.NDArray[np.intp]
 
 NONE: Final[Positions] = np.empty(0, np.intp)
@@ -32,6 +34,13 @@ class Read:
     def whole(self) -> bool:
         """Whether every key was answered."""
         return not (self.late.size or self.failed.size)
+
+    def check_whole(self) -> None:
+        """Raise Unavailable (STORE_UNAVAILABLE) unless every key was answered: for work that must not pass over any."""
+        if not self.whole:
+            raise Unavailable(
+                f"{self.late.size + self.failed.size} of {len(self.rows)} rows could not be read: try again", reason="STORE_UNAVAILABLE"
+            )
 
 
 class Rows(Protocol):
