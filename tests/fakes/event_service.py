@@ -91,10 +91,10 @@ async def consuming(consumer: Consumer) -> AsyncIterator[Consumer]:
 
 @asynccontextmanager
 async def event_service(
-    redis_url: str, *, snapshot: Snapshot = SNAPSHOT, max_backlog: int = 1_000_000, tracing: Tracing | None = None
+    redis: str | RedisStore, *, snapshot: Snapshot = SNAPSHOT, max_backlog: int = 1_000_000, tracing: Tracing | None = None
 ) -> AsyncIterator[EventService]:
-    """Run the service without a consumer."""
-    store = RedisStore(redis_url)
+    """Run the service without a consumer, on a server's URL or a store, which it closes."""
+    store = RedisStore(redis) if isinstance(redis, str) else redis
     service = EventService(store, snapshot)
     source = service.source("front")
     tracing = tracing or off()
