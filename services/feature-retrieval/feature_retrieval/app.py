@@ -83,6 +83,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     durable_rows, durable = await _durable_copy(settings, metrics, watcher, stack, tasks)
     privacy_key = settings.privacy.key.get_secret_value().encode()
     future_s = settings.ingestion.max_future_s
+    freshness = Freshness(metrics)
 
     authenticator = Authenticator(
         lambda sha256: watcher.snapshot.keys.get(sha256),  # noqa: PLW0108  (the snapshot is swapped)
@@ -92,9 +93,11 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(  # type: ignore[abstract]  # the RPCs that are not written yet answer UNIMPLEMENTED
         Retrieval(reads, cache, current.plans),
-        Ingestion(store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=future_s),
+        Ingestion(
+            store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, wrote=freshness.wrote, max_future_s=future_s
+        ),
         current.plans,
-        events=_open_events(settings, store, watcher, guard, metrics, stack, tasks),
+        events=_open_events(settings, store, watcher, guard, freshness, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
         upkeep=UpkeepParts(
@@ -168,13 +171,13 @@ def _open_events(
     store: RedisStore,
     watcher: Watcher,
     guard: ErasureGuard,
-    metrics: Metrics,
+    freshness: Freshness,
     stack: AsyncExitStack,
     tasks: Tasks,
 ) -> EventParts:
     """Build what takes events in and applies them; its loops run until the process ends."""
     wanted, max_future_s = settings.events, settings.ingestion.max_future_s
-    streams, dead_letters, freshness = store.streams, DeadLetters(store.streams), Freshness(metrics)
+    streams, dead_letters = store.streams, DeadLetters(store.streams)
     plans = CurrentAggregations(watcher.snapshot)
     watcher.subscribe(plans.swap)
     sources: list[EventSource] = []
