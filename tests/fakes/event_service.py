@@ -16,6 +16,7 @@ from feature_retrieval.aggregation.applying import Applying
 from feature_retrieval.aggregation.plan import AggregationPlans
 from feature_retrieval.consumer import Consumer
 from feature_retrieval.dead_letters import DeadLetters
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
@@ -113,7 +114,14 @@ async def event_service(
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     async with upkeep_of(store, lambda: service.snapshot) as upkeep:
         servicer = FeatureRetrievalServicer(
-            retrieval, ingestion, lambda: plans, events=events, upkeep=upkeep, max_in_flight=64, tracing=tracing
+            retrieval,
+            ingestion,
+            lambda: plans,
+            explanation=Explanation(retrieval, lambda: plans, store.times_to_live),
+            events=events,
+            upkeep=upkeep,
+            max_in_flight=64,
+            tracing=tracing,
         )
         server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
         await server.start()

@@ -16,6 +16,7 @@ from tests.fakes.upkeep import upkeep_of
 from feature_retrieval.audience import Audience
 from feature_retrieval.coalescing import CoalescedReads
 from feature_retrieval.dead_letters import DeadLetters
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
@@ -114,13 +115,22 @@ async def feature_world(snapshot: Snapshot, redis_url: str, *, near_cache: bool 
                 await store.watch(lambda: prefixes, Audience(cache, reads))
             await asyncio.sleep(0.05)
 
-    server = RpcServer(RpcSettings(grace_s=2), authenticator=Authenticator(lambda _: None, service_token="t0ken"))
+    server = RpcServer(RpcSettings(grace_s=2), authenticator=Authenticator(snapshot.keys.get, service_token="t0ken"))
     retrieval = Retrieval(reads, cache, lambda: plans)
+    explanation = Explanation(retrieval, lambda: plans, store.times_to_live)
     ingestion = Ingestion(store, lambda: snapshot)
+    events = no_events(store, snapshot)
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     async with upkeep_of(store, lambda: snapshot) as upkeep:
         servicer = FeatureRetrievalServicer(
-            retrieval, ingestion, lambda: plans, max_in_flight=64, tracing=off(), upkeep=upkeep, events=no_events(store, snapshot)
+            retrieval,
+            ingestion,
+            lambda: plans,
+            explanation=explanation,
+            events=events,
+            max_in_flight=64,
+            tracing=off(),
+            upkeep=upkeep,
         )
         server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
         await server.start()

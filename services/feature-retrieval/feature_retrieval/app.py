@@ -20,7 +20,9 @@ from feature_retrieval.durable_copy import DurableCopy
 from feature_retrieval.epochs import EpochUpkeep
 from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.exporting import Exporting
+from feature_retrieval.feast.reading import FeastRows
 from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
@@ -31,12 +33,13 @@ from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
 from feature_retrieval.servicing.events import EventParts
 from feature_retrieval.servicing.upkeep import UpkeepParts
-from feature_retrieval.settings import FeatureRetrievalSettings
+from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings
 from feature_retrieval.sources import EventSource
 from feature_retrieval.sources.redis_stream import RedisStreamSource
-from feature_retrieval.store.opening import open_store
+from feature_retrieval.store.opening import open_store, topology_of
 from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.store.topologies import Topology
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
@@ -69,7 +72,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
     metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
 
-    reads = CoalescedReads(store)
+    reads = CoalescedReads(FeastRows(store, _feast(settings.feast, stack), lambda: watcher.snapshot))
     stack.push_async_callback(reads.close)
     current = CurrentPlans(await watcher.first(settings.registry.first_snapshot_timeout_s))
     watcher.subscribe(current.swap)
@@ -90,13 +93,15 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         service_token=settings.rpc.service_token.get_secret_value(),
         required=settings.rpc.require_auth,
     )
+    retrieval = Retrieval(reads, cache, current.plans)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
-    servicer = FeatureRetrievalServicer(  # type: ignore[abstract]  # the RPCs that are not written yet answer UNIMPLEMENTED
-        Retrieval(reads, cache, current.plans),
+    servicer = FeatureRetrievalServicer(
+        retrieval,
         Ingestion(
             store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, wrote=freshness.wrote, max_future_s=future_s
         ),
         current.plans,
+        explanation=Explanation(retrieval, current.plans, store.times_to_live),
         events=_open_events(settings, store, watcher, guard, freshness, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
@@ -128,6 +133,15 @@ async def _durable_copy(
     metrics.gauge("plait_features_durable_queue_rows", "rows that wait to be copied to Postgres").set_function(lambda: copy.queued)
     metrics.gauge("plait_features_durable_lag_seconds", "how long the oldest of them has waited, seconds").set_function(lambda: copy.lag_s)
     return rows, copy
+
+
+def _feast(settings: FeastSettings, stack: AsyncExitStack) -> Topology | None:
+    """Return where Feast's rows are, if anywhere."""
+    if not settings.enabled:
+        return None
+    topology = topology_of(settings.redis)
+    stack.push_async_callback(topology.close)
+    return topology
 
 
 class CurrentPlans:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from feature_retrieval import request_features, transforming
 from feature_retrieval.entity_ids import ids_by_type, unique
 from feature_retrieval.near_cache import UNKNOWN, NearCache, Places
+from feature_retrieval.permissions import check_readable
 from feature_retrieval.placing import Index, Placed, Tensor, place
 from feature_retrieval.policies import STATUSES, enforce
 from feature_retrieval.row_codec import Id
@@ -70,12 +71,14 @@ class Retrieval:
                 counts[status] += count
         enforce(request, counts, answer.defaulted_cells, sum(tensor.size for tensor in answer.tensors[: answer.plan.answered]))
         for tensor_plan, tensor in zip(answer.plan.tensors[: answer.plan.answered], answer.tensors, strict=False):
-            _add_tensor(response, tensor_plan.name, tensor_plan.number, tensor)
+            add_tensor(response, tensor_plan.name, tensor_plan.number, tensor)
         response.store_us = answer.store_us
         response.registry_revision = plans.snapshot.revision
 
     async def answer(self, plan: Plan, request: Any, call: Call) -> Answer:
-        """Read all a plan needs for a request's `entities` and `request_features`. Raises InvalidArgument, DeadlineExceeded."""
+        """Read all a plan needs for a request's `entities` and `request_features`. Raises PermissionDenied, InvalidArgument, DeadlineExceeded."""
+        for view in plan.restricted:
+            check_readable(view, call)
         ids = ids_by_type(plan, request.entities)
         rows = {entity_type: len(of) for entity_type, of in ids.items()}
         transforming.check_rows(plan, rows)
@@ -199,7 +202,8 @@ def ages_us(times: npt.NDArray[np.int64], now_us: int) -> npt.NDArray[np.int64]:
     return np.where(times == 0, -1, np.maximum(now_us - times, 0))
 
 
-def _add_tensor(response: Any, name: str, number: int, tensor: Tensor) -> None:
+def add_tensor(response: Any, name: str, number: int, tensor: Tensor) -> None:
+    """Add a tensor to an answer; `number`: its DataType."""
     added = response.tensors.add(name=name, dtype=number)
     added.shape.extend(tensor.shape)
     added.data = tensor.tobytes()

@@ -33,6 +33,7 @@ LAYOUT_WITH_TAIL: Final = 2
 HEADER_BYTES: Final = 32
 FLAG_TOMBSTONE: Final = 1
 FLAG_BACKFILL: Final = 2
+FOREIGN: Final = b"f1{"  # what keys begin with that stand for rows in somebody else's store
 MAX_ID_BYTES: Final = 256
 MAX_PARTS: Final = 8
 HEADER: Final = np.dtype(
@@ -128,6 +129,10 @@ class KeySpace:
     def applied_key(self, entity_id: Id, bucket: int) -> bytes:
         """Return the key of the set of events of one bucket of time (an int64) that are in an entity's aggregates. Raises as `keys` does."""
         return b"s1" + self.prefix[2:] + encode_id(entity_id) + self.suffix + b"a" + struct.pack(">q", bucket)
+
+    def foreign(self) -> KeySpace:
+        """Return the same space for rows that lie in somebody else's store: its keys name them here, and are in no Redis of ours."""
+        return KeySpace(FOREIGN + self.prefix[len(FOREIGN) :], self.suffix)
 
     def id_of(self, key: bytes) -> Id | None:
         """Return the id a key of this space stands for, or None for a key of another space."""
@@ -237,7 +242,7 @@ class RowCodec:
         """Return the texts of one stored row by feature, those that are null left out. Raises ValueError for a row that is not whole."""
         if len(row) < self._least_bytes:
             raise ValueError("the row is cut off")
-        nulls = self.nulls(np.frombuffer(row[: self.row_bytes], np.uint8)[None, :])[0]
+        nulls = int.from_bytes(row[HEADER_BYTES : HEADER_BYTES + self._bitmap_bytes], "little")
         found: dict[str, bytes] = {}
         at = self.row_bytes
         for name in self.text_names:
@@ -245,7 +250,7 @@ class RowCodec:
             at = start + int.from_bytes(row[at:start], "little")
             if at > len(row):
                 raise ValueError("the row is cut off")
-            if not nulls[self.columns[name].index]:
+            if not nulls >> self.columns[name].index & 1:
                 found[name] = row[start:at]
         return found
 

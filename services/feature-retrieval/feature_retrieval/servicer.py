@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.servicing.events import EventParts, Events
@@ -14,7 +15,7 @@ from feature_retrieval.views import Plans
 from plait.telemetry.tracing import Tracing
 
 
-class FeatureRetrievalServicer(Reads, Writes, Upkeep, Events):
+class FeatureRetrievalServicer(Reads, Writes, Events, Upkeep):
     """Gives each part what it hands requests to."""
 
     def __init__(
@@ -23,14 +24,15 @@ class FeatureRetrievalServicer(Reads, Writes, Upkeep, Events):
         ingestion: Ingestion,
         plans: Callable[[], Plans],
         *,
+        events: EventParts,
+        explanation: Explanation,
         max_in_flight: int,
         tracing: Tracing,
         upkeep: UpkeepParts,
-        events: EventParts,
         max_batches: int = MAX_BATCHES,
         max_bytes: int = MAX_BYTES,
     ) -> None:
-        Reads.__init__(self, retrieval, plans, max_in_flight=max_in_flight, tracing=tracing)
+        Reads.__init__(self, retrieval, explanation, plans, max_in_flight=max_in_flight, tracing=tracing)
         Writes.__init__(self, ingestion, max_batches=max_batches, max_bytes=max_bytes)
-        Upkeep.__init__(self, upkeep)
         Events.__init__(self, events, tracing=tracing)
+        Upkeep.__init__(self, upkeep)

@@ -117,14 +117,6 @@ class PrivacySettings(Group):
         return key
 
 
-class DurableSettings(Group):
-    """The copy of rows in the registry's Postgres, for views that ask for one (spec.durable)."""
-
-    queue_rows: int = Field(100_000, ge=1, description="rows that may wait to be copied behind their writes; more writes are refused")
-    batch_rows: int = Field(1000, ge=1, le=10_000, description="rows copied by one statement")
-    connections: int = Field(4, ge=1, le=64, description="connections to Postgres at most")
-
-
 class EventSettings(Group):
     """Where the events come from that aggregated views count."""
 
@@ -162,6 +154,21 @@ class EventSettings(Group):
         return self
 
 
+class DurableSettings(Group):
+    """The copy of rows in the registry's Postgres, for views that ask for one (spec.durable)."""
+
+    queue_rows: int = Field(100_000, ge=1, description="rows that may wait to be copied behind their writes; more writes are refused")
+    batch_rows: int = Field(1000, ge=1, le=10_000, description="rows copied by one statement")
+    connections: int = Field(4, ge=1, le=64, description="connections to Postgres at most")
+
+
+class FeastSettings(Group):
+    """An existing Feast online store, for the views that say `feast`."""
+
+    enabled: bool = Field(False, description="read such views' rows from Feast's Redis; off: they are answered as unavailable")
+    redis: RedisSettings = Field(default_factory=RedisSettings, description="Feast's Redis")
+
+
 class FeatureRetrievalSettings(ServiceSettings):
     """All settings of the service."""
 
@@ -171,5 +178,6 @@ class FeatureRetrievalSettings(ServiceSettings):
     near_cache: NearCacheSettings = Field(default_factory=NearCacheSettings, description="rows of hot entities in this process")
     ingestion: IngestionSettings = Field(default_factory=IngestionSettings, description="how writes are taken")
     privacy: PrivacySettings = Field(default_factory=PrivacySettings, description="erasing people and things")
-    durable: DurableSettings = Field(default_factory=DurableSettings, description="the copy of rows in Postgres")
     events: EventSettings = Field(default_factory=EventSettings, description="events that aggregated views count")
+    durable: DurableSettings = Field(default_factory=DurableSettings, description="the copy of rows in Postgres")
+    feast: FeastSettings = Field(default_factory=FeastSettings, description="an existing Feast online store")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from feature_retrieval.request_features import Sent
 from feature_retrieval.transforms import settle
-from feature_retrieval.views import Plan
+from feature_retrieval.views import Plan, TransformPlan
 from plait.errors import InvalidArgument, Violation
 
 Tensor = npt.NDArray[Any]
@@ -34,13 +33,12 @@ def compute(plan: Plan, sent: Sent, tensors: Sequence[Tensor], now_us: int) -> i
     """Fill the columns of every transform in the tensors [caller's rows, columns]; return how many of their cells hold a default."""
     defaulted = 0
     for planned in plan.transforms:
-        arrays = [tensors[o.tensor] if o.tensor >= 0 else _column(sent.values[o.request]) for o in planned.operands]
-        values = planned.compiled(arrays, now_us)
+        values = planned.compiled(operands_of(planned, sent, tensors), now_us)
         for at, first, behind in planned.places:
             defaulted += settle(values, planned.transform.default, tensors[at][:, first:behind])
     return defaulted
 
 
-def _column(values: npt.NDArray[np.generic]) -> Tensor:
-    """Return what was sent along as [rows, 1], or [1, 1] where it is one for the request."""
-    return values.reshape(-1, 1)
+def operands_of(planned: TransformPlan, sent: Sent, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return what a transform reads, [rows, columns] each: what was gathered, or sent along ([1, 1] where that is one for the request)."""
+    return [tensors[o.tensor] if o.tensor >= 0 else sent.values[o.request].reshape(-1, 1) for o in planned.operands]

@@ -102,6 +102,8 @@ class ViewPlan:
         if space is None:
             view = self.view
             space = KeySpace.of(tenant, view.entity.type, view.name, view.version, self.epoch_of(tenant))
+            if view.feast is not None:
+                space = space.foreign()
             if len(self.spaces) < _MAX_SPACES:
                 self.spaces[tenant] = space
         return space
@@ -171,6 +173,7 @@ class Plan:
     request: tuple[RequestColumn, ...]
     transforms: tuple[TransformPlan, ...]
     inputs: tuple[ModelInput, ...]
+    restricted: tuple[FeatureView, ...]  # views that name who may read them
 
 
 class Plans:
@@ -242,7 +245,17 @@ class _Compiler:
             for name, cells in self._sent.items()
         )
         entities = tuple(self._entity(entity_type) for entity_type in self._stored)
-        return Plan(self._set, tuple(self._tensors), len(self._inputs), entities, request, tuple(self._transforms.values()), self._inputs)
+        restricted = tuple(view.view for entity in entities for view in entity.views if view.view.readers)
+        return Plan(
+            self._set,
+            tuple(self._tensors),
+            len(self._inputs),
+            entities,
+            request,
+            tuple(self._transforms.values()),
+            self._inputs,
+            restricted,
+        )
 
     def _columns(self, at: int, item: ModelInput) -> int:
         """Give every feature of an input its columns; return how many there are."""

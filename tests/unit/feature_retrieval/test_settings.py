@@ -50,7 +50,7 @@ def test_every_own_setting_is_read_from_the_environment(monkeypatch: pytest.Monk
 
 def test_every_setting_has_a_meaning() -> None:
     named = dict(fields(FeatureRetrievalSettings))
-    own = {name.removeprefix(PREFIX) for name in named if "REDIS__" in name or "NEAR_CACHE__" in name}
+    own = {name.removeprefix(PREFIX) for name in named if name.startswith((f"{PREFIX}REDIS__", f"{PREFIX}NEAR_CACHE__"))}
     assert own == {
         *("REDIS__URL", "REDIS__CONNECTIONS", "REDIS__CONNECT_TIMEOUT_S", "REDIS__WRITE_TIMEOUT_S"),
         *("REDIS__MODE", "REDIS__NODES", "REDIS__SENTINEL_SERVICE", "REDIS__SENTINEL_PASSWORD", "REDIS__TTL_JITTER"),

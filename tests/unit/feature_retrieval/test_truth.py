@@ -12,7 +12,6 @@ import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.fakes.calls import call_of
 from tests.fakes.feature_world import statuses, tensor
 
 from feature_retrieval.ingestion import Ingestion
@@ -23,7 +22,7 @@ from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.views import ComputedColumn, Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
-from plait.errors import FailedPrecondition, InvalidArgument
+from plait.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from plait.local.redis import EmbeddedRedis
 from plait.registry.records import (
     Entity,
@@ -100,8 +99,12 @@ def request_of(ids: Sequence[tuple[str, int]], km: Sequence[float], hour: float 
 
 async def ask(page: Retrieval, request: pb.GetFeaturesRequest) -> pb.GetFeaturesResponse:
     response = pb.GetFeaturesResponse()
-    await page.get_features(request, response, Call(method="GetFeatures", tenant="shop", deadline=Deadline.after(20)))
+    await page.get_features(request, response, call())
     return response
+
+
+def call(tenant: str = "shop", caller: str = "key-1") -> Call:
+    return Call(method="GetFeatures", tenant=tenant, caller=caller, deadline=Deadline.after(20))
 
 
 def numbers(data: bytes) -> list[int]:
@@ -236,7 +239,7 @@ async def test_embeddings_lists_and_words_become_columns(redis_url: str, near_ca
     try:
         for batch in (wide, coded):
             result = pb.WriteFeaturesResponse()
-            await writer.write(batch, result, call_of("shop"))
+            await writer.write(batch, result, call())
             assert (len(result.errors), result.applied) == (0, len(batch.ids.string_ids))
         request = pb.GetFeaturesRequest(feature_set="s")
         request.entities.add(entity_type="item").ids.string_ids.extend(["a", "b", "c", "d"])
@@ -308,7 +311,7 @@ async def test_transforms_see_every_row_and_what_was_sent_with_it(redis_url: str
     try:
         for batch in (taste, listing):
             result = pb.WriteFeaturesResponse()
-            await writer.write(batch, result, "shop")
+            await writer.write(batch, result, call())
             assert result.applied == len(batch.ids.string_ids)
         for _ in range(2):
             answer = await ask(page, crossed_request(["u"], ["a", "b", "a", "c"], [1, 2, 3, 4]))
@@ -329,6 +332,30 @@ async def test_transforms_see_every_row_and_what_was_sent_with_it(redis_url: str
             await ask(page, crossed_request(["u", "v"], ["a"], [1]))
         assert caught.value.reason == "CROSS_NEEDS_ONE_ROW"
         assert [v.description for v in caught.value.violations] == ["transform 'affinity' takes one 'user' per request, and 2 are given"]
+    finally:
+        await store.close()
+
+
+# --- who may read -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tenant", "caller", "good"), [("shop", "x", True), ("other", "key-7", True), ("other", "x", False)])
+async def test_a_view_is_read_by_those_it_names(redis_url: str, tenant: str, caller: str, good: bool) -> None:
+    """Also where only a transform reads it."""
+    listing = replace(LISTING, readers=("shop", "key-7"))
+    plans = Plans(replace(CROSSED_SNAPSHOT, feature_views={"taste": TASTE, "listing": listing}))
+    store = RedisStore(redis_url)
+    page = Retrieval(store, NearCache(0, 60), lambda: plans)
+    request = pb.GetFeaturesRequest(feature_set="crossed", inputs=["age"])
+    request.entities.add(entity_type="item").ids.string_ids.append("a")
+    try:
+        asked = page.get_features(request, pb.GetFeaturesResponse(), call(tenant, caller))
+        if good:
+            await asked
+        else:
+            with pytest.raises(PermissionDenied, match="'listing' is not for this caller") as caught:
+                await asked
+            assert caught.value.reason == "VIEW_NOT_READABLE"
     finally:
         await store.close()
 
@@ -368,7 +395,7 @@ async def test_a_computed_column_is_what_it_is_worth_now(redis_url: str, near_ca
     batch.columns.add(features=["t"], dtype=types_pb2.DATA_TYPE_INT64, data=np.array([NOW_US - 2_000_000, 0], "<i8").tobytes())
     batch.columns.add(features=["a"], dtype=types_pb2.DATA_TYPE_FLOAT32, data=np.array([5, 6], "<f4").tobytes())
     try:
-        await Ingestion(store, lambda: snapshot, clock=lambda: NOW_S).write(batch, pb.WriteFeaturesResponse(), "shop")
+        await Ingestion(store, lambda: snapshot, clock=lambda: NOW_S).write(batch, pb.WriteFeaturesResponse(), call())
         request = pb.GetFeaturesRequest(feature_set="s")
         request.entities.add(entity_type="item").ids.string_ids.extend(["i", "j", "k"])
         for later_s in (0, 3, 8):

@@ -188,6 +188,13 @@ class RedisStore:
         all_here(replies)
         return [[known == 1 for known in reply] for reply in replies]
 
+    async def times_to_live(self, keys: Sequence[bytes]) -> list[int]:
+        """Return how long each key will stay, ms; -1 = for ever, -2 = there is no such key."""
+        replies = late(len(keys))
+        await self._in_time(self.dispatch.run(keys, [pack(b"PTTL", [key]) for key in keys], replies))
+        all_here(replies)
+        return replies
+
     async def notes(self, name: bytes) -> list[bytes | None]:
         """Return what `note` left under a name on each primary, None where there is nothing (any more). Raises Unavailable."""
         return await self._on_primaries(name, b"GET", ())
