@@ -24,7 +24,7 @@ from feature_retrieval.explanation import Explanation
 from feature_retrieval.exporting import Exporting
 from feature_retrieval.feast.reading import FeastRows
 from feature_retrieval.freshness import Freshness
-from feature_retrieval.ingestion import MAX_FUTURE_S, Ingestion
+from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.publishing import Publishing
 from feature_retrieval.rebuilding import Rebuilding
@@ -67,7 +67,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     watcher = Watcher(settings.registry.dsn.get_secret_value(), settings.registry.last_known_good, settings.registry.poll_s)
     tasks.start(watcher.run(), "registry")
 
-    store = open_store(settings.redis, settings.ingestion)
+    store = open_store(settings.redis, settings.ingestion, metrics)
     stack.push_async_callback(store.close)
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
     metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
@@ -86,6 +86,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     durable_rows, durable = await _durable_copy(settings, metrics, watcher, stack, tasks)
     privacy_key = settings.privacy.key.get_secret_value().encode()
     future_s = settings.ingestion.max_future_s
+    freshness = Freshness(metrics)
 
     authenticator = Authenticator(
         lambda sha256: watcher.snapshot.keys.get(sha256),  # noqa: PLW0108  (the snapshot is swapped)
@@ -96,10 +97,12 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(
         retrieval,
-        Ingestion(store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=future_s),
+        Ingestion(
+            store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, wrote=freshness.wrote, max_future_s=future_s
+        ),
         current.plans,
         explanation=Explanation(retrieval, current.plans, store.times_to_live),
-        events=_open_events(settings, store, watcher, metrics, stack, tasks),
+        events=_open_events(settings, store, watcher, guard, freshness, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
         upkeep=UpkeepParts(
@@ -178,11 +181,17 @@ async def _track_changes(store: RedisStore, audience: Audience, current: Current
 
 
 def _open_events(
-    settings: FeatureRetrievalSettings, store: RedisStore, watcher: Watcher, metrics: Metrics, stack: AsyncExitStack, tasks: Tasks
+    settings: FeatureRetrievalSettings,
+    store: RedisStore,
+    watcher: Watcher,
+    guard: ErasureGuard,
+    freshness: Freshness,
+    stack: AsyncExitStack,
+    tasks: Tasks,
 ) -> EventParts:
     """Build what takes events in and applies them; its loops run until the process ends."""
-    wanted = settings.events
-    streams, dead_letters, freshness = store.streams, DeadLetters(store.streams), Freshness(metrics)
+    wanted, max_future_s = settings.events, settings.ingestion.max_future_s
+    streams, dead_letters = store.streams, DeadLetters(store.streams)
     plans = CurrentAggregations(watcher.snapshot)
     watcher.subscribe(plans.swap)
     sources: list[EventSource] = []
@@ -195,13 +204,14 @@ def _open_events(
         from feature_retrieval.sources.kafka import KafkaSource  # noqa: PLC0415  (aiokafka is an extra)
 
         sources.append(KafkaSource(wanted, dead_letters))
+    applying = Applying(store, plans.plans, max_future_s=max_future_s, erasures_loaded=guard.loaded)
     for source in sources:
-        consumer = Consumer(source, Applying(store, plans.plans, max_future_s=MAX_FUTURE_S), store, freshness, batch=wanted.batch)
+        consumer = Consumer(source, applying, store, freshness, batch=wanted.batch)
         stack.push_async_callback(consumer.drain)
         tasks.start(consumer.run(), f"events from {source.name}")
         tasks.start(report(source, plans, freshness), f"lag of {source.name}")
     front = sources[0] if sources else None
-    publishing = Publishing(streams, store, front, max_backlog=wanted.max_backlog, max_future_s=MAX_FUTURE_S)
+    publishing = Publishing(streams, store, front, max_backlog=wanted.max_backlog, max_future_s=max_future_s)
     return EventParts(
         publishing=publishing,
         dead_letters=dead_letters,
