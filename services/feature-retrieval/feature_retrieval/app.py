@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 from feature_retrieval.audience import Audience
-from feature_retrieval.certificates import Signer
 from feature_retrieval.coalescing import CoalescedReads
 from feature_retrieval.epochs import EpochUpkeep
 from feature_retrieval.erasing import Erasing
@@ -26,6 +25,7 @@ from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.errors import Unavailable
+from plait.registry.certificates import Signer
 from plait.registry.records import Snapshot
 from plait.registry.store import Store
 from plait.registry.watcher import Watcher

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from plait.cli.features import epochs, materialize
+from plait.cli.features import epochs, erase, export, materialize
 
 _HELP = """Fill, flip, look at and clean up the online features.
 
@@ -19,6 +19,6 @@ _HELP = """Fill, flip, look at and clean up the online features.
 def register(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(name="features", help=_HELP, no_args_is_help=True)
-    for command in (materialize, epochs):
+    for command in (materialize, epochs, export, erase):
         command.register(group)
     app.add_typer(group)
