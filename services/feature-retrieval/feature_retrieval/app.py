@@ -12,7 +12,6 @@ from contextlib import AsyncExitStack
 from feature_retrieval.aggregation.applying import Applying
 from feature_retrieval.aggregation.plan import AggregationPlans
 from feature_retrieval.audience import Audience
-from feature_retrieval.certificates import Signer
 from feature_retrieval.coalescing import CoalescedReads
 from feature_retrieval.consumer import Consumer, report
 from feature_retrieval.dead_letters import DeadLetters
@@ -44,6 +43,7 @@ from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.errors import Unavailable
+from plait.registry.certificates import Signer
 from plait.registry.database import open_pool
 from plait.registry.records import Snapshot
 from plait.registry.store import Store
