@@ -16,6 +16,7 @@ from feature_retrieval.erasure_guard import ErasureGuard
 from feature_retrieval.exporting import Exporting
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
+from feature_retrieval.read_through import Budget, ReadThrough
 from feature_retrieval.rebuilding import Rebuilding
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
@@ -25,6 +26,7 @@ from feature_retrieval.settings import FeatureRetrievalSettings
 from feature_retrieval.store.opening import open_store
 from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.store.rows import Rows
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
@@ -57,18 +59,21 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
     metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
 
-    reads = CoalescedReads(store)
-    stack.push_async_callback(reads.close)
     current = CurrentPlans(await watcher.first(settings.registry.first_snapshot_timeout_s))
     watcher.subscribe(current.swap)
-    if settings.near_cache.max_bytes:
-        tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
 
     registry = await Store.open(settings.registry.dsn.get_secret_value(), max_connections=2, lazy=True)
     stack.push_async_callback(registry.close)
     guard = ErasureGuard(store, registry, poll_s=settings.privacy.poll_s)
     tasks.start(guard.run(), "erasures")
     durable_rows, durable = await _durable_copy(settings, metrics, watcher, stack, tasks)
+    behind: Rows = store
+    if settings.durable.read_through_rows_per_s:
+        behind = _read_through(settings, metrics, watcher, stack, store, durable_rows, guard)
+    reads = CoalescedReads(behind)
+    stack.push_async_callback(reads.close)
+    if settings.near_cache.max_bytes:
+        tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
     privacy_key = settings.privacy.key.get_secret_value().encode()
     future_s = settings.ingestion.max_future_s
 
@@ -112,6 +117,30 @@ async def _durable_copy(
     metrics.gauge("plait_features_durable_queue_rows", "rows that wait to be copied to Postgres").set_function(lambda: copy.queued)
     metrics.gauge("plait_features_durable_lag_seconds", "how long the oldest of them has waited, seconds").set_function(lambda: copy.lag_s)
     return rows, copy
+
+
+def _read_through(
+    settings: FeatureRetrievalSettings,
+    metrics: Metrics,
+    watcher: Watcher,
+    stack: AsyncExitStack,
+    store: RedisStore,
+    rows: DurableRows,
+    guard: ErasureGuard,
+) -> ReadThrough:
+    """Look in the durable copy for what Redis does not have."""
+    counted = metrics.counter("plait_features_read_through_rows", "rows looked for in the durable copy", ["result"])
+    through = ReadThrough(
+        store,
+        rows,
+        lambda: watcher.snapshot,
+        guard.loaded,
+        lambda result, count: counted.labels(result).inc(count),
+        budget=Budget(settings.durable.read_through_rows_per_s),
+        max_future_s=settings.ingestion.max_future_s,
+    )
+    stack.push_async_callback(through.close)
+    return through
 
 
 class CurrentPlans:
