@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import secrets
+import socket
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
+from feature_retrieval.aggregation.applying import Applying
+from feature_retrieval.aggregation.plan import AggregationPlans
 from feature_retrieval.audience import Audience
 from feature_retrieval.certificates import Signer
 from feature_retrieval.coalescing import CoalescedReads
+from feature_retrieval.consumer import Consumer, report
+from feature_retrieval.dead_letters import DeadLetters
 from feature_retrieval.durable_copy import DurableCopy
 from feature_retrieval.epochs import EpochUpkeep
 from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.exporting import Exporting
-from feature_retrieval.ingestion import Ingestion
+from feature_retrieval.feast.reading import FeastRows
+from feature_retrieval.freshness import Freshness
+from feature_retrieval.ingestion import MAX_FUTURE_S, Ingestion
 from feature_retrieval.near_cache import NearCache
+from feature_retrieval.publishing import Publishing
 from feature_retrieval.read_through import Budget, ReadThrough
 from feature_retrieval.rebuilding import Rebuilding
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
+from feature_retrieval.servicing.events import EventParts
 from feature_retrieval.servicing.upkeep import UpkeepParts
-from feature_retrieval.settings import FeatureRetrievalSettings
-from feature_retrieval.store.opening import open_store
+from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings
+from feature_retrieval.sources import EventSource
+from feature_retrieval.sources.redis_stream import RedisStreamSource
+from feature_retrieval.store.opening import open_store, topology_of
 from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.store.rows import Rows
+from feature_retrieval.store.topologies import Topology
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
@@ -70,7 +85,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     behind: Rows = store
     if settings.durable.read_through_rows_per_s:
         behind = _read_through(settings, metrics, watcher, stack, store, durable_rows, guard)
-    reads = CoalescedReads(behind)
+    reads = CoalescedReads(FeastRows(behind, _feast(settings.feast, stack), lambda: watcher.snapshot))
     stack.push_async_callback(reads.close)
     if settings.near_cache.max_bytes:
         tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
@@ -82,11 +97,14 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         service_token=settings.rpc.service_token.get_secret_value(),
         required=settings.rpc.require_auth,
     )
+    retrieval = Retrieval(reads, cache, current.plans)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
-    servicer = FeatureRetrievalServicer(  # type: ignore[abstract]  # the RPCs that are not written yet answer UNIMPLEMENTED
-        Retrieval(reads, cache, current.plans),
+    servicer = FeatureRetrievalServicer(
+        retrieval,
         Ingestion(store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=future_s),
         current.plans,
+        explanation=Explanation(retrieval, current.plans, store.times_to_live),
+        events=_open_events(settings, store, watcher, metrics, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
         upkeep=UpkeepParts(
@@ -143,6 +161,15 @@ def _read_through(
     return through
 
 
+def _feast(settings: FeastSettings, stack: AsyncExitStack) -> Topology | None:
+    """Return where Feast's rows are, if anywhere."""
+    if not settings.enabled:
+        return None
+    topology = topology_of(settings.redis)
+    stack.push_async_callback(topology.close)
+    return topology
+
+
 class CurrentPlans:
     """Holds the compiled feature sets of the newest snapshot and swaps them whole."""
 
@@ -160,9 +187,13 @@ class CurrentPlans:
     def key_prefixes(self) -> Sequence[bytes]:
         """Return what the keys of every tenant's entity types begin with."""
         snapshot = self._plans.snapshot
-        tenants = {*snapshot.tenants, *(key.tenant for key in snapshot.keys.values()), "default"}
         types = {view.entity.type for view in snapshot.feature_views.values()}
-        return sorted(entity_prefix(tenant, entity_type) for tenant in tenants for entity_type in types)
+        return sorted(entity_prefix(tenant, entity_type) for tenant in tenants_of(snapshot) for entity_type in types)
+
+
+def tenants_of(snapshot: Snapshot) -> Sequence[str]:
+    """Return every tenant there is, whoever only has a key included."""
+    return sorted({*snapshot.tenants, *(key.tenant for key in snapshot.keys.values()), "default"})
 
 
 async def _track_changes(store: RedisStore, audience: Audience, current: CurrentPlans) -> None:
@@ -173,3 +204,60 @@ async def _track_changes(store: RedisStore, audience: Audience, current: Current
         except Unavailable as error:
             log.info("changes in redis are not tracked, so nothing is cached", reason=error.reason)
             await asyncio.sleep(_RETRY_S)
+
+
+def _open_events(
+    settings: FeatureRetrievalSettings, store: RedisStore, watcher: Watcher, metrics: Metrics, stack: AsyncExitStack, tasks: Tasks
+) -> EventParts:
+    """Build what takes events in and applies them; its loops run until the process ends."""
+    wanted = settings.events
+    streams, dead_letters, freshness = store.streams, DeadLetters(store.streams), Freshness(metrics)
+    plans = CurrentAggregations(watcher.snapshot)
+    watcher.subscribe(plans.swap)
+    sources: list[EventSource] = []
+    if wanted.source != "none":
+        name = wanted.consumer or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        sources.append(
+            RedisStreamSource(streams, dead_letters, plans.tenants, consumer=name, claim_after_s=wanted.claim_after_s, keep_s=wanted.keep_s)
+        )
+    if wanted.source == "kafka":
+        from feature_retrieval.sources.kafka import KafkaSource  # noqa: PLC0415  (aiokafka is an extra)
+
+        sources.append(KafkaSource(wanted, dead_letters))
+    for source in sources:
+        consumer = Consumer(source, Applying(store, plans.plans, max_future_s=MAX_FUTURE_S), store, freshness, batch=wanted.batch)
+        stack.push_async_callback(consumer.drain)
+        tasks.start(consumer.run(), f"events from {source.name}")
+        tasks.start(report(source, plans, freshness), f"lag of {source.name}")
+    front = sources[0] if sources else None
+    publishing = Publishing(streams, store, front, max_backlog=wanted.max_backlog, max_future_s=MAX_FUTURE_S)
+    return EventParts(
+        publishing=publishing,
+        dead_letters=dead_letters,
+        freshness=freshness,
+        sources=tuple(sources),
+        snapshot=lambda: watcher.snapshot,
+    )
+
+
+class CurrentAggregations:
+    """Holds the aggregated views of the newest snapshot, and whose events there may be."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._plans = AggregationPlans(snapshot)
+
+    def plans(self) -> AggregationPlans:
+        """Return the newest plans."""
+        return self._plans
+
+    def swap(self, snapshot: Snapshot) -> None:
+        """Start anew with a snapshot."""
+        self._plans = AggregationPlans(snapshot)
+
+    def tenants(self) -> Sequence[str]:
+        """Return every tenant."""
+        return tenants_of(self._plans.snapshot)
+
+    def views(self) -> Sequence[str]:
+        """Return the names of the views that events feed."""
+        return sorted({each.view.name for each in self._plans.views})
