@@ -104,7 +104,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         Ingestion(store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=future_s),
         current.plans,
         explanation=Explanation(retrieval, current.plans, store.times_to_live),
-        events=_open_events(settings, store, watcher, metrics, stack, tasks),
+        events=_open_events(settings, store, guard, durable, watcher, metrics, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
         upkeep=UpkeepParts(
@@ -207,7 +207,14 @@ async def _track_changes(store: RedisStore, audience: Audience, current: Current
 
 
 def _open_events(
-    settings: FeatureRetrievalSettings, store: RedisStore, watcher: Watcher, metrics: Metrics, stack: AsyncExitStack, tasks: Tasks
+    settings: FeatureRetrievalSettings,
+    store: RedisStore,
+    guard: ErasureGuard,
+    durable: DurableCopy,
+    watcher: Watcher,
+    metrics: Metrics,
+    stack: AsyncExitStack,
+    tasks: Tasks,
 ) -> EventParts:
     """Build what takes events in and applies them; its loops run until the process ends."""
     wanted = settings.events
@@ -225,7 +232,8 @@ def _open_events(
 
         sources.append(KafkaSource(wanted, dead_letters))
     for source in sources:
-        consumer = Consumer(source, Applying(store, plans.plans, max_future_s=MAX_FUTURE_S), store, freshness, batch=wanted.batch)
+        applying = Applying(store, plans.plans, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=MAX_FUTURE_S)
+        consumer = Consumer(source, applying, store, freshness, batch=wanted.batch)
         stack.push_async_callback(consumer.drain)
         tasks.start(consumer.run(), f"events from {source.name}")
         tasks.start(report(source, plans, freshness), f"lag of {source.name}")

@@ -8,7 +8,7 @@ are alike), the swap fails and the row is read again. So a batch may be applied 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from feature_retrieval.aggregation.events import Parsed, Refusal, parse
 from feature_retrieval.aggregation.plan import AggregatedView, AggregationPlans
+from feature_retrieval.ingestion import Keep, kept_nowhere, nothing_was_erased
 from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, encode_id, split
 from feature_retrieval.sources import Message
 from feature_retrieval.store.dispatch import Receipt
@@ -80,18 +81,22 @@ class _Rows:
 
 
 class Applying:
-    """Applies batches of events to aggregated views."""
+    """Applies batches of events to aggregated views. `erasures_loaded` and `keep` as those of `Ingestion`."""
 
     def __init__(
         self,
         store: RedisStore,
         plans: Callable[[], AggregationPlans],
         *,
+        erasures_loaded: Callable[[], Awaitable[None]] = nothing_was_erased,
+        keep: Keep = kept_nowhere,
         max_future_s: float = 300.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._plans = plans
+        self._erasures_loaded = erasures_loaded
+        self._keep = keep
         self._max_future_us = int(max_future_s * 1e6)
         self._clock = clock
 
@@ -105,6 +110,7 @@ class Applying:
         outcome = Outcome()
         now_us = int(self._clock() * 1e6)
         works = self._route(messages, now_us, outcome)
+        await self._erasures_loaded()
         todo = [_Rows(work, _by_entity(work)) for work in works]
         for _ in range(_ROUNDS):
             todo = await self._round(todo, outcome, receipt)
@@ -179,6 +185,9 @@ class Applying:
                 swaps.append(swap)
                 owners.append((rows, entity))
         done = await self._store.swap(swaps, receipt)
+        await self._keep_copies(
+            todo, named, stored.rows, {swap.key: swap.new for swap, applied in zip(swaps, done, strict=True) if applied}
+        )
         beaten: dict[int, _Rows] = {}
         for (rows, entity), applied in zip(owners, done, strict=True):
             if applied:
@@ -186,6 +195,22 @@ class Applying:
             else:
                 beaten.setdefault(id(rows), _Rows(rows.work, {})).members[entity] = rows.members[entity]
         return list(beaten.values())
+
+    async def _keep_copies(
+        self,
+        todo: Sequence[_Rows],
+        named: Sequence[tuple[list[bytes], list[bytes]]],
+        stored: Sequence[bytes | None],
+        swapped: Mapping[bytes, bytes],
+    ) -> None:
+        """Hand rows on to the durable copy; also those to which nothing was new: an earlier try may have ended before it did so."""
+        at = 0
+        for rows, (keys, _) in zip(todo, named, strict=True):
+            if rows.work.view.view.durable != "off":
+                now = [swapped.get(key, row) for key, row in zip(keys, stored[at : at + len(keys)], strict=True)]
+                kept = [(key, row) for key, row in zip(keys, now, strict=True) if row is not None]
+                await self._keep(rows.work.view.view, [key for key, _ in kept], [row for _, row in kept])
+            at += 2 * len(keys)
 
     async def _known(self, todo: Sequence[_Rows], receipt: Receipt | None) -> Mapping[tuple[bytes, int], bool]:
         """Return by (set, fingerprint) whether an event is in its row already."""
