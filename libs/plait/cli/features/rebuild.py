@@ -69,13 +69,14 @@ async def _rebuild(where: Target, view: str, rate: float) -> dict[str, int]:
                     async for answer in service.RebuildFeatures(request, metadata=where.metadata):
                         done = _added(before, answer)
                         tell(done["read"], answer.total)
-                return done
             except grpc.aio.AioRpcError as error:
                 tries = 0 if answer.cursor and answer.cursor != cursor else tries + 1
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or tries >= _TRIES:
                     raise
                 cursor = answer.cursor or cursor
                 await asyncio.sleep(_PAUSE_S)
+            else:
+                return done
 
 
 def _added(before: dict[str, int], answer: Any) -> dict[str, int]:
