@@ -26,6 +26,7 @@ from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.publishing import Publishing
+from feature_retrieval.read_through import Budget, ReadThrough
 from feature_retrieval.rebuilding import Rebuilding
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
@@ -38,6 +39,7 @@ from feature_retrieval.sources.redis_stream import RedisStreamSource
 from feature_retrieval.store.opening import open_store, topology_of
 from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.store.rows import Rows
 from feature_retrieval.store.topologies import Topology
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
@@ -72,18 +74,21 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
     metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
 
-    reads = CoalescedReads(FeastRows(store, _feast(settings.feast, stack), lambda: watcher.snapshot))
-    stack.push_async_callback(reads.close)
     current = CurrentPlans(await watcher.first(settings.registry.first_snapshot_timeout_s))
     watcher.subscribe(current.swap)
-    if settings.near_cache.max_bytes:
-        tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
 
     registry = await Store.open(settings.registry.dsn.get_secret_value(), max_connections=2, lazy=True)
     stack.push_async_callback(registry.close)
     guard = ErasureGuard(store, registry, poll_s=settings.privacy.poll_s)
     tasks.start(guard.run(), "erasures")
     durable_rows, durable = await _durable_copy(settings, metrics, watcher, stack, tasks)
+    behind: Rows = store
+    if settings.durable.read_through_rows_per_s:
+        behind = _read_through(settings, metrics, watcher, stack, store, durable_rows, guard)
+    reads = CoalescedReads(FeastRows(behind, _feast(settings.feast, stack), lambda: watcher.snapshot))
+    stack.push_async_callback(reads.close)
+    if settings.near_cache.max_bytes:
+        tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
     privacy_key = settings.privacy.key.get_secret_value().encode()
     future_s = settings.ingestion.max_future_s
     freshness = Freshness(metrics)
@@ -102,7 +107,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         ),
         current.plans,
         explanation=Explanation(retrieval, current.plans, store.times_to_live),
-        events=_open_events(settings, store, watcher, guard, freshness, stack, tasks),
+        events=_open_events(settings, store, watcher, guard, durable, freshness, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
         upkeep=UpkeepParts(
@@ -133,6 +138,30 @@ async def _durable_copy(
     metrics.gauge("plait_features_durable_queue_rows", "rows that wait to be copied to Postgres").set_function(lambda: copy.queued)
     metrics.gauge("plait_features_durable_lag_seconds", "how long the oldest of them has waited, seconds").set_function(lambda: copy.lag_s)
     return rows, copy
+
+
+def _read_through(
+    settings: FeatureRetrievalSettings,
+    metrics: Metrics,
+    watcher: Watcher,
+    stack: AsyncExitStack,
+    store: RedisStore,
+    rows: DurableRows,
+    guard: ErasureGuard,
+) -> ReadThrough:
+    """Look in the durable copy for what Redis does not have."""
+    counted = metrics.counter("plait_features_read_through_rows", "rows looked for in the durable copy", ["result"])
+    through = ReadThrough(
+        store,
+        rows,
+        lambda: watcher.snapshot,
+        guard.loaded,
+        lambda result, count: counted.labels(result).inc(count),
+        budget=Budget(settings.durable.read_through_rows_per_s),
+        max_future_s=settings.ingestion.max_future_s,
+    )
+    stack.push_async_callback(through.close)
+    return through
 
 
 def _feast(settings: FeastSettings, stack: AsyncExitStack) -> Topology | None:
@@ -185,6 +214,7 @@ def _open_events(
     store: RedisStore,
     watcher: Watcher,
     guard: ErasureGuard,
+    durable: DurableCopy,
     freshness: Freshness,
     stack: AsyncExitStack,
     tasks: Tasks,
@@ -204,7 +234,7 @@ def _open_events(
         from feature_retrieval.sources.kafka import KafkaSource  # noqa: PLC0415  (aiokafka is an extra)
 
         sources.append(KafkaSource(wanted, dead_letters))
-    applying = Applying(store, plans.plans, max_future_s=max_future_s, erasures_loaded=guard.loaded)
+    applying = Applying(store, plans.plans, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=max_future_s)
     for source in sources:
         consumer = Consumer(source, applying, store, freshness, batch=wanted.batch)
         stack.push_async_callback(consumer.drain)

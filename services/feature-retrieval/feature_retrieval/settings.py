@@ -160,6 +160,11 @@ class DurableSettings(Group):
     queue_rows: int = Field(100_000, ge=1, description="rows that may wait to be copied behind their writes; more writes are refused")
     batch_rows: int = Field(1000, ge=1, le=10_000, description="rows copied by one statement")
     connections: int = Field(4, ge=1, le=64, description="connections to Postgres at most")
+    read_through_rows_per_s: float = Field(
+        0.0,
+        ge=0,
+        description="rows a second that are looked for in Postgres where Redis has none or is away; others are UNAVAILABLE; 0 = off",
+    )
 
 
 class FeastSettings(Group):
