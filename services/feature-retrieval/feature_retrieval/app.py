@@ -94,6 +94,8 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     )
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
+    if settings.feast.serving:
+        _serve_feast(server, Retrieval(reads, NearCache(0, settings.near_cache.max_age_s), current.plans), current)
     return server
 
 
@@ -104,6 +106,14 @@ def _feast(settings: FeastSettings, stack: AsyncExitStack) -> Topology | None:
     topology = topology_of(settings.redis)
     stack.push_async_callback(topology.close)
     return topology
+
+
+def _serve_feast(server: RpcServer, retrieval: Retrieval, current: CurrentPlans) -> None:
+    """Answer Feast's clients, too. Only a process that does has Feast's stubs in it."""
+    from feature_retrieval.feast import serving  # noqa: PLC0415
+
+    servicer = serving.Serving(retrieval, current.plans)
+    server.add(serving.register, servicer, serving.SERVICE, scope="features")
 
 
 class CurrentPlans:
