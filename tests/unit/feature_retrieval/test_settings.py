@@ -138,3 +138,23 @@ def test_every_deployment_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_does_not_fit_together_is_refused(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         read(monkeypatch, **environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"EVENTS__SOURCE": "kafka"}, "needs kafka_servers and kafka_topics"),
+        ({"EVENTS__SOURCE": "kafka", "EVENTS__KAFKA_SERVERS": "k:9092", "EVENTS__KAFKA_TOPICS": "shop"}, "expected tenant=topic"),
+        ({"EVENTS__KAFKA_TOPICS": "shop=a,=b"}, "expected tenant=topic"),
+        ({"EVENTS__SOURCE": "pulsar"}, "redis"),
+    ],
+)
+def test_a_source_of_events_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        read(monkeypatch, **environ)
+
+
+def test_events_come_from_redis_unless_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read(monkeypatch).events.source == "redis"
+    kafka = read(monkeypatch, EVENTS__SOURCE="kafka", EVENTS__KAFKA_SERVERS="k:9092", EVENTS__KAFKA_TOPICS="shop=a,mall=b").events
+    assert (kafka.kafka_group, kafka.kafka_topics) == ("plait", "shop=a,mall=b")
