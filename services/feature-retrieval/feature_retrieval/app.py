@@ -125,6 +125,8 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     )
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
+    if settings.feast.serving:
+        _serve_feast(server, Retrieval(reads, NearCache(0, settings.near_cache.max_age_s), current.plans), current)
     return server
 
 
@@ -191,6 +193,14 @@ def open_skew_log(settings: SkewLogSettings, stack: AsyncExitStack, tasks: Tasks
     tasks.start(made.run(), "skew log")
     stack.callback(made.close)
     return made
+
+
+def _serve_feast(server: RpcServer, retrieval: Retrieval, current: CurrentPlans) -> None:
+    """Answer Feast's clients, too. Only a process that does has Feast's stubs in it."""
+    from feature_retrieval.feast import serving  # noqa: PLC0415
+
+    servicer = serving.Serving(retrieval, current.plans)
+    server.add(serving.register, servicer, serving.SERVICE, scope="features")
 
 
 class CurrentPlans:

@@ -172,6 +172,7 @@ class FeastSettings(Group):
 
     enabled: bool = Field(False, description="read such views' rows from Feast's Redis; off: they are answered as unavailable")
     redis: RedisSettings = Field(default_factory=RedisSettings, description="Feast's Redis")
+    serving: bool = Field(False, description="also answer feast.serving.ServingService, for Feast's own clients")
 
 
 class SkewLogSettings(Group):
