@@ -119,6 +119,8 @@ class _Row:
     def _source(self) -> int:
         if not self.stored:
             return pb.ROW_SOURCE_NONE
+        if self.view.feast is not None:
+            return pb.ROW_SOURCE_FEAST
         return pb.ROW_SOURCE_NEAR_CACHE if self.cached else pb.ROW_SOURCE_REDIS
 
     def _picture(self) -> Picture | None:

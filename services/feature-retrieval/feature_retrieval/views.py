@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from feature_retrieval.aggregation.windows import window_of
 from feature_retrieval.computed import Computed
 from feature_retrieval.row_codec import Bytes2D, KeySpace, RowCodec
 from feature_retrieval.transforms import CompiledTransform, compile_transform, operand_default, operand_dtype
@@ -101,6 +102,8 @@ class ViewPlan:
         if space is None:
             view = self.view
             space = KeySpace.of(tenant, view.entity.type, view.name, view.version, self.epoch_of(tenant))
+            if view.feast is not None:
+                space = space.foreign()
             if len(self.spaces) < _MAX_SPACES:
                 self.spaces[tenant] = space
         return space
@@ -391,10 +394,14 @@ class _Compiler:
 def _picture(schema: FeatureSchema, cells: _Wanted) -> Picture:
     codec = RowCodec(schema)
     runs: list[Run] = []
+    computed: list[ComputedColumn] = []
+    windows = {feature.name: window_of(feature.aggregate) for feature in schema.features if feature.aggregate is not None}
     for at, wanted in cells.items():
         for column, name, element in wanted:
             source = codec.columns.get(name)
-            if source is not None:
+            if source is not None and source.kind == "window":
+                computed.append(ComputedColumn(windows[name], source.offset, source.end, source.index, at, column))
+            elif source is not None:
                 begin = source.offset + element * source.dtype.itemsize
                 _add_run(runs, Run(begin, begin + source.dtype.itemsize, source.dtype, at, column, column + 1, source.scale))
     sources = {
@@ -403,7 +410,7 @@ def _picture(schema: FeatureSchema, cells: _Wanted) -> Picture:
     }
     asked = dict.fromkeys(name for wanted in cells.values() for _, name, _ in wanted)
     known = [name for name in asked if name in codec.columns]
-    return Picture(codec, tuple(runs), codec.null_mask(known), len(known) < len(asked), sources)
+    return Picture(codec, tuple(runs), codec.null_mask(known), len(known) < len(asked), sources, tuple(computed))
 
 
 def _add_run(runs: list[Run], run: Run) -> None:

@@ -1,12 +1,12 @@
-"""`plait features …`: history of the online features, who is erased from it, and what is in it."""
+"""`plait features …`: history of the online features, who is erased from it, what is in it, and where they come from."""
 
 from __future__ import annotations
 
 import typer
 
-from plait.cli.features import epochs, explain, materialize, skew
+from plait.cli.features import epochs, erase, events, explain, export, import_feast, materialize, rebuild, skew
 
-_HELP = """Fill, flip, look at and clean up the online features.
+_HELP = """Fill, flip, look at and clean up the online features, and take them over from Feast.
 
   plait features materialize item-stats --from history.parquet
 
@@ -15,12 +15,16 @@ _HELP = """Fill, flip, look at and clean up the online features.
   plait features explain home --id user=42 --id item=7
 
   plait features rollback item-stats --reason "wrong prices"
+
+  plait features rebuild
+
+  plait features import-feast feature_repo/ --out manifests/
 """
 
 
 def register(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(name="features", help=_HELP, no_args_is_help=True)
-    for command in (materialize, epochs, explain, skew):
+    for command in (materialize, epochs, rebuild, events, explain, skew, export, erase, import_feast):
         command.register(group)
     app.add_typer(group)
