@@ -8,8 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from plait.cli import progress
 from plait.cli.author import author
-from plait.cli.features.calling import ApiKeyOption, ReasonOption, VersionOption, ViewArgument, run, tenant_of
+from plait.cli.features.calling import (
+    AddressOption,
+    ApiKeyOption,
+    CaOption,
+    InsecureOption,
+    ReasonOption,
+    SettleOption,
+    Target,
+    TlsOption,
+    VersionOption,
+    ViewArgument,
+    run,
+    stub,
+    target,
+    tenant_of,
+)
 from plait.cli.options import DEFAULT_STATE, DsnOption, JsonOption, StateOption, registry_dsn
 from plait.cli.output import write_json, write_line, write_note
 
@@ -17,7 +33,7 @@ if TYPE_CHECKING:
     from plait.registry.records import Epochs
     from plait.registry.store import Store
 
-Move = Literal["flip", "rollback", "retire", "abandon"]
+Move = Literal["rollback", "retire", "abandon"]
 TenantOption = Annotated[
     str | None, typer.Option("--tenant", help="Whose rows; default: those of PLAIT_API_KEY, else of 'default'.", show_default=False)
 ]
@@ -26,7 +42,7 @@ TenantOption = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("epochs")(show)
-    for command in (flip, rollback, retire, abandon):
+    for command in (flip, rollback, retire, abandon, purge):
         app.command()(command)
 
 
@@ -51,17 +67,24 @@ def flip(
     view: ViewArgument,
     version: VersionOption = 0,
     reason: ReasonOption = "",
-    tenant: TenantOption = None,
+    settle_s: SettleOption = 35.0,
+    address: AddressOption = None,
     api_key: ApiKeyOption = None,
+    tls: TlsOption = False,
+    ca: CaOption = None,
+    insecure: InsecureOption = False,
     dsn: DsnOption = None,
     state: StateOption = DEFAULT_STATE,
     as_json: JsonOption = False,
 ) -> None:
     """Serve the epoch that a materialize with --no-flip has built. The one served until now is kept for a rollback.
 
+    What was streamed meanwhile is carried over first, and once more when every writer has heard of the flip.
+
     Example:  plait features flip item-stats --reason "checked"
     """
-    _move("flip", view, version, reason, tenant, api_key, registry_dsn(dsn, state), as_json)
+    where = target(address, api_key, tls, ca, insecure, state)
+    _tell(view, run(_flip(view, version, reason, settle_s, where, registry_dsn(dsn, state))), as_json)
 
 
 def rollback(
@@ -93,6 +116,8 @@ def retire(
 ) -> None:
     """Keep the epoch from before the last flip no longer: writes get cheaper, and there is no rollback any more.
 
+    Its rows stay until 'plait features purge' removes them.
+
     Example:  plait features retire item-stats
     """
     _move("retire", view, version, reason, tenant, api_key, registry_dsn(dsn, state), as_json)
@@ -113,6 +138,57 @@ def abandon(
     Example:  plait features abandon item-stats
     """
     _move("abandon", view, version, reason, tenant, api_key, registry_dsn(dsn, state), as_json)
+
+
+def purge(
+    view: ViewArgument,
+    epoch: Annotated[int, typer.Option("--epoch", min=0, help="The epoch, which must not be in use any more.", show_default=False)],
+    version: VersionOption = 0,
+    address: AddressOption = None,
+    api_key: ApiKeyOption = None,
+    tls: TlsOption = False,
+    ca: CaOption = None,
+    insecure: InsecureOption = False,
+    state: StateOption = DEFAULT_STATE,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove the rows of an epoch that was retired or abandoned. Until then they take memory, or as long as the view keeps rows.
+
+    Example:  plait features purge item-stats --epoch 3
+    """
+    removed = run(_purge(view, version, epoch, target(address, api_key, tls, ca, insecure, state)))
+    if as_json:
+        write_json({"view": view, "epoch": epoch, "removed": removed})
+    else:
+        write_line(f"{removed:,} rows of epoch {epoch} of {view} are removed")
+
+
+async def _purge(view: str, version: int, epoch: int, where: Target) -> int:
+    from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb  # noqa: PLC0415
+    from plait.cli.features.uploading import follow  # noqa: PLC0415
+
+    request = pb.PurgeEpochRequest(feature_view=view, view_version=version, epoch=epoch)
+    removed = 0
+    with progress.rows(f"removing epoch {epoch}", 0) as show:
+
+        def told(answer: Any) -> None:
+            nonlocal removed
+            removed = answer.removed
+            show(answer.scanned, answer.total)
+
+        async with stub(where) as service:
+            await follow(lambda asked: service.PurgeEpoch(asked, metadata=where.metadata), request, told, passing=frozenset())
+    return removed
+
+
+async def _flip(view: str, version: int, reason: str, settle_s: float, where: Target, dsn: str) -> Epochs:
+    from plait.cli.features.flipping import Flip  # noqa: PLC0415
+    from plait.registry.store import Store  # noqa: PLC0415
+
+    async with await Store.open(dsn, max_connections=1) as store, stub(where) as service:
+        flip = Flip(store, service, where.metadata, await tenant_of(store, where.api_key), view, version)
+        await flip.flip(settle_s=settle_s, reason=reason)
+        return await flip.epochs()
 
 
 def _move(move: Move, view: str, version: int, reason: str, tenant: str | None, api_key: str | None, dsn: str, as_json: bool) -> None:

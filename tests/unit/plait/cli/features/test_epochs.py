@@ -37,6 +37,16 @@ def begin(dsn: str, tenant: str = "default") -> None:
     asyncio.run(begun())
 
 
+def flip(dsn: str) -> None:
+    """What `plait features flip` does in the registry; it also asks the service to carry over, see tests/integration."""
+
+    async def flipped() -> None:
+        async with await Store.open(dsn) as store:
+            await store.flip_epoch("default", VIEW, actor="me")
+
+    asyncio.run(flipped())
+
+
 def told(result: Result) -> dict[str, Any]:
     assert result.exit_code == 0, result.stderr
     document: dict[str, Any] = json.loads(result.stdout)
@@ -48,7 +58,8 @@ def test_from_build_to_retirement(plait: Plait, dsn: str) -> None:
     assert told(plait("features", "epochs", VIEW, "--json", env=env))["serving"] == 0
     begin(dsn)
     assert "epoch 1 is being built" in plait("features", "epochs", VIEW, env=env).stdout
-    assert told(plait("features", "flip", VIEW, "--json", env=env)) == {
+    flip(dsn)
+    assert told(plait("features", "epochs", VIEW, "--json", env=env)) == {
         "view": VIEW, "serving": 1, "building": None, "previous": 0, "newest": 1,
     }  # fmt: skip
     shown = plait("features", "epochs", VIEW, env=env)

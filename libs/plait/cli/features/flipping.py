@@ -1,0 +1,61 @@
+"""From an epoch that is built to one that is served, without losing anything that was streamed on the way."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
+from plait.cli import progress
+from plait.cli.author import author
+from plait.cli.features.uploading import follow
+from plait.errors import FailedPrecondition
+from plait.registry.records import Epochs
+from plait.registry.store import Store
+
+
+class Flip:
+    """The flip of one view's version for one tenant. `service` is feature-retrieval's stub."""
+
+    def __init__(self, store: Store, service: Any, metadata: Any, tenant: str, view: str, version: int) -> None:
+        self._store = store
+        self._service = service
+        self._metadata = metadata
+        self._tenant = tenant
+        self._view = view
+        self._version = version
+
+    async def epochs(self) -> Epochs:
+        """Return the epochs as they are now."""
+        return await self._store.epochs(self._tenant, self._view, version=self._version)
+
+    async def flip(self, *, settle_s: float, reason: str) -> int:
+        """Carry over what was streamed, flip, wait until every writer has heard of it, and carry over what they streamed until then.
+
+        Returns how many rows were carried over. Raises FailedPrecondition (EPOCH_NOT_FOUND) where nothing was built.
+        """
+        epochs = await self.epochs()
+        if epochs.building is None:
+            raise FailedPrecondition("no epoch is being built: there is nothing to flip to", reason="EPOCH_NOT_FOUND")
+        copied = await self._carry_over(epochs.serving, epochs.building)
+        await self._store.flip_epoch(self._tenant, self._view, version=self._version, actor=author(), reason=reason)
+        return copied + await self.complete(settle_s=settle_s)
+
+    async def complete(self, *, settle_s: float) -> int:
+        """Do what is left after the flip; return how many rows were carried over. May be repeated."""
+        await asyncio.sleep(settle_s)
+        epochs = await self.epochs()
+        return 0 if epochs.previous is None else await self._carry_over(epochs.previous, epochs.serving)
+
+    async def _carry_over(self, source: int, built: int) -> int:
+        request = pb.CarryOverEpochRequest(feature_view=self._view, view_version=self._version, from_epoch=source, to_epoch=built)
+        copied = 0
+        with progress.rows("carrying over what was streamed", 0) as show:
+
+            def told(answer: Any) -> None:
+                nonlocal copied
+                copied = answer.copied
+                show(answer.scanned, answer.total)
+
+            await follow(lambda asked: self._service.CarryOverEpoch(asked, metadata=self._metadata), request, told)
+        return copied

@@ -1,0 +1,189 @@
+"""`plait features materialize`, end to end: a file into a new epoch while rows are streamed, one flip, a rollback, a resume."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import pytest_asyncio
+from tests.fakes.features_process import FeaturesProcess, features_process
+
+from feature_retrieval.row_codec import KeySpace
+from feature_retrieval.store.redis import RedisStore
+from plait.registry.records import Entity, Feature, FeatureSet, FeatureView, ModelInput
+
+VIEW = FeatureView(name="stats", entity=Entity(type="item"), features=(Feature(name="a", default=-1),))
+SET = FeatureSet(name="home", inputs=(ModelInput(name="item", entity="item", features=("stats:a",)),))
+NOW_US = int(time.time() * 1e6)
+
+
+@pytest_asyncio.fixture
+async def process(redis_url: str, postgres_dsn: str) -> AsyncIterator[FeaturesProcess]:
+    async with features_process(redis_url, postgres_dsn, [VIEW, SET]) as running:
+        yield running
+
+
+def file_of(folder: Path, rows: list[tuple[str, int, float]], name: str = "rows.parquet", **options: Any) -> Path:
+    file = folder / name
+    table = pa.table({"id": [r[0] for r in rows], "event_time": [r[1] for r in rows], "a": np.array([r[2] for r in rows], np.float32)})
+    pq.write_table(table, file, **options)
+    return file
+
+
+async def test_a_file_is_served_after_one_flip_and_what_was_streamed_stays(process: FeaturesProcess, tmp_path: Path) -> None:
+    await process.write("stats", [("newer", NOW_US, 1), ("older", NOW_US - 10, 2), ("streamed only", NOW_US, 3)])
+    file = file_of(tmp_path, [("newer", NOW_US - 5, 10), ("older", NOW_US - 5, 20), ("file only", NOW_US - 5, 30)])
+    outcome = await process.good("materialize", "stats", "--from", file, "--settle", 0)
+    assert (outcome["epoch"], outcome["flipped"], outcome["rows"], outcome["applied"]) == (1, True, 3, 3)
+    assert outcome["carried_over"] >= 2
+    ids = ["newer", "older", "streamed only", "file only"]
+    await eventually(process, ids, [1, 20, 3, 30])
+    assert (await process.good("epochs", "stats"))["previous"] == 0
+    assert not list(tmp_path.glob("*.plait-progress"))
+
+    await process.write("stats", [("later", NOW_US, 4)])
+    await process.good("rollback", "stats")
+    await eventually(process, [*ids, "later"], [1, 2, 3, -1, 4])  # as it was, and with what was streamed since
+    await process.good("rollback", "stats")
+    await eventually(process, [*ids, "later"], [1, 20, 3, 30, 4])
+
+
+async def eventually(process: FeaturesProcess, ids: list[str], expected: list[float]) -> None:
+    async with asyncio.timeout(20):
+        while await process.read("home", ids) != expected:
+            await asyncio.sleep(0.01)
+
+
+async def test_no_request_sees_half_of_a_flip(process: FeaturesProcess, tmp_path: Path) -> None:
+    ids = [f"i{n}" for n in range(200)]
+    await process.good("materialize", "stats", "--from", file_of(tmp_path, [(i, NOW_US - 9, 1) for i in ids]), "--settle", 0)
+    await eventually(process, ids, [1.0] * 200)
+    seen: set[frozenset[float]] = set()
+
+    async def read() -> None:
+        while True:
+            seen.add(frozenset(await process.read("home", ids)))
+
+    readers = [asyncio.create_task(read()) for _ in range(4)]
+    await process.good("materialize", "stats", "--from", file_of(tmp_path, [(i, NOW_US - 5, 2) for i in ids], "new.parquet"), "--settle", 0)
+    await eventually(process, ids, [2.0] * 200)
+    for reader in readers:
+        reader.cancel()
+    await asyncio.gather(*readers, return_exceptions=True)
+    assert seen == {frozenset({1.0}), frozenset({2.0})}
+
+
+async def test_without_a_flip_nobody_reads_it_until_it_is_flipped(process: FeaturesProcess, tmp_path: Path) -> None:
+    await process.write("stats", [("streamed", NOW_US, 3)])
+    file = file_of(tmp_path, [("i", NOW_US, 1)])
+    assert (await process.good("materialize", "stats", "--from", file, "--no-flip"))["flipped"] is False
+    assert await process.read("home", ["i"]) == [-1]
+    again = await process.plait("materialize", "stats", "--from", file)
+    assert "[EPOCH_BUSY]" in again.stderr
+    assert (await process.good("flip", "stats", "--settle", 0))["serving"] == 1
+    await eventually(process, ["i", "streamed"], [1, 3])
+    assert (await process.good("retire", "stats"))["previous"] is None
+    in_use = await process.plait("purge", "stats", "--epoch", 1)
+    assert "[EPOCH_IN_USE]" in in_use.stderr
+    assert (await process.good("purge", "stats", "--epoch", 0))["removed"] == 1
+    assert await process.read("home", ["i", "streamed"]) == [1, 3]
+
+
+async def test_into_the_current_epochs_rows_are_added(process: FeaturesProcess, tmp_path: Path) -> None:
+    await process.write("stats", [("newer", NOW_US, 1)])
+    file = file_of(tmp_path, [("newer", NOW_US - 5, 10), ("new", NOW_US - 5, 20)])
+    outcome = await process.good("materialize", "stats", "--from", file, "--epoch", "current")
+    assert (outcome["epoch"], outcome["applied"], outcome["ignored"]) == (None, 1, 1)
+    assert await process.read("home", ["newer", "new"]) == [1, 20]
+
+
+async def test_refused_rows_stop_the_flip_and_are_told_by_row(process: FeaturesProcess, tmp_path: Path) -> None:
+    file = file_of(tmp_path, [("i", NOW_US, 1), ("future", NOW_US + 10**9, 1), ("", NOW_US, 1)])
+    refused = await process.plait("materialize", "stats", "--from", file)
+    assert refused.exit_code == 1
+    assert "[ROWS_REFUSED]" in refused.stderr
+    assert "1 EVENT_TIME_IN_FUTURE (first: row 1)" in refused.stderr
+    assert "1 ID_INVALID (first: row 2)" in refused.stderr
+    assert "future" not in refused.stdout  # an id
+    assert await process.read("home", ["i"]) == [-1]
+    outcome = await process.good("materialize", "stats", "--from", file, "--resume", "--max-refused", 2, "--settle", 0)
+    assert (outcome["flipped"], outcome["rows"], outcome["skipped"]) == (True, 0, 3)
+    await eventually(process, ["i"], [1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "reason"),
+    [
+        ({"id": ["i"], "event_time": [1]}, ("--map", "x=y"), "PARQUET_MISFIT"),
+        ({"id": ["i"], "event_time": [1], "a": [1.0]}, ("--resume",), "RESUME_MISMATCH"),
+        ({"id": ["i", None], "event_time": [1, 1], "a": [1.0, 1.0]}, (), "PARQUET_MISFIT"),
+    ],
+)
+async def test_what_cannot_be_begun_leaves_nothing_behind(
+    process: FeaturesProcess, tmp_path: Path, rows: Any, words: Any, reason: str
+) -> None:
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table(rows), file)
+    result = await process.plait("materialize", "stats", "--from", file, *words)
+    assert (result.exit_code, f"[{reason}]" in result.stderr) == (1, True), result.stderr
+    assert (await process.good("epochs", "stats"))["building"] is None
+    assert not list(tmp_path.glob("*.plait-progress"))
+
+
+async def test_a_key_without_the_scope_begins_nothing(process: FeaturesProcess, tmp_path: Path) -> None:
+    file = file_of(tmp_path, [("i", NOW_US, 1)])
+    _, key = await process.registry.create_key("default", ["features"], actor="test")
+    refused = await process.plait("materialize", "stats", "--from", file, PLAIT_API_KEY=key)
+    assert "[SCOPE_MISSING]" in refused.stderr
+    assert (await process.good("epochs", "stats"))["building"] is None
+    exposed = await process.plait("materialize", "stats", "--from", file, "--address", "features.example:443")
+    assert "[API_KEY_EXPOSED]" in exposed.stderr
+
+
+async def test_a_file_that_changed_is_not_resumed(process: FeaturesProcess, tmp_path: Path) -> None:
+    file = file_of(tmp_path, [("i", NOW_US, 1)])
+    await process.good("materialize", "stats", "--from", file, "--no-flip")
+    file_of(tmp_path, [("i", NOW_US, 2)])
+    changed = await process.plait("materialize", "stats", "--from", file, "--resume")
+    assert "[RESUME_MISMATCH]" in changed.stderr
+    assert "another file" in changed.stderr
+
+
+async def test_a_run_that_is_killed_anywhere_goes_on_and_ends_the_same(process: FeaturesProcess, tmp_path: Path, redis_url: str) -> None:
+    rows = [(f"i{n}", NOW_US - 5, float(n % 97)) for n in range(100_000)]
+    file = file_of(tmp_path, rows, row_group_size=7_000)
+    command = [sys.executable, "-m", "plait.cli", "features", "materialize", "stats", "--from", str(file), "--settle", "0", "--json"]
+    env = {**os.environ, **process.env}
+    progress = tmp_path / "rows.parquet.plait-progress"
+    for kill in range(2):
+        resume = ["--resume"] if kill else []
+        child = await asyncio.create_subprocess_exec(
+            *command, "--rate", "15000", *resume, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        reached = json.loads(progress.read_text())["row_group"] if progress.exists() else -1
+        async with asyncio.timeout(60):
+            while not (progress.exists() and json.loads(progress.read_text())["row_group"] > reached):
+                await asyncio.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        await child.wait()
+    outcome = await process.good("materialize", "stats", "--from", file, "--settle", 0, "--resume")
+    assert outcome["flipped"]
+    assert 0 < outcome["skipped"] < len(rows)
+    assert outcome["skipped"] + outcome["rows"] == len(rows)
+    store = RedisStore(redis_url, ack="applied")
+    keys = KeySpace.of("default", "item", "stats", 1, outcome["epoch"]).keys([entity for entity, _, _ in rows])
+    stored = (await store.read(keys, 30)).rows
+    await store.close()
+    assert [np.frombuffer(row[-4:], np.float32)[0] for row in stored if row] == [value for _, _, value in rows]
