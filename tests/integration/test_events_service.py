@@ -17,7 +17,6 @@ from tests.fakes.event_service import MALL, SHOP, EventService, consuming, event
 from tests.fakes.event_world import LISTINGS, NOW_S, NOW_US, PLANS, SNAPSHOT, USERS, event, feature
 
 from feature_retrieval.aggregation.events import Refusal
-from feature_retrieval.certificates import Signer
 from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
 from feature_retrieval.row_codec import KeySpace, tenant_key
@@ -27,6 +26,7 @@ from plait.api.events.v1 import events_pb2
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import from_rpc_error
+from plait.registry.certificates import Signer
 from plait.registry.manifests import Manifest
 from plait.registry.records import Epochs, Feature, FeatureView, Snapshot
 from plait.registry.store import Store
