@@ -330,3 +330,16 @@ async def test_who_was_erased_is_counted_from_zero_whatever_is_delivered_again(s
         await settled(service)
         assert await value(service) == 1
         assert {letter.reason for letter in (await letters(service)).dead_letters} == {"ENTITY_ERASED"}
+
+
+async def test_explain_shows_what_a_window_is_worth(service: EventService) -> None:
+    async with consuming(service.consumer()):
+        await service.publish([event(f"e{n}", at_s=NOW_S - n) for n in range(3)])
+        await settled(service)
+    request = pb.ExplainFeaturesRequest(feature_set="home")
+    request.entities.add(entity_type="listing").ids.string_ids.append("l1")
+    answer = await service.stub.ExplainFeatures(request, metadata=SHOP, timeout=20)
+    told = {column.reference.partition(":")[2]: (column.value, column.stored_value, column.defaulted) for column in answer.columns}
+    assert told["views_1h"][0] == 3
+    assert not told["views_1h"][2]
+    assert (told["rating"][0], told["rating"][2]) == (-1, True)
