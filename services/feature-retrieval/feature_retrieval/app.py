@@ -26,6 +26,7 @@ from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.publishing import Publishing
+from feature_retrieval.read_metrics import ReadCounts, ReadMetrics
 from feature_retrieval.read_through import Budget, ReadThrough
 from feature_retrieval.rebuilding import Rebuilding
 from feature_retrieval.retrieval import Retrieval
@@ -33,7 +34,8 @@ from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
 from feature_retrieval.servicing.events import EventParts
 from feature_retrieval.servicing.upkeep import UpkeepParts
-from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings
+from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings, SkewLogSettings
+from feature_retrieval.skew_log import SkewLog
 from feature_retrieval.sources import EventSource
 from feature_retrieval.sources.redis_stream import RedisStreamSource
 from feature_retrieval.store.opening import open_store, topology_of
@@ -72,7 +74,6 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     store = open_store(settings.redis, settings.ingestion, metrics)
     stack.push_async_callback(store.close)
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
-    metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
 
     current = CurrentPlans(await watcher.first(settings.registry.first_snapshot_timeout_s))
     watcher.subscribe(current.swap)
@@ -98,7 +99,10 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         service_token=settings.rpc.service_token.get_secret_value(),
         required=settings.rpc.require_auth,
     )
-    retrieval = Retrieval(reads, cache, current.plans)
+    counts = ReadCounts()
+    skew_log = open_skew_log(settings.skew_log, stack, tasks)
+    ReadMetrics(metrics, counts, cache, reads, skew_log.outcomes if skew_log else {})
+    retrieval = Retrieval(reads, cache, current.plans, counts=counts, note=skew_log.note if skew_log else None)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(
         retrieval,
@@ -121,6 +125,8 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     )
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
+    if settings.feast.serving:
+        _serve_feast(server, Retrieval(reads, NearCache(0, settings.near_cache.max_age_s), current.plans), current)
     return server
 
 
@@ -171,6 +177,30 @@ def _feast(settings: FeastSettings, stack: AsyncExitStack) -> Topology | None:
     topology = topology_of(settings.redis)
     stack.push_async_callback(topology.close)
     return topology
+
+
+def open_skew_log(settings: SkewLogSettings, stack: AsyncExitStack, tasks: Tasks) -> SkewLog | None:
+    """Return the skew log where one is kept; it is written until the process ends."""
+    if not settings.share:
+        return None
+    made = SkewLog(
+        settings.folder,
+        share=settings.share,
+        max_file_bytes=settings.max_file_bytes,
+        max_file_s=settings.max_file_s,
+        queue_rows=settings.queue_rows,
+    )
+    tasks.start(made.run(), "skew log")
+    stack.callback(made.close)
+    return made
+
+
+def _serve_feast(server: RpcServer, retrieval: Retrieval, current: CurrentPlans) -> None:
+    """Answer Feast's clients, too. Only a process that does has Feast's stubs in it."""
+    from feature_retrieval.feast import serving  # noqa: PLC0415
+
+    servicer = serving.Serving(retrieval, current.plans)
+    server.add(serving.register, servicer, serving.SERVICE, scope="features")
 
 
 class CurrentPlans:

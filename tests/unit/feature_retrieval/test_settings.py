@@ -41,7 +41,11 @@ def test_every_own_setting_is_read_from_the_environment(monkeypatch: pytest.Monk
         REDIS__WRITE_TIMEOUT_S="2",
         NEAR_CACHE__MAX_BYTES="0",
         NEAR_CACHE__MAX_AGE_S="7.5",
+        FEAST__ENABLED="true",
+        FEAST__REDIS__URL="redis://:secret@feast:6379/0",
     )
+    assert (settings.feast.enabled, settings.feast.serving) == (True, False)
+    assert settings.feast.redis.url.get_secret_value() == "redis://:secret@feast:6379/0"
     assert settings.redis.url.get_secret_value() == "rediss://:secret@redis:6380/1"
     assert (settings.redis.connections, settings.redis.connect_timeout_s, settings.redis.write_timeout_s) == (3, 0.5, 2.0)
     assert (settings.near_cache.max_bytes, settings.near_cache.max_age_s) == (0, 7.5)
@@ -59,6 +63,8 @@ def test_every_setting_has_a_meaning() -> None:
         *("NEAR_CACHE__MAX_BYTES", "NEAR_CACHE__MAX_AGE_S"),
         *("DURABLE__QUEUE_ROWS", "DURABLE__BATCH_ROWS", "DURABLE__CONNECTIONS", "DURABLE__READ_THROUGH_ROWS_PER_S"),
     }
+    feasts = {name.removeprefix(f"{PREFIX}FEAST__") for name in named if name.startswith(f"{PREFIX}FEAST__")}
+    assert feasts == {"ENABLED", "SERVING", *(name for name in own if name.startswith("REDIS__"))}
     assert all(not meaning.startswith("None") for meaning in named.values())
 
 
