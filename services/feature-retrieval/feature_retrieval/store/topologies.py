@@ -167,7 +167,7 @@ class Sentinel:
         """Take the server at an address if it says itself that it is a primary: a Sentinel may not have heard of the failover yet."""
         node = self._node if self._node is not None and self._node.address == address else self._access.node(address)
         try:
-            primary = (await node.ask(b"ROLE"))[0] == b"master"
+            primary: bool = (await node.ask(b"ROLE"))[0] == b"master"
             if primary:
                 await self._take(node)
         finally:
