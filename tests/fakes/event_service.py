@@ -102,7 +102,7 @@ async def event_service(
     keys = {digest(key): ApiKey(id=key, tenant=tenant, sha256=digest(key), scopes=("features",)) for key, tenant in KEYS.items()}
     server = RpcServer(RpcSettings(grace_s=2), authenticator=Authenticator(keys.get), tracing=tracing)
     plans = Plans(snapshot)
-    ingestion = Ingestion(store, lambda: service.snapshot, clock=service.clock)
+    ingestion = Ingestion(store, lambda: service.snapshot, clock=service.clock, wrote=service.freshness.wrote)
     events = EventParts(
         publishing=Publishing(store.streams, store, source, max_backlog=max_backlog, clock=service.clock),
         dead_letters=service.dead_letters,

@@ -23,7 +23,7 @@ from plait.api.events.v1 import events_pb2
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import from_rpc_error
-from plait.registry.records import Epochs, FeatureView, Snapshot
+from plait.registry.records import Epochs, Feature, FeatureView, Snapshot
 from plait.settings import TelemetrySettings
 from plait.telemetry.tracing import Tracing
 
@@ -289,3 +289,15 @@ async def test_nobody_writes_an_aggregated_view_by_hand(service: EventService) -
     batch.ids.string_ids.append("l1")
     error = await refused(lambda: service.stub.WriteFeatures(pb.WriteFeaturesRequest(batch=batch), metadata=SHOP, timeout=20))
     assert error.reason == "VIEW_IS_AGGREGATED"
+
+
+async def test_a_view_that_callers_write_is_as_fresh_as_its_newest_row(redis_url: str) -> None:
+    stats = FeatureView(name="stats", entity=LISTINGS.entity, features=(Feature(name="price"),))
+    async with event_service(redis_url, snapshot=Snapshot(feature_views={"stats": stats})) as service:
+        for ids, times in ((["l1", "l2"], [NOW_US - 9_000_000, NOW_US - 7_000_000]), (["l2"], [NOW_US - 8_000_000])):
+            batch = pb.FeatureBatch(feature_view="stats", event_times_us=times)
+            batch.ids.string_ids.extend(ids)
+            await service.stub.WriteFeatures(pb.WriteFeaturesRequest(batch=batch), metadata=SHOP, timeout=20)
+        told = await status(service, "stats")
+        assert (told.newest_event_time_us, told.lag_events, told.watermark_us) == (NOW_US - 7_000_000, -1, 0)
+        assert service.metric("plait_features_freshness_seconds", view="stats") == 7

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from feature_retrieval.certificates import Signer
 from feature_retrieval.epochs import READ_TIMEOUT_S, event_time_us
 from feature_retrieval.ingestion import MAX_FUTURE_S
 from feature_retrieval.permissions import check_admin
@@ -20,6 +19,7 @@ from feature_retrieval.row_codec import HEADER_BYTES, Id, KeySpace, decode_id, e
 from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import RedisStore
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, Violation
+from plait.registry.certificates import Signer
 from plait.registry.entity_ids import composites
 from plait.registry.erasures import Erasure
 from plait.rpc.call import Call

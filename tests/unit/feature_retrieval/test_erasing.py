@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from tests.fakes.calls import ADMIN, call_of
 from tests.fakes.upkeep import NOBODY, nothing_was_erased
 
-from feature_retrieval.certificates import Signer
 from feature_retrieval.epochs import EpochUpkeep
 from feature_retrieval.erasing import FOR_EVER_US, Erasing
 from feature_retrieval.erasure_guard import LOADED_KEY, ErasureGuard
@@ -25,6 +24,7 @@ from feature_retrieval.row_codec import KeySpace, encode_id
 from feature_retrieval.store.redis import RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, PlaitError, Unavailable
+from plait.registry.certificates import Signer
 from plait.registry.database import open_pool
 from plait.registry.manifests import Manifest
 from plait.registry.records import Entity, Feature, FeatureView

@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_retrieval.certificates import Signer
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
+from plait.registry.certificates import Signer
 
 SIGNER = Signer(b"k" * 32)
 

@@ -1,0 +1,85 @@
+"""`plait features export`, `erase` and `verify`, end to end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest_asyncio
+from tests.fakes.features_process import PRIVACY_KEY, FeaturesProcess, features_process
+
+from plait.registry.records import Entity, Feature, FeatureSet, FeatureView, ModelInput
+
+VIEW = FeatureView(
+    name="stats",
+    entity=Entity(type="item"),
+    features=(Feature(name="a", default=-1), Feature(name="colour", dtype="string", vocabulary=("red",)), Feature(name="b", dtype="int64")),
+)
+PRIVATE = FeatureView(name="private", entity=Entity(type="item"), features=(Feature(name="a"),), readers=("somebody",))
+SET = FeatureSet(name="home", inputs=(ModelInput(name="item", entity="item", features=("stats:a",)),))
+NOW_US = int(time.time() * 1e6)
+
+
+@pytest_asyncio.fixture
+async def process(redis_url: str, postgres_dsn: str) -> AsyncIterator[FeaturesProcess]:
+    async with features_process(redis_url, postgres_dsn, [VIEW, PRIVATE, SET]) as running:
+        yield running
+
+
+async def test_what_was_exported_materializes_to_the_same_export(process: FeaturesProcess, tmp_path: Path) -> None:
+    rows = [(f"i{n}", NOW_US - n, float(n)) for n in range(3000)]
+    await process.write("stats", rows)
+    await process.write("stats", [("i7", NOW_US + 1, 0)], deleted=[True], sequences=[5], expires_at_us=[NOW_US + 10])
+    first, second = tmp_path / "first.parquet", tmp_path / "second.parquet"
+    assert (await process.good("export", "stats", "--to", first))["rows"] == 3000
+    await process.good("materialize", "stats", "--from", first, "--settle", 0)
+    outcome = await process.good("export", "stats", "--to", second, "--epoch", 1)
+    assert outcome["rows"] == 3000
+    tables = [pq.read_table(file).sort_by("_id") for file in (first, second)]
+    assert tables[0].equals(tables[1])
+    [deleted] = tables[0].filter(pc.equal(tables[0]["_id"], "i7")).to_pylist()
+    assert (deleted["_deleted"], deleted["_sequence"], deleted["colour"]) == (True, 5, None)
+
+
+async def test_who_may_not_read_a_view_may_not_export_it(process: FeaturesProcess, tmp_path: Path) -> None:
+    refused = await process.plait("export", "private", "--to", tmp_path / "x.parquet")
+    assert "[VIEW_NOT_READABLE]" in refused.stderr
+    assert list(tmp_path.iterdir()) == []  # no half of a file
+    gone = await process.plait("export", "stats", "--epoch", 9, "--to", tmp_path / "x.parquet")
+    assert gone.exit_code == 1
+
+
+async def test_erased_entities_are_gone_and_certified(process: FeaturesProcess, tmp_path: Path) -> None:
+    await process.write("stats", [("ann", NOW_US, 1), ("bob", NOW_US, 2), ("cid", NOW_US, 3)])
+    file, listed = tmp_path / "erased.json", tmp_path / "ids.txt"
+    listed.write_text("bob\n")
+    document = await process.good(
+        "erase", "item", "--ids", "ann", "--ids-from", listed, "--reason", "asked", "--certificate", file, "--yes"
+    )
+    assert [one["views"][1]["rows"] for one in document["certificates"]] == [1, 1]
+    assert await process.read("home", ["ann", "bob", "cid"]) == [-1, -1, 3]
+    answer = await process.write("stats", [("ann", NOW_US, 1)])
+    assert [error.reason for error in answer.errors] == ["ENTITY_ERASED"]
+    assert "ann" not in file.read_text()
+
+    good = await process.plait("verify", file, PLAIT_FEATURE_RETRIEVAL_PRIVACY__KEY=PRIVACY_KEY)
+    assert good.exit_code == 0, good.stderr
+    other = await process.plait("verify", file, PLAIT_FEATURE_RETRIEVAL_PRIVACY__KEY="q" * 32)
+    assert "[CERTIFICATE_INVALID]" in other.stderr
+    changed = json.loads(file.read_text())
+    changed["certificates"][0]["views"][1]["rows"] = 2
+    file.write_text(json.dumps(changed))
+    assert "[CERTIFICATE_INVALID]" in (await process.plait("verify", file, "--key", PRIVACY_KEY)).stderr
+    file.write_text("{}")
+    assert "[CERTIFICATE_UNREADABLE]" in (await process.plait("verify", file, "--key", PRIVACY_KEY)).stderr
+
+
+async def test_erasing_asks_first(process: FeaturesProcess, tmp_path: Path) -> None:
+    await process.write("stats", [("ann", NOW_US, 1)])
+    asked = await process.plait("erase", "item", "--ids", "ann", "--reason", "asked", "--certificate", tmp_path / "c.json")
+    assert asked.exit_code == 1
+    assert await process.read("home", ["ann"]) == [1]
