@@ -67,9 +67,10 @@ check-protos: $(SETUP) ## lint the protos, refuse stale stubs and breaking chang
 	  diff -r -q -x __pycache__ -x __init__.py "$$draft/libs/plait/api" libs/plait/api || { echo "the stubs are stale: run 'make protos' and commit"; exit 1; }
 	buf breaking --against $(BASELINE)
 
-bench: $(SETUP) ## measure the mesh against the floor, and the model-worker alone
+bench: $(SETUP) ## measure the mesh against the floor, and the model-worker and feature-retrieval alone
 	@plait bench rank --json reports/bench-rank.json
 	@plait bench worker --json reports/bench-worker.json
+	@plait bench features --json reports/bench-features.json
 
 clean: ## remove .venv, caches and local state
 	rm -rf $(VENV) .cache .state reports .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

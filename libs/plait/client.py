@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import math
+import operator
 import os
 import random
 import threading
@@ -35,8 +36,8 @@ from plait.errors import Cancelled, FailedPrecondition, Internal, InvalidArgumen
 
 __all__ = ["FeatureReport", "Prediction", "Ranking", "RankingClient", "SyncRankingClient", "Tensor", "Timings", "TlsConfig"]
 
-Id = str | int
-Ids = Iterable[str] | Iterable[int]
+Id = str | int | tuple[str | int, ...]
+Ids = Iterable[str] | Iterable[int] | Iterable[tuple[str | int, ...]]
 Pem = bytes | str | os.PathLike[str]
 
 _BACKOFF_S: Final = 0.05  # ceiling of the first pause; it doubles with each try
@@ -152,7 +153,7 @@ class Ranking:
     `revision` the registry's. `timings` and `feature_report` are there only when asked for with `explain`.
     """
 
-    item_ids: list[str] | list[int]
+    item_ids: list[str] | list[int] | list[tuple[str | int, ...]]
     scores: list[float]
     model: str
     version: str
@@ -308,9 +309,9 @@ class RankingClient(_Client):
     ) -> Ranking:
         """Return the candidates in the order of the route's model, for one subject.
 
-        Ids are all str or all int (64 bits), as the route's entity types declare; 1 to 10 000 distinct candidates. `top_k`: how many to
-        answer, 0 = all. `inline_features` replace whole model inputs of the same name; `request_features` are what the model's feature set
-        declares to be sent along, one value each or one per candidate. `explain` adds timings and a feature report.
+        Ids are all str, all int (64 bits) or all tuples of such, as the route's entity types declare; 1 to 10 000 distinct candidates.
+        `top_k`: how many to answer, 0 = all. `inline_features` replace whole model inputs of the same name; `request_features` are what the
+        model's feature set declares to be sent along, one value each or one per candidate. `explain` adds timings and a feature report.
         `request_id` (at most 128 bytes) is made up when empty, and the same on every try. `timeout_s` bounds all tries together.
 
         Raises PlaitError: InvalidArgument, NotFound (ROUTE_NOT_FOUND), FailedPrecondition, Unauthenticated, PermissionDenied,
@@ -545,10 +546,26 @@ def _fill(message: types_pb2.EntityIds, ids: Iterable[Id], name: str) -> None:
         values: list[Any] = list(ids)
         if values and isinstance(values[0], str):
             message.string_ids.extend(values)
+        elif values and isinstance(values[0], tuple):
+            message.composite_ids.extend(map(_composite, values))
         else:
             message.int64_ids.extend(values)
     except (TypeError, ValueError) as error:
-        raise _wrong_ids(name, "must be all str or all int of 64 bits") from error
+        raise _wrong_ids(name, "must be all str, all int of 64 bits, or all tuples of such") from error
+
+
+def _composite(parts: object) -> types_pb2.CompositeKey:
+    if not isinstance(parts, tuple):
+        raise TypeError("not a tuple")
+    return types_pb2.CompositeKey(parts=[_part(part) for part in parts])
+
+
+def _part(part: Any) -> types_pb2.KeyPart:
+    if isinstance(part, str):
+        return types_pb2.KeyPart(string_part=part)
+    if isinstance(part, bool):
+        raise TypeError("not an id")
+    return types_pb2.KeyPart(int64_part=operator.index(part))
 
 
 def _wrong_ids(name: str, description: str) -> InvalidArgument:
@@ -566,7 +583,9 @@ def _failure(error: grpc.RpcError) -> PlaitError:
     return failure
 
 
-def _ids(message: types_pb2.EntityIds) -> list[str] | list[int]:
+def _ids(message: types_pb2.EntityIds) -> list[str] | list[int] | list[tuple[str | int, ...]]:
+    if message.composite_ids:
+        return [tuple(p.int64_part if p.HasField("int64_part") else p.string_part for p in key.parts) for key in message.composite_ids]
     return message.string_ids[:] or message.int64_ids[:]  # a slice is a list, made a third faster than by list()
 
 

@@ -103,4 +103,5 @@ class FakeFeatureRetrieval(pb_grpc.FeatureRetrievalServiceServicer):
 
 
 def _ids(ids: types_pb2.EntityIds) -> Sequence[str | int]:
-    return [*ids.string_ids, *ids.int64_ids]
+    """Composite ids count by their last part, a number."""
+    return [*ids.string_ids, *ids.int64_ids, *(key.parts[-1].int64_part for key in ids.composite_ids)]

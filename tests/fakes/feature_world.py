@@ -15,11 +15,16 @@ from tests.fakes.upkeep import upkeep_of
 
 from feature_retrieval.audience import Audience
 from feature_retrieval.coalescing import CoalescedReads
+from feature_retrieval.dead_letters import DeadLetters
+from feature_retrieval.explanation import Explanation
+from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
+from feature_retrieval.publishing import Publishing
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
+from feature_retrieval.servicing.events import EventParts
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
@@ -31,6 +36,7 @@ from plait.registry.records import Snapshot
 from plait.rpc.credentials import Authenticator
 from plait.rpc.server import RpcServer
 from plait.settings import RpcSettings
+from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import off
 
 TOKEN = (("x-plait-service-token", "t0ken"),)
@@ -83,6 +89,17 @@ def statuses(response: Any, view: str) -> list[str]:
     return [types_pb2.RowStatus.Name(s).removeprefix("ROW_STATUS_") for s in report.statuses]
 
 
+def no_events(store: RedisStore, snapshot: Snapshot) -> EventParts:
+    """Return what the calls about events are handed to where no events are consumed."""
+    return EventParts(
+        publishing=Publishing(store.streams, store, None),
+        dead_letters=DeadLetters(store.streams),
+        freshness=Freshness(Metrics()),
+        sources=(),
+        snapshot=lambda: snapshot,
+    )
+
+
 @asynccontextmanager
 async def feature_world(snapshot: Snapshot, redis_url: str, *, near_cache: bool = False) -> AsyncIterator[FeatureWorld]:
     """Run the service on a free port."""
@@ -98,12 +115,23 @@ async def feature_world(snapshot: Snapshot, redis_url: str, *, near_cache: bool 
                 await store.watch(lambda: prefixes, Audience(cache, reads))
             await asyncio.sleep(0.05)
 
-    server = RpcServer(RpcSettings(grace_s=2), authenticator=Authenticator(lambda _: None, service_token="t0ken"))
+    server = RpcServer(RpcSettings(grace_s=2), authenticator=Authenticator(snapshot.keys.get, service_token="t0ken"))
     retrieval = Retrieval(reads, cache, lambda: plans)
+    explanation = Explanation(retrieval, lambda: plans, store.times_to_live)
     ingestion = Ingestion(store, lambda: snapshot)
+    events = no_events(store, snapshot)
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     async with upkeep_of(store, lambda: snapshot) as upkeep:
-        servicer = FeatureRetrievalServicer(retrieval, ingestion, lambda: plans, max_in_flight=64, tracing=off(), upkeep=upkeep)
+        servicer = FeatureRetrievalServicer(
+            retrieval,
+            ingestion,
+            lambda: plans,
+            explanation=explanation,
+            events=events,
+            max_in_flight=64,
+            tracing=off(),
+            upkeep=upkeep,
+        )
         server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
         await server.start()
         tracker = asyncio.create_task(track()) if near_cache else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import threading
@@ -45,6 +46,12 @@ class Puppet:
                 threading.Event().wait()
             case (b"say", _, text):
                 os.write(2, text + b"\n")
+            case (b"eat", _, _):
+                held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (held + (64 << 20), resource.RLIM_INFINITY))
+                eaten = []
+                while True:
+                    eaten.append(bytearray(16 << 20))
             case (b"abort", _, _):
                 os.abort()
             case (b"environment", _, name):

@@ -71,10 +71,12 @@ class FakeRouter(pb_grpc.RouterServiceServicer):
         )
         answer.item_ids.string_ids.extend(reversed(request.candidates.string_ids))
         answer.item_ids.int64_ids.extend(reversed(request.candidates.int64_ids))
+        answer.item_ids.composite_ids.extend(reversed(request.candidates.composite_ids))
         if request.top_k:
             del answer.scores[request.top_k :]
             del answer.item_ids.string_ids[request.top_k :]
             del answer.item_ids.int64_ids[request.top_k :]
+            del answer.item_ids.composite_ids[request.top_k :]
         if request.explain:
             self._explain(answer)
         self.change(answer)
@@ -116,4 +118,4 @@ class FakeRouter(pb_grpc.RouterServiceServicer):
 
 
 def _count(ids: Any) -> int:
-    return len(ids.string_ids) + len(ids.int64_ids)
+    return len(ids.string_ids) + len(ids.int64_ids) + len(ids.composite_ids)

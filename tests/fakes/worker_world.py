@@ -324,7 +324,7 @@ async def worker_world(
     )
     server.add(
         stream_pb_grpc.add_ModelWorkerServiceServicer_to_server,
-        StreamServicer(inference, max_in_flight=settings.max_in_flight, tracing=off()),
+        StreamServicer(inference, max_in_flight=settings.max_in_flight, tracing=off(), load=load),
         "plait.api.model_worker.v1.ModelWorkerService",
         scope="infer",
     )

@@ -19,7 +19,18 @@ from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import from_rpc_error
 from plait.local.redis import EmbeddedRedis
-from plait.registry.records import Entity, Feature, FeatureSchema, FeatureSet, FeatureView, ModelInput, Snapshot
+from plait.registry.records import (
+    Entity,
+    Feature,
+    FeatureSchema,
+    FeatureSet,
+    FeatureView,
+    KeyPart,
+    ModelInput,
+    RequestFeature,
+    Snapshot,
+    Transform,
+)
 
 ITEM = Entity(type="item")
 STATS = FeatureView(
@@ -79,6 +90,62 @@ async def test_who_wrote_reads_what_it_wrote_whoever_else_reads(redis_url: str) 
         await asyncio.gather(write_and_read("i"), write_and_read("j"))
         done.set()
         await asyncio.gather(*readers)
+
+
+OFFERS = FeatureView(
+    name="offers",
+    entity=Entity(type="offer", key="composite", parts=(KeyPart(name="shop"), KeyPart(name="sku", type="int64"))),
+    features=(Feature(name="price"), Feature(name="rating", default=3)),
+)
+OFFER_SET = FeatureSet(
+    name="offers",
+    request=(RequestFeature(name="km", entity="offer", minimum=0, maximum=100), RequestFeature(name="hour", default=12)),
+    transforms=(Transform(name="cost", entity="offer", expression="{offers:price} + {$request:km}", default=-1),),
+    inputs=(ModelInput(name="offer", entity="offer", features=("offers:rating", "$transform:cost", "$request:hour")),),
+)
+OFFER_SNAPSHOT = Snapshot(feature_views={"offers": OFFERS}, feature_sets={"offers": OFFER_SET})
+
+
+async def test_composite_ids_and_what_is_sent_along_over_the_wire(redis_url: str) -> None:
+    def entities(*keys: tuple[str, int]) -> list[Any]:
+        ids = [{"parts": [{"string_part": shop}, {"int64_part": sku}]} for shop, sku in keys]
+        return [{"entity_type": "offer", "ids": {"composite_ids": ids}}]
+
+    def km(*values: float) -> list[Any]:
+        data = np.array(values, "<f4").tobytes()
+        return [{"name": "km", "dtype": types_pb2.DATA_TYPE_FLOAT32, "shape": [len(values)], "data": data}]
+
+    async with feature_world(OFFER_SNAPSHOT, redis_url) as w:
+        batch = make_batch("offers", [], {"price": [10, 20]}, at_s=time.time() - 30)
+        batch.ids.CopyFrom(pb.GetFeaturesRequest(entities=entities(("a", 1), ("a", 2))).entities[0].ids)
+        await w.stub.WriteFeatures(pb.WriteFeaturesRequest(batch=batch), metadata=TOKEN)
+        request = pb.GetFeaturesRequest(
+            feature_set="offers", entities=entities(("a", 2), ("b", 1)), request_features=km(1, 2), include_ages=True
+        )
+        answer = await w.stub.GetFeatures(request, metadata=TOKEN)
+        assert tensor(answer, "offer").tolist() == [[3, 21, 12], [3, -1, 12]]
+        age, none = np.frombuffer(answer.views[0].ages_us, "<i8").tolist()
+        assert 30e6 <= age < 3600e6
+        assert (none, answer.views[0].defaulted_cells) == (-1, 2)  # two ratings; the cost that is one is not this view's
+
+        error = await error_of(w.stub.GetFeatures(pb.GetFeaturesRequest(feature_set="offers", entities=entities(("a", 2))), metadata=TOKEN))
+        assert (error.reason, [v.description for v in error.violations]) == (
+            "REQUEST_FEATURE_INVALID",
+            ["'km' is missing and has no default"],
+        )
+        explain = pb.ExplainFeaturesRequest(feature_set="offers", entities=entities(("a", 2)), request_features=km(1))
+        told = await w.stub.ExplainFeatures(explain, metadata=TOKEN)
+        assert [c.value for c in told.columns] == [3, 21, 12]
+        assert [c.defaulted for c in told.columns] == [True, False, True]
+        assert told.views[0].source == pb.ROW_SOURCE_REDIS
+        described = await w.stub.DescribeFeatureSet(pb.DescribeFeatureSetRequest(feature_set="offers"), metadata=TOKEN)
+        assert [r.name for r in described.request_features] == ["km", "hour"]
+        [features] = [i.features for i in described.inputs]
+        assert [(f.feature, f.width, f.expression) for f in features] == [
+            ("rating", 1, ""),
+            ("$transform:cost", 1, "{offers:price} + {$request:km}"),
+            ("$request:hour", 1, ""),
+        ]
 
 
 async def test_statuses_are_always_true(redis_url: str) -> None:

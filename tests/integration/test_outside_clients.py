@@ -24,6 +24,16 @@ from plait.registry.records import ModelVersion, TensorSpec
 
 CLIENTS = Path(__file__).parents[1] / "fakes" / "clients"
 KSERVE_PYTHON = "PLAIT_TEST_KSERVE_PYTHON"
+# What triton_bad_input.py does; all else it asks for is INVALID_ARGUMENT.
+NOT_FOUND = {
+    "no model", "model unknown", "version unknown", "version that is no number", "metadata of none", "metadata of a version unknown",
+    "config of none", "ready of none", "ready of a version unknown", "statistics of a version unknown", "load of none", "unload of none",
+    "trace settings of none",
+}  # fmt: skip
+RIGHT = {
+    "version -1", "id of 100 kB", "unknown parameters", "sequence", "priority", "timeout", "more classes than there are",
+    "classes of integers", "metadata", "config", "ready", "statistics", "statistics of a version alone",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +132,26 @@ def _check_statistics(seen: Any) -> None:
     assert set(seen["all statistics"]) == {"ranker", "cats", *(f"echo-{dtype}" for dtype in BY_NAME)}
 
 
+async def test_what_is_wrong_with_a_request_is_told_in_words_and_never_as_our_fault(cats: ModelVersion) -> None:
+    async with worker_world(
+        snapshot(model("cats", cats), *echo_models()), models={"repository_control": True}, loader_type=EchoLoader
+    ) as w:
+        seen = await run_client(w, "triton_bad_input.py")
+    statuses: dict[str, set[str]] = {}
+    for name, (status, message) in seen.items():
+        statuses.setdefault(status, set()).add(name)
+        assert message, name
+    assert set(statuses) == {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "DEADLINE_EXCEEDED"}
+    assert statuses["NOT_FOUND"] == NOT_FOUND
+    assert statuses["UNIMPLEMENTED"] == {"shared memory"}
+    assert statuses["DEADLINE_EXCEEDED"] == {"no time"}
+    assert statuses["OK"] == RIGHT
+    assert "its name is empty" in seen["no model"][1]
+    assert "versions it has, newest first: 1" in seen["version unknown"][1]
+    assert "shared memory is not offered here" in seen["input in shared memory"][1]
+    assert "(-1 is 1 or more), found [-1, 2]" in seen["variable"][1]
+
+
 async def test_tritonclient_with_asyncio(ranker: ModelVersion) -> None:
     async with worker_world(snapshot(model("ranker", ranker))) as w:
         seen = await run_client(w, "triton_async.py")
@@ -145,11 +175,14 @@ async def test_tritonclients_stream_is_answered_in_order_whatever_fails_in_betwe
     assert len(seen) == 65
     for n, answer in enumerate(seen[:64]):
         if n in (7, 20, 21):
-            assert answer[0] == "error"
-            assert "does not fit the model's signature" in answer[1]
+            assert "does not fit the model's signature" in answer["error"]
         else:
-            assert answer == [f"r{n}", [[2 * n, 2 * n]], True]
-    assert "Request for unknown model" in seen[64][1]
+            cost = answer.pop("cost")
+            assert answer == {"id": f"r{n}", "version": "1", "y": [[2 * n, 2 * n]], "final": True}
+            assert set(cost) == {"queue_us", "compute_us", "batch_rows"}
+            assert 1 <= cost["batch_rows"] <= 64
+            assert cost["compute_us"] < 60_000_000
+    assert "Request for unknown model" in seen[64]["error"]
 
 
 async def test_kserves_client(ranker: ModelVersion) -> None:

@@ -15,7 +15,7 @@ from tests.fakes.registry_world import eventually
 from tests.fakes.worker_world import TOKEN, WorkerWorld, model, outputs, publish_ranker, ranking, snapshot, worker_world
 
 from plait.api.inference.v2 import inference_pb2 as pb
-from plait.errors import PermissionDenied, from_rpc_error
+from plait.errors import NotFound, PermissionDenied, from_rpc_error
 from plait.registry.records import ModelVersion
 from plait.rpc.channel import open_channel
 from plait.settings import ChannelSettings
@@ -57,6 +57,30 @@ async def test_requests_of_a_stream_share_batches_and_keep_their_order(v1: Model
         assert [outputs(a.infer_response)["score"] for n, a in enumerate(answers) if n != 5] == [[n] for n in range(20) if n != 5]
         assert len(w.gate.arrived) < 19
         assert await stream.code() is grpc.StatusCode.OK
+
+
+async def test_what_is_advertised_as_schedule_policy_is_kept(v1: ModelVersion) -> None:
+    async with worker_world(snapshot(model("ranker", v1)), batching={"max_rows": 5}) as w:
+        extensions = (await w.stub.ServerMetadata(pb.ServerMetadataRequest(), metadata=TOKEN)).extensions
+        assert "schedule_policy" in extensions
+        w.gate.close()
+        calls = [asyncio.create_task(w.infer(ranking(ONE, ROWS)))]
+        await eventually(lambda: w.gate.arrived == [2])
+        waiting = 0
+        for rows, priority in ((3, 2), (4, 0), (5, 1)):  # no two of them fit a batch
+            request = ranking(ONE, [[1.0, 0.0, 0.0]] * rows)
+            request.parameters["priority"].int64_param = priority
+            calls.append(asyncio.create_task(w.infer(request)))
+            waiting += rows
+            await eventually(lambda waiting=waiting: _queued_rows(w) == waiting)  # type: ignore[misc]
+        impatient = ranking(ONE, ROWS)
+        impatient.parameters["timeout"].int64_param = 1  # microseconds
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await w.infer(impatient)
+        assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        w.gate.open()
+        await asyncio.gather(*calls)
+        assert w.gate.arrived == [2, 5, 4, 3]
 
 
 async def test_a_client_that_goes_away_takes_its_rows_along(v1: ModelVersion) -> None:
@@ -112,6 +136,31 @@ async def test_with_tritons_header_a_failed_request_ends_the_stream_with_its_sta
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stream.read()
         assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_stream_says_at_its_end_what_it_cost_altogether(v1: ModelVersion) -> None:
+    async with worker_world(snapshot(model("ranker", v1))) as w:
+        stream = w.stub.ModelStreamInfer(metadata=TOKEN)
+        for name in ("ranker", "none", "ranker"):
+            await stream.write(ranking(ONE, ROWS, model_name=name))
+        await stream.done_writing()
+        answers = [message.infer_response for message in await read(stream, 3)]
+        assert await stream.read() is grpc.aio.EOF
+        trailers = dict(await stream.trailing_metadata())
+        assert (trailers["plait-answered"], trailers["plait-failed"]) == ("2", "1")
+        told_us = sum(answer.parameters["compute_us"].int64_param for answer in answers)
+        assert told_us <= int(trailers["plait-compute-us"]) <= told_us + 2  # each answer's is rounded down
+        assert "plait-batch-rows" not in trailers
+
+
+async def test_a_stream_that_ends_in_an_error_says_so_too(v1: ModelVersion) -> None:
+    async with worker_world(snapshot(model("ranker", v1))) as w:
+        stream = w.stub.ModelStreamInfer(metadata=(*TOKEN, ("triton_grpc_error", "true")))
+        await stream.write(ranking(ONE, ROWS, model_name="none"))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stream.read()
+        assert dict(refused.value.trailing_metadata())["plait-failed"] == "1"
+        assert isinstance(from_rpc_error(refused.value), NotFound)
 
 
 async def test_a_message_that_cannot_be_parsed_ends_the_stream_with_a_code(v1: ModelVersion) -> None:

@@ -154,7 +154,16 @@ async def test_appending_a_column_adds_a_schema_and_removing_one_needs_a_version
     assert [s.id for s in stored.schemas] == [1, 2]
     with pytest.raises(FailedPrecondition, match=r"'likes' was removed.*set version: 2"):
         await store.apply(manifests(ITEMS), actor="anna")
-    await store.apply(manifests(dataclasses.replace(ITEMS, version=2)), actor="anna")
+    bumped = dataclasses.replace(ITEMS, version=2)
+    with pytest.raises(FailedPrecondition, match=r"version 2 has no rows yet .* FeatureSet home \(Model ranker version 1, Route home\)"):
+        await store.apply(manifests(bumped), actor="anna", dry_run=True)
+    item = dataclasses.replace(FEATURES.inputs[1], features=("item-stats@1:price", "item-stats@1:views"))
+    await store.apply(manifests(bumped, dataclasses.replace(FEATURES, inputs=(FEATURES.inputs[0], item))), actor="anna")
+    both = (await store.snapshot()).feature_views["item-stats"]
+    assert [past.version for past in both.versions] == [1]
+    old = both.at(1)
+    assert old is not None
+    assert old.schemas == stored.schemas
     await store.apply(manifests(wider), actor="anna")  # back to version 1: its rows are still there, and so are its schemas
     assert (await store.snapshot()).feature_views["item-stats"].schemas == stored.schemas
 

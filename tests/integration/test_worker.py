@@ -83,7 +83,16 @@ async def test_the_protocol_is_spoken(v1: ModelVersion, doubler: ModelVersion) -
         server = await w.stub.ServerMetadata(pb.ServerMetadataRequest(), metadata=TOKEN)
         assert (server.name, list(server.extensions)) == (
             "plait-model-worker",
-            ["classification", "logging", "model_configuration", "model_repository", "statistics", "trace"],
+            [
+                "classification",
+                "logging",
+                "model_configuration",
+                "model_repository",
+                "model_repository(unload_dependents)",
+                "schedule_policy",
+                "statistics",
+                "trace",
+            ],
         )
         about = await w.stub.ModelMetadata(pb.ModelMetadataRequest(name="ranker"), metadata=TOKEN)
         assert (about.name, list(about.versions), about.platform) == ("ranker", ["1"], "pytorch_torchscript")

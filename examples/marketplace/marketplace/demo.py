@@ -66,6 +66,8 @@ async def _run(console: Console, json_path: Path | None, state_dir: Path | None)
     async with prepared(console, state_dir) as world:
         with console.status("ranking"):
             facts = await asyncio.to_thread(_measure, world)
+        with console.status("counting events"):
+            facts["max_count_diff"] = await _counted(world.endpoints, world.data)
         _show(console, world, facts)
     facts.pop("rankings")
     write_json(console, json_path, facts)
@@ -106,8 +108,11 @@ async def prepared(console: Console, state_dir: Path | None) -> AsyncIterator[Pr
         try:
             up_s = time.perf_counter() - began
             with bar:
-                await apply(mesh.endpoints, load([manifests.FOLDER / "feature-views.yaml", manifests.FOLDER / "feature-set.yaml"]))
+                await apply(
+                    mesh.endpoints, load([manifests.FOLDER / f"{name}.yaml" for name in ("feature-views", "feature-set", "activity")])
+                )
                 written = await _replay(mesh.endpoints, data, features, bar)
+                await _publish(mesh.endpoints, data, bar)
                 artifact, report = await _train(data, features, state, bar)
             with console.status("publishing the model, waiting until it is warm"):
                 snapshot = await apply(mesh.endpoints, _model_manifests(artifact))
@@ -154,6 +159,30 @@ async def _replay(endpoints: Endpoints, data: Dataset, features: Features, bar: 
     async with grpc.aio.insecure_channel(endpoints.feature_retrieval) as channel:
         await _written_once(channel, endpoints.api_key)
         return await producer.replay(channel, endpoints.api_key, data, features, lambda rows: bar.advance(task, rows))
+
+
+async def _publish(endpoints: Endpoints, data: Dataset, bar: Progress) -> None:
+    task = bar.add_task("publishing the events themselves, from which item-activity is counted", total=len(data.rating))
+    async with grpc.aio.insecure_channel(endpoints.feature_retrieval) as channel:
+        await producer.publish(channel, endpoints.api_key, data, time.time(), lambda events: bar.advance(task, events))
+
+
+async def _counted(endpoints: Endpoints, data: Dataset) -> float:
+    """Wait until every event is applied; return the largest difference between a listing's number of ratings online and offline."""
+    metadata = (("x-api-key", endpoints.api_key),)
+    async with grpc.aio.insecure_channel(endpoints.feature_retrieval) as channel:
+        stub: Any = feature_pb_grpc.FeatureRetrievalServiceStub(channel)
+        give_up = time.monotonic() + _READY_WITHIN_S
+        status = feature_pb.GetViewStatusRequest(feature_view=manifests.ACTIVITY)
+        while (await stub.GetViewStatus(status, metadata=metadata, timeout=5)).lag_events:
+            if time.monotonic() > give_up:
+                raise Unavailable(f"the events are not applied after {_READY_WITHIN_S:.0f} s: see the log of feature-retrieval")
+            await asyncio.sleep(0.05)
+        request = feature_pb.GetFeaturesRequest(feature_set=manifests.ACTIVITY)
+        request.entities.add(entity_type="item").ids.string_ids.extend(data.item_ids)
+        answer = await stub.GetFeatures(request, metadata=metadata, timeout=10)
+    online = np.frombuffer(answer.tensors[0].data, np.float32).reshape(tuple(answer.tensors[0].shape))[:, 0]
+    return float(np.abs(online - np.bincount(data.event_item, minlength=len(data.item_ids))).max())
 
 
 async def _written_once(channel: grpc.aio.Channel, api_key: str) -> None:
@@ -327,3 +356,6 @@ def _show(console: Console, world: Prepared, facts: dict[str, Any]) -> None:
         f"floor (one process, no RPC) p50 {facts['floor_p50_ms']:.2f} ms · [bold]{ratio:.2f} ×[/]"
     )
     console.print(f"online equals offline: largest difference of {SHOWN_USERS * CANDIDATES:,} scores {facts['max_score_diff']:.2e}")
+    console.print(
+        f"counted from {facts['events']:,} events: largest difference to offline, of {facts['items']:,} listings, {facts['max_count_diff']:.0f}"
+    )

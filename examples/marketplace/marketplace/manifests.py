@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from marketplace import data as data_module
-from marketplace.features import view_features
+from marketplace.features import GLOBAL_MEAN, HALF_LIFE_S, view_features
 from plait.registry.yaml_tree import dump
 
 FOLDER: Final = Path(__file__).parent.parent / "manifests"
 MODEL: Final = "marketplace-ranker"
 FEATURE_SET: Final = "marketplace-ranker"
 ROUTE: Final = "home-feed"
+ACTIVITY: Final = "item-activity"  # a view that is computed from the events alone, and a set to read it by
+ACTIVITY_LATENESS_S: Final = 300 * 86_400.0  # the data spans seven months, and is replayed at once
+
+_DAY_S: Final = 86_400.0
 
 _ABOUT: Final = {
     "user-profile": ("user", "What a user told us."),
@@ -39,6 +43,7 @@ def documents(data: data_module.Dataset, artifact: str) -> dict[str, list[dict[s
         "feature-set.yaml": [
             _manifest("FeatureSet", FEATURE_SET, {"description": "What the ranker sees of a user and of each listing.", "inputs": inputs})
         ],
+        "activity.yaml": _activity(),
         "model.yaml": [
             _manifest(
                 "Model",
@@ -64,6 +69,41 @@ def documents(data: data_module.Dataset, artifact: str) -> dict[str, list[dict[s
             )
         ],
     }
+
+
+def _activity() -> list[dict[str, Any]]:
+    features = [
+        ("ratings", 0.0, {"function": "count", "events": ["rate"]}),
+        ("rating", GLOBAL_MEAN, {"function": "mean", "events": ["rate"], "value": "value"}),
+        ("recent", 0.0, {"function": "count", "events": ["rate"], "half_life_s": HALF_LIFE_S}),
+        ("last_rating", 0.0, {"function": "last", "events": ["rate"], "value": "value"}),
+        (
+            "raters_7d",
+            0.0,
+            {"function": "distinct", "events": ["rate"], "value": "subject", "window_s": 7 * _DAY_S, "tile_s": _DAY_S, "precision": 8},
+        ),
+    ]
+    columns = [{"name": name, "dtype": "float32", "default": default, "aggregate": how} for name, default, how in features]
+    return [
+        _manifest(
+            "FeatureView",
+            ACTIVITY,
+            {
+                "description": "What users do with a listing, counted by feature-retrieval from the events themselves.",
+                "entity": {"type": "item", "key": "string"},
+                "aggregation": {"entity_from": "object", "lateness_s": ACTIVITY_LATENESS_S},
+                "features": columns,
+            },
+        ),
+        _manifest(
+            "FeatureSet",
+            ACTIVITY,
+            {
+                "description": "The activity of each listing, as of the moment.",
+                "inputs": [{"name": "item", "entity": "item", "features": [f"{ACTIVITY}:{name}" for name, *_ in features]}],
+            },
+        ),
+    ]
 
 
 def _view(name: str, features: tuple[str, ...]) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The event producer: what happened, written as feature rows through the same door as in production, in the order it happened."""
+"""The event producer: what happened, written as feature rows through the same door as in production, in the order it happened; and the same
+events themselves, for the view that the service counts from them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import numpy as np
 
 from marketplace.data import Dataset
 from marketplace.features import Array, Features, view_features
+from plait.api.events.v1 import events_pb2
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.api.types.v1 import types_pb2
@@ -51,6 +54,41 @@ async def replay(
         rows, applied = rows + size, applied + ack.result.applied
         progress(size)
     return Written(rows=rows, applied=applied, seconds=time.perf_counter() - began)
+
+
+async def publish(channel: Any, api_key: str, data: Dataset, last_s: float, progress: Callable[[int], None] = lambda _: None) -> int:
+    """Publish every rating as an event, moved in time so that the last one is at `last_s`; return how many were taken.
+
+    What is counted from them is the service's work: see the view `item-activity`. Publishing twice changes nothing.
+    """
+    stub: Any = pb_grpc.FeatureRetrievalServiceStub(channel)
+    taken = 0
+    for first in range(0, len(data.rating), BATCH_EVENTS):
+        events = _events(data, range(first, min(first + BATCH_EVENTS, len(data.rating))), last_s)
+        answer = await stub.PublishEvents(pb.PublishEventsRequest(events=events), metadata=(("x-api-key", api_key),), timeout=30)
+        if answer.errors:
+            raise PlaitError(
+                f"{len(answer.errors)} events were refused, the first for {answer.errors[0].reason}: {answer.errors[0].message}"
+            )
+        taken += answer.accepted
+        progress(answer.accepted)
+    return taken
+
+
+def _events(data: Dataset, numbers: range, last_s: float) -> list[events_pb2.Event]:
+    shift_s = last_s - float(data.event_time_s[-1])
+    found = []
+    for at in numbers:
+        event = events_pb2.Event(event_id=f"rating-{at}", type=events_pb2.EVENT_TYPE_RATE, value=float(data.rating[at]))
+        event.event_time.FromMicroseconds(round((float(data.event_time_s[at]) + shift_s) * 1e6))
+        for about, kind, entity in (
+            (event.subject, "user", data.user_ids[data.event_user[at]]),
+            (event.object, "item", data.item_ids[data.event_item[at]]),
+        ):
+            about.entity_type = kind
+            about.ids.string_ids.append(entity)
+        found.append(event)
+    return found
 
 
 def row_count(data: Dataset) -> int:

@@ -49,13 +49,16 @@ def bench(
 ) -> None:
     """Measure the mesh or a part of it against its floor, side by side on this machine.
 
-    The floor is the same work in one process without any RPC; the ratio is what the mesh costs. `worker` also knows other model servers.
+    The floor is the same work in one process without any RPC; the ratio is what the mesh costs. `worker` also knows other model servers,
+    `features` knows Feast.
 
     Example:  plait bench rank --json reports/bench-rank.json
 
     Example:  plait bench worker --peers mosec,kserve --json reports/bench-worker.json
 
     Example:  plait bench worker --device cuda
+
+    Example:  plait bench features --quick --peers feast
     """
     from rich.console import Console  # noqa: PLC0415
 

@@ -124,9 +124,11 @@ def _summary(record: Record) -> str:
             aliases = ", ".join(f"{alias}={target}" for alias, target in record.aliases.items())
             return f"{len(record.versions)} version(s)" + (f"; {aliases}" if aliases else "")
         case records.FeatureView():
-            return f"{len(record.features)} features of {record.entity.type}, version {record.version}"
+            kept = f" (and {', '.join(str(past.version) for past in record.versions)})" if record.versions else ""
+            return f"{len(record.features)} features of {record.entity.type}, version {record.version}{kept}"
         case records.FeatureSet():
-            return ", ".join(f"{i.name}[{len(i.features)}]" for i in record.inputs)
+            more = [f"{len(found)} {what}" for what, found in (("sent along", record.request), ("computed", record.transforms)) if found]
+            return ", ".join([*(f"{i.name}[{len(i.features)}]" for i in record.inputs), *more])
         case records.Route():
             return ", ".join(f"{v.name}: {v.model}@{v.use} ×{v.weight:g}" for v in record.variants)
         case records.Tenant():

@@ -22,6 +22,7 @@ from plait.errors import FailedPrecondition
 from plait.registry import rules, signing
 from plait.registry.decode import API_VERSION, Report, header, validated
 from plait.registry.explain import shown
+from plait.registry.findings import Finding
 from plait.registry.problems import Problem, refusal
 from plait.registry.records import Batching, Execution, Signature, TensorSpec
 from plait.registry.specs import Validator, to_plain
@@ -269,7 +270,7 @@ def _root(content: bytes, report: Report) -> Node | None:
     return found[0].root
 
 
-def _check(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
+def _check(manifest: ArtifactManifest) -> Iterable[Finding]:
     if not manifest.name.isprintable() or not 1 <= len(manifest.name) <= MAX_NAME_BYTES:
         yield ("name",), f"expected 1 to {MAX_NAME_BYTES} characters that can be printed"
     yield from rules.check_signature(manifest.signature)
@@ -283,7 +284,7 @@ def _check(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
     yield from _check_labels(manifest)
 
 
-def _check_batching(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
+def _check_batching(manifest: ArtifactManifest) -> Iterable[Finding]:
     batching = manifest.batching
     if not 1 <= batching.max_rows <= batching.max_queue_rows:
         yield ("batching", "max_rows"), f"expected 1 to max_queue_rows ({batching.max_queue_rows}), found {batching.max_rows}"
@@ -297,7 +298,7 @@ def _check_batching(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
     yield from _check_sizes("buckets", batching.buckets, batching.max_rows)
 
 
-def _check_sizes(field_name: str, sizes: tuple[int, ...], max_rows: int) -> Iterable[rules.Finding]:
+def _check_sizes(field_name: str, sizes: tuple[int, ...], max_rows: int) -> Iterable[Finding]:
     if len(sizes) > MAX_SIZES:
         yield ("batching", field_name), f"has {len(sizes)} entries; at most {MAX_SIZES} are allowed"
     for index, size in enumerate(sizes):
@@ -307,7 +308,7 @@ def _check_sizes(field_name: str, sizes: tuple[int, ...], max_rows: int) -> Iter
             yield ("batching", field_name, index), f"must be larger than the one before it: {size} follows {sizes[index - 1]}"
 
 
-def _check_execution(execution: Execution) -> Iterable[rules.Finding]:
+def _check_execution(execution: Execution) -> Iterable[Finding]:
     if not 1 <= execution.instances <= MAX_INSTANCES:
         yield ("execution", "instances"), f"expected 1 to {MAX_INSTANCES}, found {execution.instances}"
     if len(execution.devices) > MAX_DEVICES:
@@ -321,7 +322,7 @@ def _check_execution(execution: Execution) -> Iterable[rules.Finding]:
         yield ("execution", "timeout_ms"), f"expected 0 (the worker's setting) to {MAX_TIMEOUT_MS}, found {execution.timeout_ms:g}"
 
 
-def _check_architecture(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
+def _check_architecture(manifest: ArtifactManifest) -> Iterable[Finding]:
     found = manifest.architecture
     if found is None:
         if manifest.format == "safetensors":
@@ -338,7 +339,7 @@ def _check_architecture(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
             yield ("architecture", "config", name), f"expected a finite number, found {value}"
 
 
-def _check_listed(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
+def _check_listed(manifest: ArtifactManifest) -> Iterable[Finding]:
     if manifest.entry not in manifest.files:
         yield ("entry",), f"{manifest.entry[:80]!r} is not listed under files"
     test = manifest.self_test
@@ -348,7 +349,7 @@ def _check_listed(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
         yield ("self_test", "tolerance"), f"expected a number between 0 and 1, found {test.tolerance:g}"
 
 
-def _check_labels(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
+def _check_labels(manifest: ArtifactManifest) -> Iterable[Finding]:
     outputs = [t.name for t in manifest.outputs]
     for output, file in manifest.labels.items():
         if output not in outputs:
@@ -357,7 +358,7 @@ def _check_labels(manifest: ArtifactManifest) -> Iterable[rules.Finding]:
             yield ("labels", output), f"{file[:80]!r} is not listed under files"
 
 
-def _check_nesting(names: Iterable[str]) -> Iterable[rules.Finding]:
+def _check_nesting(names: Iterable[str]) -> Iterable[Finding]:
     known = set(names)
     for name in sorted(known):
         inside = next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in known.union(RESERVED)), None)
@@ -365,7 +366,7 @@ def _check_nesting(names: Iterable[str]) -> Iterable[rules.Finding]:
             yield ("files", name), f"lies inside {inside!r}, which is a file"
 
 
-def _check_file(name: str, file: FileDigest) -> Iterable[rules.Finding]:
+def _check_file(name: str, file: FileDigest) -> Iterable[Finding]:
     if not _safe(name):
         yield ("files", name), "must be a plain path inside the artifact's folder"
     if any(len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in name.split("/")):

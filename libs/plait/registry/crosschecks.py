@@ -5,15 +5,15 @@ Pure: a snapshot in, problems out. `plan` runs it on the registry as it would be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from plait.registry import rules
+from plait.registry import rules, set_checks, shapes
 from plait.registry.explain import suggestion
+from plait.registry.findings import Finding, Steps
 from plait.registry.problems import Problem, path
-from plait.registry.records import FeatureSet, FeatureView, Model, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
+from plait.registry.records import FeatureSet, Model, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
 from plait.registry.resources import Key, records_of
-from plait.registry.rules import Finding, Steps
 from plait.registry.specs import kind_of
 
 _FLOATS: Final = ("float16", "float32", "float64")
@@ -26,7 +26,7 @@ def check(snapshot: Snapshot) -> tuple[Problem, ...]:
         found = [*rules.check(record)]
         match record:
             case FeatureSet():
-                found += _set(record, snapshot)
+                found += set_checks.check(record, snapshot)
             case Model():
                 found += _model(record, snapshot)
             case Route():
@@ -44,7 +44,7 @@ def users_of(snapshot: Snapshot, key: Key) -> tuple[str, ...]:
     found: list[str] = []
     if kind == "FeatureView":
         sets = snapshot.feature_sets.values()
-        found += [f"FeatureSet {s.name}" for s in sets if any(_view_name(r) == name for i in s.inputs for r in i.features)]
+        found += [f"FeatureSet {s.name}" for s in sets if any(r.view == name for r in set_checks.views_read(s))]
     elif kind == "FeatureSet":
         models = snapshot.models.values()
         found += [f"Model {m.name}" for m in models if any(v.signature and v.signature.feature_set == name for v in m.versions)]
@@ -56,6 +56,39 @@ def users_of(snapshot: Snapshot, key: Key) -> tuple[str, ...]:
     return tuple(found)
 
 
+def pinned(feature_sets: Iterable[FeatureSet]) -> frozenset[tuple[str, int]]:
+    """Return which versions of views are read by number: (view, version)."""
+    return frozenset((r.view, r.version) for s in feature_sets for r in set_checks.views_read(s) if r.version is not None)
+
+
+def readers(snapshot: Snapshot, view: str) -> tuple[str, ...]:
+    """Return who reads the current version of a view, whatever it is: each set without a pin, with the models and routes behind it."""
+    found = []
+    for feature_set in snapshot.feature_sets.values():
+        if any(r.view == view and r.version is None for r in set_checks.views_read(feature_set)):
+            behind = [*_models_of(snapshot, feature_set), *_routes_of(snapshot, feature_set)]
+            found.append(f"FeatureSet {feature_set.name}" + (f" ({', '.join(behind)})" if behind else ""))
+    return tuple(found)
+
+
+def _models_of(snapshot: Snapshot, feature_set: FeatureSet) -> list[str]:
+    return [
+        f"Model {model.name} version {version.version}"
+        for model in snapshot.models.values()
+        for version in model.versions
+        if version.signature is not None and version.signature.feature_set == feature_set.name
+    ]
+
+
+def _routes_of(snapshot: Snapshot, feature_set: FeatureSet) -> list[str]:
+    found = []
+    for route in snapshot.routes.values():
+        used = [model.resolve(v.use) for v in route.variants if (model := snapshot.models.get(v.model)) is not None]
+        if any(version and version.signature and version.signature.feature_set == feature_set.name for version in used):
+            found.append(f"Route {route.name}")
+    return found
+
+
 def misfits(route: Route, model: Model, version: ModelVersion, snapshot: Snapshot) -> tuple[str, ...]:
     """Return why a version cannot serve a route, empty when it can; the router asks so that one that does not fit hurts no other."""
     signature = version.signature
@@ -63,42 +96,8 @@ def misfits(route: Route, model: Model, version: ModelVersion, snapshot: Snapsho
         return (f"model {model.name!r} version {version.version} has no signature; pin the artifact first (plait apply does)",)
     feature_set = snapshot.feature_sets.get(signature.feature_set)
     found = [*rules.check_signature(signature), *_fits(signature, snapshot)] if signature.feature_set else []
-    found += [*rules.check(feature_set), *_set(feature_set, snapshot)] if feature_set is not None else []
+    found += [*rules.check(feature_set), *set_checks.check(feature_set, snapshot, strict=False)] if feature_set is not None else []
     return (*(message for _, message in found), *_serves(route, model, version, signature, snapshot))
-
-
-def _view_name(reference: str) -> str:
-    return reference.partition(":")[0]
-
-
-def _set(feature_set: FeatureSet, snapshot: Snapshot) -> Iterator[Finding]:
-    keys: dict[str, tuple[str, str]] = {}  # entity type → (key type, the view that said so)
-    for index, item in enumerate(feature_set.inputs):
-        for place, reference in enumerate(item.features):
-            steps: Steps = ("inputs", index, "features", place)
-            view = snapshot.feature_views.get(_view_name(reference))
-            for message in _feature(item, reference, view, snapshot):
-                yield steps, message
-            if view is None or view.entity.type != item.entity:
-                continue
-            key, first = keys.setdefault(item.entity, (view.entity.key, view.name))
-            if key != view.entity.key:
-                both = f"view {view.name!r} has {view.entity.key} keys, but {first!r} has {key} keys"
-                yield steps, f"{both} for the same entity {item.entity!r}"
-
-
-def _feature(item: ModelInput, reference: str, view: FeatureView | None, snapshot: Snapshot) -> Iterator[str]:
-    view_name, _, feature_name = reference.partition(":")
-    if view is None:
-        yield f"there is no feature view {view_name!r}{suggestion(view_name, list(snapshot.feature_views))}"
-        return
-    if view.entity.type != item.entity:
-        yield f"view {view_name!r} is about {view.entity.type!r}, but this input is about {item.entity!r}; one input takes one entity type"
-    feature = next((f for f in view.features if f.name == feature_name), None)
-    if feature is None:
-        yield f"view {view_name!r} has no feature {feature_name!r}{suggestion(feature_name, [f.name for f in view.features])}"
-    elif feature.dtype in _FLOATS and item.dtype not in _FLOATS:
-        yield f"{reference} is {feature.dtype} and cannot be cast to {item.dtype}: a missing value is NaN"
 
 
 def _model(model: Model, snapshot: Snapshot) -> Iterator[Finding]:
@@ -129,16 +128,18 @@ def _fits(signature: Signature, snapshot: Snapshot) -> Iterator[Finding]:
         if item is None:
             yield ("inputs", index), f"feature set {name!r} yields no input {tensor.name!r}; it has {', '.join(offered)}"
         else:
-            for message in _tensor_fits(tensor, item, name):
+            for message in _tensor_fits(tensor, item, feature_set, snapshot):
                 yield ("inputs", index), message
 
 
-def _tensor_fits(tensor: TensorSpec, item: ModelInput, set_name: str) -> Iterator[str]:
+def _tensor_fits(tensor: TensorSpec, item: ModelInput, feature_set: FeatureSet, snapshot: Snapshot) -> Iterator[str]:
     if tensor.dtype != item.dtype:
-        yield f"{tensor.name!r} is {tensor.dtype}, but feature set {set_name!r} yields {item.dtype}"
-    columns = len(item.features)
+        yield f"{tensor.name!r} is {tensor.dtype}, but feature set {feature_set.name!r} yields {item.dtype}"
+    columns = shapes.columns_of(item, feature_set, snapshot.feature_views)
+    if columns is None:
+        return  # the set itself is told what it names that is not there
     if len(tensor.shape) != 2 or tensor.shape[1] != columns:
-        yield f"{tensor.name!r} has shape {_shape(tensor)}, but feature set {set_name!r} yields {columns} columns: [rows, {columns}]"
+        yield f"{tensor.name!r} has shape {_shape(tensor)}, but feature set {feature_set.name!r} yields {columns} columns: [rows, {columns}]"
         return
     rows = tensor.shape[0]
     if rows != -1 and not (tensor.per == "request" and rows == 1):
@@ -185,10 +186,10 @@ def _serves(route: Route, model: Model, version: ModelVersion, signature: Signat
         yield f"{label} names no feature set, so a route cannot fill its inputs"
     feature_set = snapshot.feature_sets.get(signature.feature_set)
     if feature_set is not None:
-        yield from _entities(route, feature_set, signature.inputs, label)
+        yield from _entities(route, feature_set, signature.inputs, label, snapshot)
 
 
-def _entities(route: Route, feature_set: FeatureSet, tensors: Sequence[TensorSpec], label: str) -> Iterator[str]:
+def _entities(route: Route, feature_set: FeatureSet, tensors: Sequence[TensorSpec], label: str, snapshot: Snapshot) -> Iterator[str]:
     """The subject's tensors come once per request, the candidates' once per row; no other entity has ids in a Rank call."""
     per = {tensor.name: tensor.per for tensor in tensors}
     for item in feature_set.inputs:
@@ -197,6 +198,11 @@ def _entities(route: Route, feature_set: FeatureSet, tensors: Sequence[TensorSpe
             yield f"input {item.name!r} of feature set {feature_set.name!r} is about {item.entity!r}, but {known}"
             continue
         wanted = "request" if item.entity == route.subject else "row"
+        crossed = shapes.entities_of(item, feature_set, snapshot.feature_views)
+        if wanted == "request" and route.candidate in crossed:
+            yield f"a transform of input {item.name!r} reads {route.candidate!r}, of which a request has many rows, for each {item.entity!r}"
+        for other in set(crossed) - {route.subject, route.candidate}:
+            yield f"a transform of input {item.name!r} reads {other!r}, of which a request on this route has no ids"
         if per.get(item.name, wanted) != wanted:
             yield f"input {item.name!r} of {label} is per {per[item.name]}, but features of {item.entity!r} come per {wanted}"
     if all(item.entity != route.candidate for item in feature_set.inputs):

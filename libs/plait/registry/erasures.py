@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from plait.registry.queries import Connection
+
+# Shared by who writes to the durable copy, held by who deletes an erased entity's rows: a write that had not seen the erasure yet is
+# committed, and so seen, before the deletion begins. Rows that are not erased are written side by side.
+ROWS_LOCK: Final = 0x706C6169745F7277
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +76,12 @@ async def views_of(connection: Connection, tenant: str, entity_type: str) -> lis
 async def forget_rows(connection: Connection, erasure: Erasure) -> dict[str, int]:
     """Delete an erased entity's rows from the durable copy, up to its time; return how many there were of each view."""
     until = (erasure.until_us + (1 << 63)).to_bytes(8, "big")  # as a position begins
+    async with connection.transaction():
+        await connection.execute("select pg_advisory_xact_lock($1)", ROWS_LOCK)
+        return await _forget_rows(connection, erasure, until)
+
+
+async def _forget_rows(connection: Connection, erasure: Erasure, until: bytes) -> dict[str, int]:
     rows = await connection.fetch(
         """with gone as (
                delete from plait.feature_row

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from plait.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from plait.registry import crosschecks, rules
 from plait.registry.evolution import evolve
 from plait.registry.manifests import MAX_MANIFESTS, Manifest
 from plait.registry.problems import Problem, path, refusal
-from plait.registry.records import FeatureView, Model, Record, Snapshot
+from plait.registry.records import FeatureSet, FeatureView, Model, Record, Snapshot
 from plait.registry.resources import Action, Key, Past, Resource, records_of, snapshot_of
 from plait.registry.specs import kind_of
+
+_MAX_TOLD: Final = 10  # readers of a view, in one sentence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +39,12 @@ def apply(manifests: Sequence[Manifest], current: Mapping[Key, Resource], snapsh
     _refuse_invalid(manifests)
     _refuse_stale(manifests, current)
     problems: list[Problem] = []
-    steps = [_step(manifest, current.get((manifest.kind, manifest.name)), past, problems) for manifest in manifests]
-    problems += _brought_about(snapshot, steps)
+    pinned = crosschecks.pinned(_sets_after(manifests, snapshot))
+    steps = [_step(manifest, current.get((manifest.kind, manifest.name)), past, pinned, problems) for manifest in manifests]
+    problems = _for_whom(problems, snapshot)
+    after = _after(snapshot, steps)
+    problems += _emptied(steps, past, after)
+    problems += _brought_about(snapshot, after, steps)
     if problems:
         located = _located(problems, manifests)
         raise refusal(FailedPrecondition, located, "the registry stays as it is", reason="CROSS_CHECK_FAILED")
@@ -89,22 +96,65 @@ def _refuse_stale(manifests: Sequence[Manifest], current: Mapping[Key, Resource]
         raise refusal(Aborted, problems, "the manifests are older than the registry", reason="ETAG_MISMATCH")
 
 
-def _step(manifest: Manifest, stored: Resource | None, past: Past, problems: list[Problem]) -> Step:
-    record, found = evolve(manifest.record, past)
+def _sets_after(manifests: Sequence[Manifest], snapshot: Snapshot) -> list[FeatureSet]:
+    """Return the feature sets as they would be."""
+    given = {m.name: m.record for m in manifests if isinstance(m.record, FeatureSet)}
+    return list({**snapshot.feature_sets, **given}.values())
+
+
+def _step(manifest: Manifest, stored: Resource | None, past: Past, pinned: Collection[tuple[str, int]], problems: list[Problem]) -> Step:
+    record, found = evolve(manifest.record, past, pinned)
     where = f"{manifest.kind} {manifest.name}"
     problems += [Problem(where=where, field=path(("spec", *steps)), message=message) for steps, message in found]
     action: Action = "created" if stored is None else "unchanged" if stored.record == record else "updated"
     return Step(action=action, key=(manifest.kind, manifest.name), before=stored, after=record)
 
 
-def _brought_about(snapshot: Snapshot, steps: Sequence[Step]) -> list[Problem]:
+def _for_whom(problems: Sequence[Problem], snapshot: Snapshot) -> list[Problem]:
+    """Add to what forbids a change of a view who reads it."""
+    told = []
+    for problem in problems:
+        readers = crosschecks.readers(snapshot, problem.where.removeprefix("FeatureView "))
+        read_by = f"; it is read by {_listed(readers)}" if readers and problem.where.startswith("FeatureView ") else ""
+        told.append(dataclasses.replace(problem, message=problem.message + read_by))
+    return told
+
+
+def _emptied(steps: Sequence[Step], past: Past, after: Snapshot) -> list[Problem]:
+    """Return a problem for every view that would go to a version without rows under the feet of a model, and for whom."""
+    problems = []
+    for step in steps:
+        before = None if step.before is None else step.before.record
+        view = step.after
+        if not (isinstance(view, FeatureView) and isinstance(before, FeatureView)):
+            continue
+        if view.version == before.version or (view.name, view.version) in past.views:
+            continue
+        readers = [reader for reader in crosschecks.readers(after, view.name) if "Model " in reader]
+        if readers:
+            message = (
+                f"version {view.version} has no rows yet and would be read at once by {_listed(readers)}: pin {view.name}@{before.version} there "
+                f"until it is filled, or {view.name}@{view.version} to begin with defaults"
+            )
+            problems.append(Problem(where=f"FeatureView {view.name}", field="spec.version", message=message))
+    return problems
+
+
+def _listed(names: Sequence[str]) -> str:
+    return "; ".join(names[:_MAX_TOLD]) + (f" and {len(names) - _MAX_TOLD} more" if len(names) > _MAX_TOLD else "")
+
+
+def _after(snapshot: Snapshot, steps: Sequence[Step]) -> Snapshot:
+    records: dict[Key, Record] = {(kind_of(record), record.name): record for record in records_of(snapshot)}
+    records |= {step.key: step.after for step in steps if step.after is not None}
+    return snapshot_of(snapshot.revision, records.values(), snapshot.keys.values())
+
+
+def _brought_about(snapshot: Snapshot, after: Snapshot, steps: Sequence[Step]) -> list[Problem]:
     """Return the problems of the world after, less those of resources not touched here that were there before."""
     touched = {f"{kind} {name}" for kind, name in (step.key for step in steps)}
     before = set(crosschecks.check(snapshot))
-    records: dict[Key, Record] = {(kind_of(record), record.name): record for record in records_of(snapshot)}
-    records |= {step.key: step.after for step in steps if step.after is not None}
-    after = crosschecks.check(snapshot_of(snapshot.revision, records.values(), snapshot.keys.values()))
-    return [problem for problem in after if problem.where in touched or problem not in before]
+    return [problem for problem in crosschecks.check(after) if problem.where in touched or problem not in before]
 
 
 def _located(problems: Sequence[Problem], manifests: Sequence[Manifest]) -> list[Problem]:

@@ -50,10 +50,12 @@ def hash_code(text: bytes, buckets: int) -> int:
 
 def stand_in(feature: Feature) -> float | int:
     """Return what takes the place of one unknown number: the declared default, coded where it is text; else `pad` for a list, NaN for floats
-    and 0 for the rest."""
+    (an int8 embedding with a scale is floats to a model) and 0 for the rest."""
     if isinstance(feature.default, str):
         return code_of(feature, feature.default.encode())
-    return feature.pad if feature.max_length and feature.default is None else feature.stand_in
+    if feature.default is None and (feature.max_length or feature.scale):
+        return feature.pad if feature.max_length else math.nan
+    return feature.stand_in
 
 
 def stand_ins(feature: Feature) -> list[float | int]:

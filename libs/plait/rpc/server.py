@@ -43,6 +43,8 @@ class RpcServer:
             default_timeout_s=settings.default_timeout_s,
         )
         self._health = HealthServicer()
+        self._waiting: set[str] = set()  # services that have said they are not ready
+        self._listens = False
         interceptors = [*self.tracing.server_interceptors(), self._interceptor]
         options = [
             ("grpc.max_receive_message_length", settings.max_message_bytes),
@@ -67,7 +69,7 @@ class RpcServer:
         self._scopes[service_name] = scope
 
     async def start(self) -> None:
-        """Listen and answer, with health SERVING."""
+        """Listen and answer, with health SERVING, but for services that have said they are not ready."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         channelz_pb2_grpc.add_ChannelzServicer_to_server(ChannelzServicer(), self._server)
         names = [*self._scopes, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
@@ -75,11 +77,21 @@ class RpcServer:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionServicer(names), self._server)  # type: ignore[no-untyped-call]
         self.address = f"{self._settings.host}:{self._listen()}"
         await self._server.start()
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._listens = True
+        for name in ("", *self._scopes):
+            await self._tell(name)
+
+    async def set_ready(self, service_name: str, ready: bool) -> None:
+        """Say whether one service can do its work yet, for health checks that name it. The process itself, "", is SERVING from its start."""
+        (self._waiting.discard if ready else self._waiting.add)(service_name)
+        if self._listens:
+            await self._tell(service_name)
 
     async def drain(self) -> None:
         """Say NOT_SERVING, let balancers notice, then refuse new calls and finish what is held within the grace."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._listens = False
+        for name in ("", *self._scopes):
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         await asyncio.sleep(self._settings.settle_s)
         self._interceptor.drain()
         await self._server.stop(self._settings.grace_s)
@@ -91,6 +103,6 @@ class RpcServer:
             return int(self._server.add_secure_port(target, credentials))
         return int(self._server.add_insecure_port(target))
 
-    async def _set_health(self, status: int) -> None:
-        for name in ("", *self._scopes):
-            await self._health.set(name, status)
+    async def _tell(self, name: str) -> None:
+        health = health_pb2.HealthCheckResponse
+        await self._health.set(name, health.NOT_SERVING if name in self._waiting else health.SERVING)

@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import secrets
+import socket
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
+from feature_retrieval.aggregation.applying import Applying
+from feature_retrieval.aggregation.plan import AggregationPlans
 from feature_retrieval.audience import Audience
 from feature_retrieval.coalescing import CoalescedReads
+from feature_retrieval.consumer import Consumer, report
+from feature_retrieval.dead_letters import DeadLetters
+from feature_retrieval.durable_copy import DurableCopy
 from feature_retrieval.epochs import EpochUpkeep
 from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.exporting import Exporting
-from feature_retrieval.ingestion import Ingestion
+from feature_retrieval.feast.reading import FeastRows
+from feature_retrieval.freshness import Freshness
+from feature_retrieval.ingestion import MAX_FUTURE_S, Ingestion
 from feature_retrieval.near_cache import NearCache
+from feature_retrieval.publishing import Publishing
+from feature_retrieval.rebuilding import Rebuilding
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
+from feature_retrieval.servicing.events import EventParts
 from feature_retrieval.servicing.upkeep import UpkeepParts
-from feature_retrieval.settings import FeatureRetrievalSettings
-from feature_retrieval.store.opening import open_store
+from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings
+from feature_retrieval.sources import EventSource
+from feature_retrieval.sources.redis_stream import RedisStreamSource
+from feature_retrieval.store.opening import open_store, topology_of
+from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.store.topologies import Topology
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.errors import Unavailable
 from plait.registry.certificates import Signer
+from plait.registry.database import open_pool
 from plait.registry.records import Snapshot
 from plait.registry.store import Store
 from plait.registry.watcher import Watcher
@@ -53,7 +72,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
     metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
 
-    reads = CoalescedReads(store)
+    reads = CoalescedReads(FeastRows(store, _feast(settings.feast, stack), lambda: watcher.snapshot))
     stack.push_async_callback(reads.close)
     current = CurrentPlans(await watcher.first(settings.registry.first_snapshot_timeout_s))
     watcher.subscribe(current.swap)
@@ -64,6 +83,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     stack.push_async_callback(registry.close)
     guard = ErasureGuard(store, registry, poll_s=settings.privacy.poll_s)
     tasks.start(guard.run(), "erasures")
+    durable_rows, durable = await _durable_copy(settings, metrics, watcher, stack, tasks)
     privacy_key = settings.privacy.key.get_secret_value().encode()
     future_s = settings.ingestion.max_future_s
 
@@ -72,17 +92,21 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         service_token=settings.rpc.service_token.get_secret_value(),
         required=settings.rpc.require_auth,
     )
+    retrieval = Retrieval(reads, cache, current.plans)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
-    servicer = FeatureRetrievalServicer(  # type: ignore[abstract]  # the RPCs that are not written yet answer UNIMPLEMENTED
-        Retrieval(reads, cache, current.plans),
-        Ingestion(store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, max_future_s=future_s),
+    servicer = FeatureRetrievalServicer(
+        retrieval,
+        Ingestion(store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=future_s),
         current.plans,
+        explanation=Explanation(retrieval, current.plans, store.times_to_live),
+        events=_open_events(settings, store, watcher, metrics, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
         upkeep=UpkeepParts(
-            epochs=EpochUpkeep(store, lambda: watcher.snapshot, guard.loaded, max_future_s=future_s),
+            epochs=EpochUpkeep(store, lambda: watcher.snapshot, guard.loaded, keep=durable.keep, max_future_s=future_s),
             exporting=Exporting(store, lambda: watcher.snapshot),
             erasing=Erasing(store, registry, Signer(privacy_key) if privacy_key else None, guard.catch_up, max_future_s=future_s),
+            rebuilding=Rebuilding(store, durable_rows, lambda: watcher.snapshot, guard.loaded, max_future_s=future_s),
         ),
         max_batches=settings.ingestion.max_batches,
         max_bytes=settings.ingestion.max_bytes,
@@ -90,6 +114,31 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
     return server
+
+
+async def _durable_copy(
+    settings: FeatureRetrievalSettings, metrics: Metrics, watcher: Watcher, stack: AsyncExitStack, tasks: Tasks
+) -> tuple[DurableRows, DurableCopy]:
+    """Open the copy in the registry's Postgres, which may be away; what waits for it is committed at the end."""
+    dsn = settings.registry.dsn.get_secret_value()
+    pool = await open_pool(dsn, name="plait-features", min_connections=0, max_connections=settings.durable.connections)
+    stack.push_async_callback(pool.close)
+    rows = DurableRows(pool)
+    copy = DurableCopy(rows, lambda: watcher.snapshot, queue_rows=settings.durable.queue_rows, batch_rows=settings.durable.batch_rows)
+    stack.push_async_callback(copy.close)
+    tasks.start(copy.run(), "durable-copy")
+    metrics.gauge("plait_features_durable_queue_rows", "rows that wait to be copied to Postgres").set_function(lambda: copy.queued)
+    metrics.gauge("plait_features_durable_lag_seconds", "how long the oldest of them has waited, seconds").set_function(lambda: copy.lag_s)
+    return rows, copy
+
+
+def _feast(settings: FeastSettings, stack: AsyncExitStack) -> Topology | None:
+    """Return where Feast's rows are, if anywhere."""
+    if not settings.enabled:
+        return None
+    topology = topology_of(settings.redis)
+    stack.push_async_callback(topology.close)
+    return topology
 
 
 class CurrentPlans:
@@ -109,9 +158,13 @@ class CurrentPlans:
     def key_prefixes(self) -> Sequence[bytes]:
         """Return what the keys of every tenant's entity types begin with."""
         snapshot = self._plans.snapshot
-        tenants = {*snapshot.tenants, *(key.tenant for key in snapshot.keys.values()), "default"}
         types = {view.entity.type for view in snapshot.feature_views.values()}
-        return sorted(entity_prefix(tenant, entity_type) for tenant in tenants for entity_type in types)
+        return sorted(entity_prefix(tenant, entity_type) for tenant in tenants_of(snapshot) for entity_type in types)
+
+
+def tenants_of(snapshot: Snapshot) -> Sequence[str]:
+    """Return every tenant there is, whoever only has a key included."""
+    return sorted({*snapshot.tenants, *(key.tenant for key in snapshot.keys.values()), "default"})
 
 
 async def _track_changes(store: RedisStore, audience: Audience, current: CurrentPlans) -> None:
@@ -122,3 +175,60 @@ async def _track_changes(store: RedisStore, audience: Audience, current: Current
         except Unavailable as error:
             log.info("changes in redis are not tracked, so nothing is cached", reason=error.reason)
             await asyncio.sleep(_RETRY_S)
+
+
+def _open_events(
+    settings: FeatureRetrievalSettings, store: RedisStore, watcher: Watcher, metrics: Metrics, stack: AsyncExitStack, tasks: Tasks
+) -> EventParts:
+    """Build what takes events in and applies them; its loops run until the process ends."""
+    wanted = settings.events
+    streams, dead_letters, freshness = store.streams, DeadLetters(store.streams), Freshness(metrics)
+    plans = CurrentAggregations(watcher.snapshot)
+    watcher.subscribe(plans.swap)
+    sources: list[EventSource] = []
+    if wanted.source != "none":
+        name = wanted.consumer or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        sources.append(
+            RedisStreamSource(streams, dead_letters, plans.tenants, consumer=name, claim_after_s=wanted.claim_after_s, keep_s=wanted.keep_s)
+        )
+    if wanted.source == "kafka":
+        from feature_retrieval.sources.kafka import KafkaSource  # noqa: PLC0415  (aiokafka is an extra)
+
+        sources.append(KafkaSource(wanted, dead_letters))
+    for source in sources:
+        consumer = Consumer(source, Applying(store, plans.plans, max_future_s=MAX_FUTURE_S), store, freshness, batch=wanted.batch)
+        stack.push_async_callback(consumer.drain)
+        tasks.start(consumer.run(), f"events from {source.name}")
+        tasks.start(report(source, plans, freshness), f"lag of {source.name}")
+    front = sources[0] if sources else None
+    publishing = Publishing(streams, store, front, max_backlog=wanted.max_backlog, max_future_s=MAX_FUTURE_S)
+    return EventParts(
+        publishing=publishing,
+        dead_letters=dead_letters,
+        freshness=freshness,
+        sources=tuple(sources),
+        snapshot=lambda: watcher.snapshot,
+    )
+
+
+class CurrentAggregations:
+    """Holds the aggregated views of the newest snapshot, and whose events there may be."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._plans = AggregationPlans(snapshot)
+
+    def plans(self) -> AggregationPlans:
+        """Return the newest plans."""
+        return self._plans
+
+    def swap(self, snapshot: Snapshot) -> None:
+        """Start anew with a snapshot."""
+        self._plans = AggregationPlans(snapshot)
+
+    def tenants(self) -> Sequence[str]:
+        """Return every tenant."""
+        return tenants_of(self._plans.snapshot)
+
+    def views(self) -> Sequence[str]:
+        """Return the names of the views that events feed."""
+        return sorted({each.view.name for each in self._plans.views})

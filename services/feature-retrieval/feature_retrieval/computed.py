@@ -11,8 +11,10 @@ from feature_retrieval.row_codec import Bytes2D
 
 
 class Computed(Protocol):
-    """One such column of one schema."""
+    """One such column; `state` is its part of a block of rows, [rows, size_bytes]."""
 
-    def fill(self, block: Bytes2D, now_us: int, out: npt.NDArray[np.float64]) -> None:
-        """Put the value of each of [rows, row_bytes] rows at `now_us` (µs since the epoch) into `out` [rows]."""
+    size_bytes: int
+
+    def evaluate(self, state: Bytes2D, now_us: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_] | None]:
+        """Return [rows] values at `now_us` (µs since the epoch), and which rows have one (None = all)."""
         ...

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final
 
-from feature_retrieval.ingestion import MAX_FUTURE_S, view_of
+from feature_retrieval.ingestion import MAX_FUTURE_S, Keep, kept_nowhere, view_of
 from feature_retrieval.permissions import check_admin, check_writable
 from feature_retrieval.row_codec import FLAG_BACKFILL, HEADER_BYTES, KeySpace
 from feature_retrieval.store.dispatch import Receipt
@@ -36,9 +36,11 @@ class EpochUpkeep:
         erasures_loaded: Callable[[], Awaitable[None]],
         clock: Callable[[], float] = time.time,
         *,
+        keep: Keep = kept_nowhere,
         max_future_s: float = MAX_FUTURE_S,
     ) -> None:
         self._store = store
+        self._keep = keep
         self._snapshot = snapshot
         self._erasures_loaded = erasures_loaded
         self._clock = clock
@@ -108,7 +110,9 @@ class EpochUpkeep:
         ids, rows = [entity_id for entity_id, _ in chosen], [row for _, row in chosen]
         ttl_ms = int((view.retention_s + self._max_future_s) * 1000) if view.retention_s else 0
         await self._erasures_loaded()
-        verdicts = await self._store.write(target.keys(ids), target.mark_keys(ids), rows, ttl_ms, receipt)
+        keys = target.keys(ids)
+        verdicts = await self._store.write(keys, target.mark_keys(ids), rows, ttl_ms, receipt)
+        await self._keep(view, keys, rows)  # refuses erased ones by itself
         return verdicts.count(APPLIED)
 
 

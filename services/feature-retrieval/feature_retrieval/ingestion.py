@@ -20,6 +20,7 @@ from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, RowCodec, he
 from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import APPLIED, ERASED, RedisStore
 from feature_retrieval.views import schemas_of
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, Violation
 from plait.registry.entity_ids import read_ids
 from plait.registry.explain import suggestion
@@ -29,15 +30,21 @@ from plait.rpc.call import Call
 MAX_FUTURE_S: Final = 300.0  # an event time further ahead would block every true update until then
 
 _Bad = dict[int, tuple[str, str]]  # row → reason, message
+Keep = Callable[[FeatureView, Sequence[bytes], Sequence[bytes]], Awaitable[bool]]
 
 
 async def _nothing_was_erased() -> None:
     """For who keeps no erasures."""
 
 
+async def kept_nowhere(view: FeatureView, keys: Sequence[bytes], rows: Sequence[bytes]) -> bool:
+    """For who has no durable copy."""
+    return False
+
+
 class Ingestion:
     """Answers WriteFeatures. `snapshot` gives the newest registry snapshot; `erasures_loaded` returns once Redis knows every erasure, or
-    raises; `max_future_s`: how far an event time may be ahead of `clock`."""
+    raises; `keep` takes rows into the durable copy; `max_future_s`: how far an event time may be ahead of `clock`."""
 
     def __init__(
         self,
@@ -46,12 +53,14 @@ class Ingestion:
         clock: Callable[[], float] = time.time,
         *,
         erasures_loaded: Callable[[], Awaitable[None]] = _nothing_was_erased,
+        keep: Keep = kept_nowhere,
         max_future_s: float = MAX_FUTURE_S,
     ) -> None:
         self._store = store
         self._snapshot = snapshot
         self._clock = clock
         self._erasures_loaded = erasures_loaded
+        self._keep = keep
         self._max_future_s = max_future_s
         self._encoders: dict[tuple[str, int], tuple[FeatureSchema, Encoder]] = {}
 
@@ -76,24 +85,29 @@ class Ingestion:
             ids, rows = [ids[at] for at in places], [rows[at] for at in places]
         if ids:
             receipt = Receipt()
-            verdicts = await self._write(view, epochs, call.tenant, ids, rows, receipt)
+            verdicts, committed = await self._write(view, epochs, call.tenant, ids, rows, receipt)
             result.applied = verdicts.count(APPLIED)
             result.ignored = len(ids) - result.applied - verdicts.count(ERASED)
             bad |= {places[at]: _ERASED for at, verdict in enumerate(verdicts) if verdict == ERASED}
-            result.durability = await self._store.settle(receipt)
+            safe = await self._store.settle(receipt)
+            result.durability = pb.DURABILITY_COMMITTED if committed else safe
         for at in sorted(bad):
             result.errors.add(row=at, reason=bad[at][0], message=bad[at][1])
 
     async def _write(
         self, view: FeatureView, epochs: Sequence[int], tenant: str, ids: Sequence[Id], rows: Sequence[bytes], receipt: Receipt
-    ) -> bytes:
-        """Write rows to epochs in one round trip; return the verdicts of the first epoch, which is the one that is served."""
+    ) -> tuple[bytes, bool]:
+        """Write rows to epochs in one round trip; return the verdicts of the first epoch, which is the one that is served, and whether the
+        rows are committed in Postgres. Rows that were there already are kept, too: an earlier try may have ended between the two."""
         spaces = [KeySpace.of(tenant, view.entity.type, view.name, view.version, epoch) for epoch in epochs]
         keys = [key for space in spaces for key in space.keys(ids)]
         marks = spaces[0].mark_keys(ids)
         await self._erasures_loaded()
-        verdicts = await self._store.write(keys, marks * len(epochs), [*rows] * len(epochs), self._ttl_ms(view), receipt)
-        return verdicts[: len(ids)]
+        rows = [*rows] * len(epochs)
+        verdicts = await self._store.write(keys, marks * len(epochs), rows, self._ttl_ms(view), receipt)
+        kept = [at for at, verdict in enumerate(verdicts) if verdict != ERASED] if view.durable != "off" else []
+        committed = await self._keep(view, [keys[at] for at in kept], [rows[at] for at in kept])
+        return verdicts[: len(ids)], committed
 
     def _ttl_ms(self, view: FeatureView) -> int:
         """How long Redis keeps a row. Past it, an older event must be too old to be taken, or it would come back: whatever the row's event

@@ -91,19 +91,22 @@ def _place_block(
     """Copy one block of rows of one schema: runs of columns, computed columns, defaults over nulls, then what is true of each row."""
     rows: Index | slice = slice(None) if index is None else index
     _copy_runs(picture, block, rows, tensors)
-    for column in picture.computed:
-        values = np.empty(len(block), np.float64)
-        column.computed.fill(block, now_us, values)
-        tensors[column.tensor][rows, column.column] = values
+    valueless = _compute(picture, block, rows, tensors, now_us)
     head = header(block)
     status = np.full(len(block), _PRESENT, np.uint8)
     gone = (head["flags"] & FLAG_TOMBSTONE) != 0
     nulls = picture.codec.has_null(block, picture.null_mask)
+    for _, without in valueless:
+        nulls |= without
     if picture.absent or nulls.any():
         where = np.flatnonzero(~gone) if picture.absent else np.flatnonzero(nulls & ~gone)
         status[where] = _NULL
+        unknown = np.ones((len(where), len(picture.codec.columns) + 1), np.bool_)  # the last: columns the schema does not have
+        unknown[:, :-1] = picture.codec.nulls(block[where])
+        for source, without in valueless:
+            unknown[:, source] |= without[where]
         at = where if index is None else index[where]
-        _count(placed, at, _default_nulls(view, picture, block[where], at, tensors))
+        _count(placed, at, _default_nulls(view, picture, unknown, at, tensors))
     times = head["event_time_us"]
     if view.view.max_age_s > 0:
         status[times < now_us - int(view.view.max_age_s * 1e6)] = _STALE
@@ -123,20 +126,30 @@ def _copy_runs(picture: Picture, block: Bytes2D, rows: Index | slice, tensors: S
         tensors[run.tensor][rows, run.column_from : run.column_to] = values
 
 
-def _default_nulls(view: ViewPlan, picture: Picture, block: Bytes2D, index: Index, tensors: Sequence[Tensor]) -> npt.NDArray[np.int64]:
-    """Put each feature's default where its cell is null or its column is younger than the row; return how many answered cells of each row.
+def _compute(
+    picture: Picture, block: Bytes2D, rows: Index | slice, tensors: Sequence[Tensor], now_us: int
+) -> list[tuple[int, npt.NDArray[np.bool_]]]:
+    """Fill the computed columns; return those that have no value in some rows, by the codec's column, and in which."""
+    valueless: list[tuple[int, npt.NDArray[np.bool_]]] = []
+    for column in picture.computed:
+        values, known = column.computed.evaluate(block[:, column.row_from : column.row_to], now_us)
+        tensors[column.tensor][rows, column.column] = values
+        if known is not None:
+            valueless.append((column.source, ~known))
+    return valueless
 
-    `block`, `index`: rows with a null only.
-    """
-    counts = np.zeros(len(block), np.int64)
-    nulls = np.ones((len(block), len(picture.codec.columns) + 1), np.bool_)  # the last: columns the schema does not have
-    nulls[:, :-1] = picture.codec.nulls(block)
+
+def _default_nulls(
+    view: ViewPlan, picture: Picture, unknown: npt.NDArray[np.bool_], index: Index, tensors: Sequence[Tensor]
+) -> npt.NDArray[np.int64]:
+    """Put each feature's default where its cell is `unknown` [rows, codec's columns + 1]; return how many answered cells of each row."""
+    counts = np.zeros(len(unknown), np.int64)
     for at, cells in view.cells.items():
-        unknown = nulls[:, picture.sources[at]]
+        here_unknown = unknown[:, picture.sources[at]]
         here = np.ix_(index, cells)
-        tensors[at][here] = np.where(unknown, view.defaults[at], tensors[at][here])
+        tensors[at][here] = np.where(here_unknown, view.defaults[at], tensors[at][here])
         if at < view.answered:
-            counts += np.count_nonzero(unknown, axis=1)
+            counts += np.count_nonzero(here_unknown, axis=1)
     return counts
 
 

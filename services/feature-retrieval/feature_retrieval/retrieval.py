@@ -1,7 +1,7 @@
 """THE PAGE of feature-retrieval: ids in, tensors and the truth about them out.
 
 plan (compiled) → ids (each once) → near cache → one round trip to the store for what is left → runs of columns into tensors →
-what was sent along → statuses → policy
+what was sent along → transforms → statuses → policy
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from feature_retrieval import request_features
+from feature_retrieval import request_features, transforming
 from feature_retrieval.entity_ids import ids_by_type, unique
 from feature_retrieval.near_cache import UNKNOWN, NearCache, Places
+from feature_retrieval.permissions import check_readable
 from feature_retrieval.placing import Index, Placed, Tensor, place
 from feature_retrieval.policies import STATUSES, enforce
 from feature_retrieval.row_codec import Id
@@ -70,14 +71,18 @@ class Retrieval:
                 counts[status] += count
         enforce(request, counts, answer.defaulted_cells, sum(tensor.size for tensor in answer.tensors[: answer.plan.answered]))
         for tensor_plan, tensor in zip(answer.plan.tensors[: answer.plan.answered], answer.tensors, strict=False):
-            _add_tensor(response, tensor_plan.name, tensor_plan.number, tensor)
+            add_tensor(response, tensor_plan.name, tensor_plan.number, tensor)
         response.store_us = answer.store_us
         response.registry_revision = plans.snapshot.revision
 
     async def answer(self, plan: Plan, request: Any, call: Call) -> Answer:
-        """Read all a plan needs for a request's `entities` and `request_features`. Raises InvalidArgument, DeadlineExceeded."""
+        """Read all a plan needs for a request's `entities` and `request_features`. Raises PermissionDenied, InvalidArgument, DeadlineExceeded."""
+        for view in plan.restricted:
+            check_readable(view, call)
         ids = ids_by_type(plan, request.entities)
-        sent = request_features.take(plan, request.request_features, {entity_type: len(of) for entity_type, of in ids.items()})
+        rows = {entity_type: len(of) for entity_type, of in ids.items()}
+        transforming.check_rows(plan, rows)
+        sent = request_features.take(plan, request.request_features, rows)
         if call.deadline.expired:
             raise DeadlineExceeded("the deadline had passed before the read began: allow the call more time")
         tensors: list[Tensor] = [_NO_TENSOR] * len(plan.tensors)
@@ -87,15 +92,16 @@ class Retrieval:
         for entity in plan.entities:
             looked_up, inverses[entity.entity_type] = self._look_up(entity, ids[entity.entity_type], call.tenant, now_us)
             reads += looked_up
-            rows = len(looked_up[0].ids) if looked_up else len(ids[entity.entity_type])
+            count = len(looked_up[0].ids) if looked_up else rows[entity.entity_type]
             for at in entity.tensors:
-                tensors[at] = np.empty((rows, plan.tensors[at].width), plan.tensors[at].dtype)
+                tensors[at] = np.empty((count, plan.tensors[at].width), plan.tensors[at].dtype)
         store_us = await self._fetch(reads, call.deadline.remaining_s() * _READ_SHARE)
 
         now_us = int(self._clock() * 1e6)
         placed = [place(read, tensors, now_us).expanded(inverses[read.view.view.entity.type]) for read in reads]
         tensors = [_expanded(tensor, inverses[of.entity_type]) for tensor, of in zip(tensors, plan.tensors, strict=True)]
         defaulted = request_features.place(plan, sent, tensors)  # by the caller's rows: one id given twice may have two values
+        defaulted += transforming.compute(plan, sent, tensors, now_us)
         defaulted += sum(int(p.defaulted.sum()) for p in placed if p.defaulted is not None)
         return Answer(
             plan=plan, ids=ids, reads=reads, placed=placed, tensors=tensors, sent=sent, defaulted_cells=defaulted, now_us=now_us,
@@ -196,7 +202,8 @@ def ages_us(times: npt.NDArray[np.int64], now_us: int) -> npt.NDArray[np.int64]:
     return np.where(times == 0, -1, np.maximum(now_us - times, 0))
 
 
-def _add_tensor(response: Any, name: str, number: int, tensor: Tensor) -> None:
+def add_tensor(response: Any, name: str, number: int, tensor: Tensor) -> None:
+    """Add a tensor to an answer; `number`: its DataType."""
     added = response.tensors.add(name=name, dtype=number)
     added.shape.extend(tensor.shape)
     added.data = tensor.tobytes()

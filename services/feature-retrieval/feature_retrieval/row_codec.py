@@ -8,6 +8,7 @@ Key: `p1{` tenant, entity type, typed id `}` view, view version, epoch. Every pa
 bytes, whatever characters they hold; the braces are a hash tag, so Redis Cluster keeps all views of one entity in one slot. In the same slot
 lie the entity's erasure mark, `p1{` … `}` and a NUL where a view's name would begin (no view has an empty name), and which events its
 aggregates have taken, `s1{` … `}` view, view version, epoch, `a`, bucket: another prefix, so that nobody who tracks rows hears of it.
+Streams are per tenant: `e1{` tenant `}` of events, `d1{` tenant `}` of dead letters.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from feature_retrieval.aggregation.windows import window_of
 from plait.errors import InvalidArgument
 from plait.registry import entity_ids
 from plait.registry.records import Feature, FeatureSchema
@@ -31,6 +33,7 @@ LAYOUT_WITH_TAIL: Final = 2
 HEADER_BYTES: Final = 32
 FLAG_TOMBSTONE: Final = 1
 FLAG_BACKFILL: Final = 2
+FOREIGN: Final = b"f1{"  # what keys begin with that stand for rows in somebody else's store
 MAX_ID_BYTES: Final = 256
 MAX_PARTS: Final = 8
 HEADER: Final = np.dtype(
@@ -38,7 +41,7 @@ HEADER: Final = np.dtype(
 )
 
 Bytes2D = npt.NDArray[np.uint8]
-Kind = Literal["plain", "code", "list"]
+Kind = Literal["plain", "code", "list", "window"]
 IdPart = entity_ids.IdPart
 Id = entity_ids.Id
 
@@ -127,6 +130,10 @@ class KeySpace:
         """Return the key of the set of events of one bucket of time (an int64) that are in an entity's aggregates. Raises as `keys` does."""
         return b"s1" + self.prefix[2:] + encode_id(entity_id) + self.suffix + b"a" + struct.pack(">q", bucket)
 
+    def foreign(self) -> KeySpace:
+        """Return the same space for rows that lie in somebody else's store: its keys name them here, and are in no Redis of ours."""
+        return KeySpace(FOREIGN + self.prefix[len(FOREIGN) :], self.suffix)
+
     def id_of(self, key: bytes) -> Id | None:
         """Return the id a key of this space stands for, or None for a key of another space."""
         if not (key.startswith(self.prefix) and key.endswith(self.suffix)):
@@ -141,6 +148,11 @@ class KeySpace:
 def entity_prefix(tenant: str, entity_type: str) -> bytes:
     """Return what all keys of one tenant's entity type begin with."""
     return b"p1{" + _short(tenant) + _short(entity_type)
+
+
+def tenant_key(kind: bytes, tenant: str) -> bytes:
+    """Return the key of what there is once per tenant: `kind` is `e1` (events) or `d1` (dead letters); all of a tenant's lie in one slot."""
+    return kind + b"{" + _short(tenant) + b"}"
 
 
 def _short(name: str) -> bytes:
@@ -166,7 +178,8 @@ def _utf8(text: str) -> bytes:
 @dataclass(frozen=True, slots=True)
 class Column:
     """Where one feature lies in a row. `index` is its bit in the null bitmap, `offset` of its `width` values counts from the row's start; the
-    u16 before those of a `list` says how many are given. `scale`: what an int8 embedding's values are multiplied by (0 = nothing)."""
+    u16 before those of a `list` says how many are given. `scale`: what an int8 embedding's values are multiplied by (0 = nothing).
+    A `window` is the state of an aggregated feature: `width` bytes."""
 
     index: int
     offset: int
@@ -292,6 +305,8 @@ class RowCodec:
 
 def _column(index: int, start: int, feature: Feature) -> Column:
     """Return the column of a feature whose bytes begin at `start`."""
+    if feature.aggregate is not None:
+        return Column(index, start, np.dtype(np.uint8), "window", window_of(feature.aggregate).size_bytes)
     dtype = np.dtype(stored_type(feature).numpy)
     if feature.max_length:
         return Column(index, start + _COUNT_BYTES, dtype, "list", feature.max_length)

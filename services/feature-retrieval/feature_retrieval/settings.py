@@ -117,6 +117,58 @@ class PrivacySettings(Group):
         return key
 
 
+class EventSettings(Group):
+    """Where the events come from that aggregated views count."""
+
+    source: Literal["none", "redis", "kafka"] = Field(
+        "redis",
+        description="redis: the streams that PublishEvents appends to; kafka: these, and topics of Kafka; none: no events are taken",
+    )
+    consumer: str = Field("", description="name of this replica in the consumer group, unique among them; empty = host and process")
+    batch: int = Field(2000, ge=1, le=10_000, description="most events of a tenant applied together")
+    max_backlog: int = Field(
+        1_000_000, ge=1, description="events of a tenant that may wait; with more, PublishEvents answers EVENT_BACKLOG"
+    )
+    claim_after_s: float = Field(30.0, gt=0, le=3600, description="after how long events that a dead replica took are taken over, seconds")
+    keep_s: float = Field(3600.0, ge=0, description="how long applied events stay in the stream, seconds")
+    kafka_servers: str = Field("", description="host:port of Kafka brokers, separated by commas")
+    kafka_topics: str = Field("", description="tenant=topic pairs, separated by commas")
+    kafka_group: str = Field("plait", description="consumer group in Kafka")
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field("PLAINTEXT", description="how to connect")
+    kafka_sasl_mechanism: str = Field("PLAIN", description="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512, with SASL_…")
+    kafka_user: str = Field("", description="user name, with SASL_…")
+    kafka_password: SecretStr = Field(SecretStr(""), description="password, with SASL_…")
+    kafka_ca: Path | None = Field(None, description="PEM file of the authority that signed the brokers' certificates; empty = the system's")
+
+    @field_validator("kafka_topics")
+    @classmethod
+    def _pairs(cls, topics: str) -> str:
+        if any(not all(pair.partition("=")[::2]) for pair in topics.split(",") if pair):
+            raise ValueError("expected tenant=topic,tenant=topic")
+        return topics
+
+    @model_validator(mode="after")
+    def _whole(self) -> EventSettings:
+        if self.source == "kafka" and not (self.kafka_servers and self.kafka_topics):
+            raise ValueError("source kafka needs kafka_servers and kafka_topics")
+        return self
+
+
+class DurableSettings(Group):
+    """The copy of rows in the registry's Postgres, for views that ask for one (spec.durable)."""
+
+    queue_rows: int = Field(100_000, ge=1, description="rows that may wait to be copied behind their writes; more writes are refused")
+    batch_rows: int = Field(1000, ge=1, le=10_000, description="rows copied by one statement")
+    connections: int = Field(4, ge=1, le=64, description="connections to Postgres at most")
+
+
+class FeastSettings(Group):
+    """An existing Feast online store, for the views that say `feast`."""
+
+    enabled: bool = Field(False, description="read such views' rows from Feast's Redis; off: they are answered as unavailable")
+    redis: RedisSettings = Field(default_factory=RedisSettings, description="Feast's Redis")
+
+
 class FeatureRetrievalSettings(ServiceSettings):
     """All settings of the service."""
 
@@ -126,3 +178,6 @@ class FeatureRetrievalSettings(ServiceSettings):
     near_cache: NearCacheSettings = Field(default_factory=NearCacheSettings, description="rows of hot entities in this process")
     ingestion: IngestionSettings = Field(default_factory=IngestionSettings, description="how writes are taken")
     privacy: PrivacySettings = Field(default_factory=PrivacySettings, description="erasing people and things")
+    events: EventSettings = Field(default_factory=EventSettings, description="events that aggregated views count")
+    durable: DurableSettings = Field(default_factory=DurableSettings, description="the copy of rows in Postgres")
+    feast: FeastSettings = Field(default_factory=FeastSettings, description="an existing Feast online store")

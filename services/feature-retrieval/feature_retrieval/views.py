@@ -12,10 +12,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from feature_retrieval.aggregation.windows import window_of
 from feature_retrieval.computed import Computed
 from feature_retrieval.row_codec import Bytes2D, KeySpace, RowCodec
+from feature_retrieval.transforms import CompiledTransform, compile_transform, operand_default, operand_dtype
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound
+from plait.registry import expressions
 from plait.registry.explain import suggestion
 from plait.registry.records import (
     Entity,
@@ -26,9 +29,10 @@ from plait.registry.records import (
     ModelInput,
     RequestFeature,
     Snapshot,
+    Transform,
 )
 from plait.registry.references import Reference, parse, width_of
-from plait.registry.shapes import stand_in
+from plait.registry.shapes import stand_in, transform_width
 
 _MAX_SPACES: Final = 1024  # tenants, per view
 
@@ -50,9 +54,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class ComputedColumn:
-    """A column that is worked out from the row, and where it goes."""
+    """A column that is worked out from bytes of the row, and where it goes. `source` is the codec's column, whose null it may be."""
 
     computed: Computed
+    row_from: int
+    row_to: int
+    source: int
     tensor: int
     column: int
 
@@ -95,6 +102,8 @@ class ViewPlan:
         if space is None:
             view = self.view
             space = KeySpace.of(tenant, view.entity.type, view.name, view.version, self.epoch_of(tenant))
+            if view.feast is not None:
+                space = space.foreign()
             if len(self.spaces) < _MAX_SPACES:
                 self.spaces[tenant] = space
         return space
@@ -130,15 +139,41 @@ class RequestColumn:
 
 
 @dataclass(frozen=True, slots=True)
+class OperandPlan:
+    """What a transform reads: a tensor that was gathered for it, or a request feature. `entity_type` is empty for one per request."""
+
+    reference: str
+    entity_type: str
+    tensor: int = -1
+    request: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TransformPlan:
+    """A column, or several, to be computed. `places`: (tensor, first column, behind the last one), each `width` columns."""
+
+    transform: Transform
+    compiled: CompiledTransform
+    operands: tuple[OperandPlan, ...]
+    width: int
+    places: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """A compiled feature set, or the part of it that the asked inputs need. The first `answered` tensors are answered."""
+    """A compiled feature set, or the part of it that the asked inputs need.
+
+    The first `answered` tensors are answered, parallel to `inputs`; the others are what transforms read.
+    """
 
     feature_set: FeatureSet
     tensors: tuple[TensorPlan, ...]
     answered: int
     entities: tuple[EntityPlan, ...]
     request: tuple[RequestColumn, ...]
+    transforms: tuple[TransformPlan, ...]
     inputs: tuple[ModelInput, ...]
+    restricted: tuple[FeatureView, ...]  # views that name who may read them
 
 
 class Plans:
@@ -183,57 +218,115 @@ def schemas_of(view: FeatureView) -> tuple[FeatureSchema, ...]:
 
 
 _Wanted = dict[int, list[tuple[int, str, int]]]  # tensor → (column, feature name, which of its values), one per column
+_ViewKey = tuple[str, int | None]  # name, pinned version
 
 
 class _Compiler:
-    """Compiles some inputs of one set: every reference gets its columns, then every view its part of them."""
+    """Compiles some inputs of one set: every reference gets its columns, then every view its part of them.
+
+    What transforms read besides is gathered in tensors of its own, behind those that are answered.
+    """
 
     def __init__(self, snapshot: Snapshot, feature_set: FeatureSet, inputs: tuple[ModelInput, ...]) -> None:
         self._snapshot = snapshot
         self._set = feature_set
         self._inputs = inputs
-        self._declared = {feature.name: feature for feature in feature_set.request}
-        self._dtypes = [np.dtype(BY_NAME[i.dtype].numpy) for i in inputs]
-        self._widths: list[int] = []
-        self._stored: dict[str, dict[tuple[str, int | None], _Wanted]] = {i.entity: {} for i in inputs}  # by entity type, then view
+        self._tensors = [TensorPlan(i.name, i.entity, np.dtype(BY_NAME[i.dtype].numpy), BY_NAME[i.dtype].number, 0) for i in inputs]
+        self._stored: dict[str, dict[_ViewKey, _Wanted]] = {i.entity: {} for i in inputs}  # by entity type
         self._sent: dict[str, dict[int, list[int]]] = {}  # request feature → tensor → columns
+        self._gathered: dict[str, int] = {}  # reference that a transform reads → its tensor
+        self._transforms: dict[str, TransformPlan] = {}
 
     def plan(self) -> Plan:
         for at, item in enumerate(self._inputs):
-            self._widths.append(self._columns(at, item))
-        tensors = tuple(
-            TensorPlan(i.name, i.entity, dtype, BY_NAME[i.dtype].number, width)
-            for i, dtype, width in zip(self._inputs, self._dtypes, self._widths, strict=True)
-        )
+            self._tensors[at] = replace(self._tensors[at], width=self._columns(at, item))
         request = tuple(
-            RequestColumn(self._declared[name], {at: np.array(columns, np.intp) for at, columns in cells.items()})
+            RequestColumn(self._declared(name), {at: np.array(columns, np.intp) for at, columns in cells.items()})
             for name, cells in self._sent.items()
         )
         entities = tuple(self._entity(entity_type) for entity_type in self._stored)
-        return Plan(self._set, tensors, len(self._inputs), entities, request, self._inputs)
+        restricted = tuple(view.view for entity in entities for view in entity.views if view.view.readers)
+        return Plan(
+            self._set,
+            tuple(self._tensors),
+            len(self._inputs),
+            entities,
+            request,
+            tuple(self._transforms.values()),
+            self._inputs,
+            restricted,
+        )
 
     def _columns(self, at: int, item: ModelInput) -> int:
         """Give every feature of an input its columns; return how many there are."""
         column = 0
         for text in item.features:
             reference = parse(text)
-            if reference is None or reference.kind == "transform":
-                raise self._broken(f"names {text!r}, which is no feature that can be read")
-            if reference.kind == "request":
-                self._request(reference.feature, item).setdefault(at, []).append(column)
+            if reference is None:
+                raise self._broken(f"names {text!r}, which is no feature")
+            if reference.kind == "stored":
+                column += self._store(at, column, reference, item.entity)
+            elif reference.kind == "request":
+                self._request(reference.feature, item.entity).setdefault(at, []).append(column)
                 column += 1
-                continue
-            feature = self._feature(reference, item.entity)
-            wanted = self._stored[item.entity].setdefault((reference.view, reference.version), {}).setdefault(at, [])
-            wanted += [(column + n, reference.feature, n) for n in range(width_of(feature))]
-            column += width_of(feature)
+            else:
+                transform = self._transform(reference.feature, item.entity)
+                transform.places.append((at, column, column + transform.width))
+                column += transform.width
         return column
 
-    def _request(self, name: str, item: ModelInput) -> dict[int, list[int]]:
-        feature = self._declared.get(name)
-        if feature is None or feature.entity not in ("", item.entity):
-            raise self._broken(f"names $request:{name} in input {item.name!r}, but declares no such request feature for {item.entity!r}")
+    def _store(self, at: int, column: int, reference: Reference, entity_type: str) -> int:
+        """Give a stored feature its columns of a tensor; return how many."""
+        width = width_of(self._feature(reference, entity_type))
+        views = self._stored.setdefault(entity_type, {})
+        wanted = views.setdefault((reference.view, reference.version), {}).setdefault(at, [])
+        wanted += [(column + n, reference.feature, n) for n in range(width)]
+        return width
+
+    def _request(self, name: str, entity_type: str) -> dict[int, list[int]]:
+        if self._declared(name).entity not in ("", entity_type):
+            raise self._broken(f"names $request:{name} for {entity_type!r}, but declares it for {self._declared(name).entity!r}")
         return self._sent.setdefault(name, {})
+
+    def _declared(self, name: str) -> RequestFeature:
+        feature = next((f for f in self._set.request if f.name == name), None)
+        if feature is None:
+            raise self._broken(f"names $request:{name}, but declares no such request feature")
+        return feature
+
+    def _transform(self, name: str, entity_type: str) -> TransformPlan:
+        known = self._transforms.get(name)
+        if known is not None:
+            return known
+        transform = next((t for t in self._set.transforms if t.name == name), None)
+        width = None if transform is None else transform_width(transform, self._set, self._snapshot.feature_views)
+        if transform is None or width is None or transform.entity != entity_type:
+            raise self._broken(f"names $transform:{name} for {entity_type!r}, which it does not declare, or not so that it can be computed")
+        tree = expressions.parse(transform.expression)
+        dtypes: dict[str, np.dtype[np.generic]] = {}
+        operands: list[OperandPlan] = []
+        for text in expressions.references(tree):
+            operand, dtypes[text] = self._operand(text)
+            operands.append(operand)
+        plan = self._transforms[name] = TransformPlan(transform, compile_transform(tree, dtypes), tuple(operands), width, [])
+        return plan
+
+    def _operand(self, text: str) -> tuple[OperandPlan, np.dtype[np.generic]]:
+        """Have an operand of a transform gathered; return where it will be, and its dtype."""
+        reference = parse(text)
+        assert reference is not None  # noqa: S101  (the transform has a width, so its operands are there)
+        if reference.kind == "request":
+            feature = self._declared(reference.feature)
+            self._sent.setdefault(feature.name, {})
+            return OperandPlan(text, feature.entity, request=feature.name), operand_dtype(feature)
+        view = self._snapshot.feature_views[reference.view].at(reference.version)
+        assert view is not None  # noqa: S101
+        dtype = operand_dtype(self._feature(reference, view.entity.type))
+        if text not in self._gathered:
+            at = self._gathered[text] = len(self._tensors)
+            self._tensors.append(TensorPlan(text, view.entity.type, dtype, 0, 0))
+            self._tensors[at] = replace(self._tensors[at], width=self._store(at, 0, reference, view.entity.type))
+        return OperandPlan(text, view.entity.type, tensor=self._gathered[text]), dtype
 
     def _feature(self, reference: Reference, entity_type: str) -> Feature:
         view = self._view(reference.view, reference.version, entity_type)
@@ -270,7 +363,7 @@ class _Compiler:
             for at, columns in wanted.items():
                 merged[at] = sorted([*merged.get(at, []), *columns])
         plans = tuple(self._view_plan(view, wanted) for view, wanted in views.values())
-        tensors = tuple(at for at, i in enumerate(self._inputs) if i.entity == entity_type)
+        tensors = tuple(at for at, tensor in enumerate(self._tensors) if tensor.entity_type == entity_type)
         return EntityPlan(entity_type, plans[0].view.entity if plans else None, plans, tensors)
 
     def _view_plan(self, view: FeatureView, cells: _Wanted) -> ViewPlan:
@@ -278,30 +371,37 @@ class _Compiler:
         pictures = {schema.id: _picture(schema, cells) for schema in schemas_of(view)}
         asked = {name for wanted in cells.values() for _, name, _ in wanted}
         answered = len(self._inputs)
-        snapshot, name, version = self._snapshot, view.name, view.version
+        snapshot, view_name, version = self._snapshot, view.name, view.version
+
+        def defaults(at: int) -> npt.NDArray[np.generic]:
+            one = stand_in if at < answered else operand_default
+            return np.array([one(features[name]) for _, name, _ in cells[at]]).astype(self._tensors[at].dtype)
+
         return ViewPlan(
             view=view,
             current=pictures[schemas_of(view)[-1].id],
             pictures=pictures,
             cells={at: np.array([column for column, _, _ in wanted], np.intp) for at, wanted in cells.items()},
             names={at: tuple(name for _, name, _ in wanted) for at, wanted in cells.items()},
-            defaults={
-                at: np.array([stand_in(features[name]) for _, name, _ in wanted]).astype(self._dtypes[at]) for at, wanted in cells.items()
-            },
+            defaults={at: defaults(at) for at in cells},
             has_all_defaults=all(features[name].default is not None for name in asked),
             answered=answered,
             answered_cells=sum(len(wanted) for at, wanted in cells.items() if at < answered),
-            epoch_of=lambda tenant: snapshot.epochs_of(tenant, name, version).serving,
+            epoch_of=lambda tenant: snapshot.epochs_of(tenant, view_name, version).serving,
         )
 
 
 def _picture(schema: FeatureSchema, cells: _Wanted) -> Picture:
     codec = RowCodec(schema)
     runs: list[Run] = []
+    computed: list[ComputedColumn] = []
+    windows = {feature.name: window_of(feature.aggregate) for feature in schema.features if feature.aggregate is not None}
     for at, wanted in cells.items():
         for column, name, element in wanted:
             source = codec.columns.get(name)
-            if source is not None:
+            if source is not None and source.kind == "window":
+                computed.append(ComputedColumn(windows[name], source.offset, source.end, source.index, at, column))
+            elif source is not None:
                 begin = source.offset + element * source.dtype.itemsize
                 _add_run(runs, Run(begin, begin + source.dtype.itemsize, source.dtype, at, column, column + 1, source.scale))
     sources = {
@@ -310,7 +410,7 @@ def _picture(schema: FeatureSchema, cells: _Wanted) -> Picture:
     }
     asked = dict.fromkeys(name for wanted in cells.values() for _, name, _ in wanted)
     known = [name for name in asked if name in codec.columns]
-    return Picture(codec, tuple(runs), codec.null_mask(known), len(known) < len(asked), sources)
+    return Picture(codec, tuple(runs), codec.null_mask(known), len(known) < len(asked), sources, tuple(computed))
 
 
 def _add_run(runs: list[Run], run: Run) -> None:

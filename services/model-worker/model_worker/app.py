@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 from importlib.metadata import version
+from typing import Final
 
 from model_worker import backends, memory
 from model_worker.artifacts import Fetcher
@@ -28,6 +29,9 @@ from plait.rpc.process import Tasks
 from plait.rpc.server import RpcServer
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
+
+_PUBLIC: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_INTERNAL: Final = stream_pb.DESCRIPTOR.services_by_name["ModelWorkerService"].full_name
 
 
 async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tasks: Tasks) -> RpcServer:
@@ -56,7 +60,8 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
     )
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     inference = Inference(models, instruments.statistics, instruments.failed)
-    load = LoadReport(available_cpus(), lambda: instruments.statistics.busy_s, lambda: models.queued_rows)
+    report = LoadReport(available_cpus(), lambda: instruments.statistics.busy_s, lambda: models.queued_rows)
+    load = report if settings.protocol.trailers else None
     server.add(
         pb_grpc.add_GRPCInferenceServiceServicer_to_server,
         InferenceServicer(
@@ -68,15 +73,23 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
             max_in_flight=settings.rpc.max_in_flight,
             default_timeout_s=settings.rpc.default_timeout_s,
             tracing=tracing,
-            load=load if settings.protocol.trailers else None,
+            load=load,
         ),
-        pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+        _PUBLIC,
         scope="infer",
     )
     server.add(
         stream_pb_grpc.add_ModelWorkerServiceServicer_to_server,
-        StreamServicer(inference, max_in_flight=settings.rpc.max_in_flight, tracing=tracing),
-        stream_pb.DESCRIPTOR.services_by_name["ModelWorkerService"].full_name,
+        StreamServicer(inference, max_in_flight=settings.rpc.max_in_flight, tracing=tracing, load=load),
+        _INTERNAL,
         scope="infer",
     )
+    tasks.start(_tell_health(models, server), "health")
     return server
+
+
+async def _tell_health(models: Models, server: RpcServer) -> None:
+    """Have health checks that name one of the services say what ServerReady says: Kubernetes has no other probe for gRPC."""
+    async for ready in models.readiness():
+        for service in (_PUBLIC, _INTERNAL):
+            await server.set_ready(service, ready)

@@ -129,8 +129,10 @@ class Batcher:
         """Rows waiting for a batch."""
         return self._schedule.queued_rows
 
-    async def submit(self, inputs: tuple[Array, ...], rows: int, deadline_s: float, priority: int = 0) -> Answer:
+    async def submit(self, inputs: tuple[Array, ...], rows: int, deadline_s: float, priority: int = 0, *, watched: bool = False) -> Answer:
         """Return the answer to one request: `inputs` in the signature's order, `deadline_s` on the batcher's clock, `priority` as `Ticket` has it.
+
+        A call's deadline is gRPC's to watch, which cancels the caller. With `watched` it is watched here, whatever the instances are doing.
 
         Raises InvalidArgument (TOO_MANY_ROWS), ResourceExhausted (QUEUE_FULL, OUT_OF_DEVICE_MEMORY), DeadlineExceeded (also MODEL_HUNG),
         Unavailable (MODEL_UNLOADING, INSTANCE_LOST), Internal (MODEL_EXECUTION_FAILED, MODEL_OUTPUT_WRONG),
@@ -153,10 +155,17 @@ class Batcher:
         self._schedule.offer(request, self._clock())
         self._quiet.clear()
         self._wake()
+        watch = self._loop.call_later(max(0.0, deadline_s - self._clock()), self._expire, request) if watched else None
         try:
             return await request.answer
         finally:
             self._schedule.withdraw(request)
+            if watch is not None:
+                watch.cancel()
+
+    def _expire(self, request: Request) -> None:
+        self._schedule.withdraw(request)
+        self._fail(request, _late())
 
     async def close(self) -> None:
         """Take nothing new, and return once everything held was answered."""
@@ -179,9 +188,7 @@ class Batcher:
                 return
             batch, late = self._schedule.next(self._clock(), self._busy())
             for ticket in late:
-                self._fail(
-                    ticket, DeadlineExceeded("the deadline passed, or would have, before the model could run: allow the call more time")
-                )
+                self._fail(ticket, _late())
             if late:
                 self._instruments.dropped.inc(len(late))
             if batch is None:
@@ -381,6 +388,10 @@ class Batcher:
         if not request.answer.done():
             request.answer.set_exception(error)
             request.answer.exception()  # seen: should the caller go away this very moment, nobody misses it
+
+
+def _late() -> PlaitError:
+    return DeadlineExceeded("the deadline passed, or would have, before the model could run: allow the call more time")
 
 
 def _finite(array: Array) -> bool:

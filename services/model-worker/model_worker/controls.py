@@ -7,6 +7,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, Final
 
 from model_worker.settings import ProtocolSettings
@@ -19,6 +20,7 @@ log = get_logger(__name__)
 
 _VERBOSE: Final = "log_verbose_level"
 _LOG_FLAGS: Final = ("log_error", "log_warning", "log_info")  # by falling severity
+_AS_DOCUMENTED: Final = MappingProxyType({"log_errors": "log_error", "log_warnings": "log_warning"})  # Triton's page differs from its code
 _LEVELS: Final = ("error", "warning", "info", "debug")
 _MAX_RATE: Final = 1_000_000_000
 
@@ -29,6 +31,7 @@ class Controls:
     def __init__(self, settings: ProtocolSettings, tracing: Tracing) -> None:
         self._settings = settings
         self._tracing = tracing
+        self._first_ratio = tracing.ratio
 
     def logs(self, request: Any, response: Any) -> None:
         """Answer LogSettings. Raises PermissionDenied (LOG_CONTROL_OFF), InvalidArgument."""
@@ -62,7 +65,7 @@ class Controls:
             raise _off("the settings of traces", "trace_control", "TRACE_CONTROL_OFF")
         if request.model_name:
             raise Unimplemented("traces are sampled alike for every model: leave model_name empty")
-        ratio = _wanted_ratio(request.settings, self._tracing.ratio)
+        ratio = _wanted_ratio(request.settings, self._tracing.ratio, self._first_ratio)
         if not self._tracing.enabled:
             raise FailedPrecondition(
                 "this process exports no traces: start it with telemetry.trace_exporter set to otlp or console", reason="TRACING_OFF"
@@ -77,15 +80,15 @@ def _wanted_level(settings: Any) -> str:
     flags = {name: i <= at for i, name in enumerate(_LOG_FLAGS)}
     verbose = at == len(_LOG_FLAGS)
     problems = []
-    for name in sorted(settings):
-        value = settings[name]
+    for given in sorted(settings):
+        value, name = settings[given], _AS_DOCUMENTED.get(given, given)
         kind = value.WhichOneof("parameter_choice")
         if name in flags and kind == "bool_param":
             flags[name] = value.bool_param
         elif name == _VERBOSE and kind == "uint32_param":
             verbose = value.uint32_param > 0
         else:
-            problems.append(_unknown(name, f"expected {', '.join(_LOG_FLAGS)} as bool_param or {_VERBOSE} as uint32_param"))
+            problems.append(_unknown(given, f"expected {', '.join(_LOG_FLAGS)} as bool_param or {_VERBOSE} as uint32_param"))
     if not flags["log_error"]:
         problems.append(_unknown("log_error", "errors are always logged"))
     _refuse(problems, "the log's settings")
@@ -94,13 +97,16 @@ def _wanted_level(settings: Any) -> str:
     return next((level for level, name in (("info", "log_info"), ("warning", "log_warning")) if flags[name]), "error")
 
 
-def _wanted_ratio(settings: Any, ratio: float) -> float:
-    """Return the share of traces that the given settings mean. Raises InvalidArgument with every violation."""
+def _wanted_ratio(settings: Any, ratio: float, first_ratio: float) -> float:
+    """Return the share of traces that the given settings mean; one without a value is set back to `first_ratio`. Raises InvalidArgument
+    with every violation."""
     problems = []
     level = ""
     for name in sorted(settings):
         values = list(settings[name].value)
-        if name == "trace_rate" and len(values) == 1 and _is_rate(values[0]):
+        if name in ("trace_rate", "trace_level") and not values:
+            ratio = first_ratio
+        elif name == "trace_rate" and len(values) == 1 and _is_rate(values[0]):
             ratio = 1 / int(values[0])
         elif name == "trace_level" and values in (["OFF"], ["TIMESTAMPS"]):
             level = values[0]

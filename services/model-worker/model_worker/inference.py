@@ -23,27 +23,35 @@ class Inference:
         self._failed = failed
         self._statistics = statistics
 
-    async def infer(self, request: pb.ModelInferRequest, response: pb.ModelInferResponse) -> Answer:
-        """Fill `response` and return what it was made of. Raises what `Models.get`, `Codec.decode` and `Batcher.submit` raise."""
+    async def infer(self, request: pb.ModelInferRequest, response: pb.ModelInferResponse, *, watched: bool = False) -> Answer:
+        """Fill `response` and return what it was made of. With `watched` it ends at its deadline by itself, as on a stream, where gRPC ends
+        the stream only. Raises what `Models.get`, `Codec.decode` and `Batcher.submit` raise."""
         began_s = time.monotonic()
         served = self._models.get(request.model_name, request.model_version)
         counters = self._statistics.of(served.model, served.version)
         try:
-            return await self._answer(served, request, response, counters, began_s)
+            return await self._answer(served, request, response, counters, began_s, watched)
         except BaseException as error:  # a caller that went away was not answered either
             counters.failed(time.monotonic() - began_s)
             self._failed(served.model, served.version, error.reason if isinstance(error, PlaitError) else type(error).__name__)
             raise
 
     async def _answer(
-        self, served: Served, request: pb.ModelInferRequest, response: pb.ModelInferResponse, counters: ModelStatistics, began_s: float
+        self,
+        served: Served,
+        request: pb.ModelInferRequest,
+        response: pb.ModelInferResponse,
+        counters: ModelStatistics,
+        began_s: float,
+        watched: bool,
     ) -> Answer:
         query = served.codec.decode(request)
         read_s = time.monotonic()
         deadline_s = current().deadline.at_s
         if query.timeout_s is not None:
             deadline_s = min(deadline_s, began_s + query.timeout_s)
-        answer = await served.batcher.submit(query.inputs, query.rows, deadline_s, query.priority)
+            watched = True
+        answer = await served.batcher.submit(query.inputs, query.rows, deadline_s, query.priority, watched=watched)
         write_s = time.monotonic()
         response.model_name = served.model
         response.model_version = served.version

@@ -15,16 +15,16 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from enum import IntEnum
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from model_worker import artifacts, backends
-from model_worker.backends import LoadOptions, Model
 from model_worker.shared_arrays import Arena, Disconnected, receive, send
 from plait.errors import PlaitError
-from plait.registry.records import ModelVersion
+
+if TYPE_CHECKING:
+    from model_worker.backends import Model
 
 _PR_SET_PDEATHSIG: Final = 1
-Load = Callable[[Mapping[str, Any]], Model]
+Load = Callable[[Mapping[str, Any]], "Model"]
 
 
 class Kind(IntEnum):
@@ -40,6 +40,11 @@ class Kind(IntEnum):
 
 def load_pinned(order: Mapping[str, Any]) -> Model:
     """Load the artifact that lies in `folder`, once its manifest has the `digest` and its files are what the manifest says."""
+    # Here, so that the conversation itself needs none of the libraries that artifacts and models do.
+    from model_worker import artifacts, backends  # noqa: PLC0415
+    from model_worker.backends import LoadOptions  # noqa: PLC0415
+    from plait.registry.records import ModelVersion  # noqa: PLC0415
+
     version = ModelVersion(version="1", artifact=order["folder"], digest=order["digest"])
     options = LoadOptions(**{**order["options"], "buckets": tuple(order["options"]["buckets"])})
     return backends.load(artifacts.fetch(version, None), options)

@@ -40,6 +40,11 @@ class Instance:
         """End the thread after what it was given."""
         await self._runner.stop()
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread still runs."""
+        return self._runner.alive
+
     def abandon(self) -> None:
         """Leave a thread that hangs to itself."""
         self._runner.abandon()
@@ -51,30 +56,58 @@ class Instances:
     def __init__(self, name: str, models: Sequence[Model]) -> None:
         self._name = name
         self._all = [Instance(f"model {name} {i}", model) for i, model in enumerate(models)]
-        self._stuck = 0
+        self._missing: list[Instance] = []  # given up, and there was no room for another thread
+        self._given_up: list[Instance] = []
 
     def __repr__(self) -> str:
-        return f"<Instances {self._name} {self._all} stuck={self._stuck}>"
+        return f"<Instances {self._name} {self._all} stuck={self.stuck}>"
 
     def __len__(self) -> int:
         return len(self._all)
+
+    @property
+    def stuck(self) -> int:
+        """Threads that were given up and have not come back. What they compute with is still in memory."""
+        return sum(instance.alive for instance in self._given_up)
 
     def free(self) -> Instance | None:
         """Return an instance that can compute now, or None."""
         for instance in self._all:
             if instance.batch is None and instance.ready:
                 return instance
+        if self._missing and self.stuck <= _MAX_STUCK:
+            return self._replace(self._missing.pop())
         return None
 
     def give_up(self, instance: Instance) -> None:
-        """Replace an instance whose thread hangs by a fresh one, as often as there may be such threads; after that there is one fewer."""
+        """Replace an instance whose thread hangs by a fresh one, as long as there may be such threads; after that there is one fewer until
+        one of them comes back."""
         self._all.remove(instance)
         instance.abandon()
-        self._stuck += 1
-        if self._stuck <= _MAX_STUCK:
-            self._all.append(Instance(f"{instance.name}'", instance.model))
+        self._given_up = [other for other in self._given_up if other.alive] + [instance]
+        if self.stuck <= _MAX_STUCK:
+            self._replace(instance)
+        else:
+            self._missing.append(instance)
+
+    def abandon(self) -> None:
+        """Give all of them up for good."""
+        for instance in self._all:
+            instance.abandon()
+        self._given_up += self._all
+        self._all, self._missing = [], []
 
     async def stop(self) -> None:
         """End every thread that still answers."""
         for instance in self._all:
             await instance.stop()
+
+    async def ended(self) -> None:
+        """Wait for the threads that were given up, which may be for ever."""
+        for instance in self._given_up:
+            await instance.stop()
+
+    def _replace(self, instance: Instance) -> Instance:
+        fresh = Instance(instance.name, instance.model)
+        self._all.append(fresh)
+        return fresh

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final, ParamSpec, TypeVar
 
 TRAILER: Final = "endpoint-load-metrics-bin"
 _EVERY_S: Final = 0.1
 _DOUBLE: Final = struct.Struct("<Bd")
+P = ParamSpec("P")
+T = TypeVar("T")
 _CPU, _RPS, _EPS, _APPLICATION, _NAMED = 1, 6, 7, 9, 8  # field numbers
 
 
@@ -44,6 +46,20 @@ class LoadReport:
         """Count one call."""
         self._answered += 1
         self._failed += failed
+
+    def counting(self, work: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+        """Return `work` so that each call of it is counted, as failed where it raises."""
+
+        async def counted(*args: P.args, **more: P.kwargs) -> T:
+            try:
+                result = await work(*args, **more)
+            except Exception:
+                self.count(failed=True)
+                raise
+            self.count()
+            return result
+
+        return counted
 
     def __call__(self) -> bytes:
         """Return the serialized report: utilizations 0..1 of the CPUs and of the models' instances, calls and errors per second, queued rows."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from model_worker import memory, retest
@@ -37,6 +37,7 @@ from plait.telemetry.logging import get_logger
 
 log = get_logger(__name__)
 
+ANY_VERSION: Final = "-1"
 _TESTS_BEFORE_RELOAD: Final = 2  # a model that fails its self-test so often in a row is loaded anew
 _CLOSE_S: Final = 5.0  # at the end of the process, when nobody waits any more
 
@@ -58,6 +59,7 @@ class Models:
         self._changed = asyncio.Event()
         self._moved = asyncio.Event()
         self._leaving: dict[asyncio.Task[None], tuple[Key, Entry]] = {}
+        self._hanging: set[asyncio.Task[None]] = set()  # wait for threads that were given up
         self._want: dict[Key, ModelVersion] = {}
         self._following = False  # a snapshot was adopted
         self._settled = False
@@ -70,18 +72,35 @@ class Models:
     # --- what requests ask
 
     def get(self, model: str, version: str = "") -> Served:
-        """Return a version that is ready; without `version` the newest such of those the model's version policy names, else of all.
+        """Return a version that is ready; without `version`, or for Triton's "-1", the newest such of those the model's version policy names,
+        else of all.
 
         Raises what `refusals.why_not` returns.
         """
         served = self._open.get((model, version))
         if served is None:
+            if version == ANY_VERSION:
+                return self.get(model)
             raise why_not(model, version, self._snapshot, self._wanted(), self._entries, time.monotonic())
         return served
 
     def entries(self) -> list[tuple[str, Entry]]:
         """Return every version held or tried, with its model's name."""
         return [(model, entry) for (model, _), entry in sorted(self._entries.items())]
+
+    def not_held(self) -> list[tuple[str, str, str]]:
+        """Return (model, state in the protocol's words, why) of each of the registry's models of which no version is held or tried."""
+        held = {model for model, _ in self._entries}
+        awaited = {model for model, _ in self._want}
+        found = []
+        for model in sorted(self._snapshot.models.keys() - held):
+            if model in awaited:
+                found.append((model, State.LOADING.wire, "waits for its turn to be loaded"))
+            else:
+                found.append(
+                    (model, State.FAILED.wire, "unloaded" if model in self._paused else "no route, alias or version policy refers to it")
+                )
+        return found
 
     def serving(self, model: str) -> list[str]:
         """Return the versions of a model that are ready, oldest first."""
@@ -103,6 +122,17 @@ class Models:
         if not self._following:
             return self._settings.ready_when == "live"
         return is_ready(self._settings.ready_when, self._want, self._entries, settled=self._settled)
+
+    async def readiness(self) -> AsyncIterator[bool]:
+        """Yield `ready` now and whenever it has changed, for ever."""
+        told: bool | None = None
+        while True:
+            moved, now = self._moved, self.ready
+            if now is not told:
+                told = now
+                yield now
+            else:
+                await moved.wait()
 
     # --- what changes them
 
@@ -191,6 +221,8 @@ class Models:
         while self._leaving:
             await asyncio.wait(tuple(self._leaving))
         await self._loads.settle(timeout_s)
+        for waiting in self._hanging:
+            waiting.cancel()
 
     # --- loading
 
@@ -209,11 +241,15 @@ class Models:
         if prepared is None:
             return
         entry = load.entry
-        if self._closing or not self._is_current(load) or entry.state is State.READY:
+        if self._closing or not self._is_current(load) or entry.served is not None:
             await self._loads.drop(load, prepared)
             self._notify()
             return
-        self._serve(load, prepared)
+        try:
+            self._serve(load, prepared)
+        except Exception as error:  # no thread could be started, say: that is this version's failure and not the process's
+            self._failed(load, error)
+            await self._loads.drop(load, prepared)
 
     async def _result(self, load: Load) -> Prepared | None:
         first = not load.overdue
@@ -343,17 +379,33 @@ class Models:
 
     async def _leave(self, key: Key, entry: Entry) -> None:
         if entry.served is not None:
-            try:
-                async with asyncio.timeout(_CLOSE_S if self._closing else self._settings.unload_timeout_s):
-                    await entry.served.close()
-            except TimeoutError:  # it hangs; what it holds is still there, and so its claim
-                log.exception("a model does not end and is given up", model=key[0], version=key[1])
-            else:
-                if entry.claim is not None:
-                    self._ledger.release(entry.claim)
+            await self._end(key, entry.served)
+            if entry.served.hangs and not self._closing:
+                log.error("a model was given up while it computes: its memory is counted until it comes back", model=key[0], version=key[1])
+                hanging = asyncio.create_task(self._release_later(entry, entry.served), name=f"wait for {key[0]}/{key[1]}")
+                self._hanging.add(hanging)
+                hanging.add_done_callback(self._hanging.discard)
+            elif entry.claim is not None:
+                self._ledger.release(entry.claim)
         if key not in self._entries:
             self._instruments.forget(*key)
         log.info("a model was unloaded", model=key[0], version=key[1])
+
+    async def _end(self, key: Key, served: Served) -> None:
+        try:
+            async with asyncio.timeout(_CLOSE_S if self._closing else self._settings.unload_timeout_s):
+                await served.close()
+        except TimeoutError:
+            log.exception("a model does not end and is given up", model=key[0], version=key[1])
+            await served.abandon()
+        except Exception:  # it is out of use in any case
+            log.exception("a model did not end as it should", model=key[0], version=key[1])
+
+    async def _release_later(self, entry: Entry, served: Served) -> None:
+        await served.instances.ended()
+        if entry.claim is not None:
+            self._ledger.release(entry.claim)
+        self._notify()
 
     def _left(self, task: asyncio.Task[None]) -> None:
         del self._leaving[task]
@@ -379,6 +431,9 @@ class Models:
                 open_[name, ""] = open_[name, default]
         self._open = open_
         self._changed.set()
+        self._tell_who_waits()
+
+    def _tell_who_waits(self) -> None:
         self._moved.set()
         self._moved = asyncio.Event()
 
@@ -399,7 +454,9 @@ class Models:
 
     def _notice_settled(self) -> None:
         tried = [(e := self._entries.get(key)) is not None and (e.state is not State.LOADING or e.error is not None) for key in self._want]
-        self._settled = self._settled or (self._following and all(tried))
+        if not self._settled and self._following and all(tried):
+            self._settled = True
+            self._tell_who_waits()
 
     def _try_at_once(self, entry: Entry) -> tuple[int, int]:
         """Return a mark by which a later failure can be told from an earlier one."""

@@ -16,10 +16,10 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, cast
 
 import psutil  # type: ignore[import-untyped]
 from google.rpc import status_pb2
@@ -59,22 +59,21 @@ class _Child:
     """One process, its socket and its memory. All that it holds is given back by `close`, which must follow `wait`."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        self.inputs, self.outputs = Arena.create(), Arena.create()
-        self.channel, theirs = socket.socketpair()
-        fds = (theirs.fileno(), self.inputs.fd, self.outputs.fd)
-        try:
-            with theirs:
-                self.process = subprocess.Popen(  # noqa: S603 - the command is ours
-                    [*command, str(os.getpid()), *map(str, fds)],
-                    stdin=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    env={name: value for name, value in os.environ.items() if not name.startswith(_OURS)},
-                    pass_fds=fds,
-                    start_new_session=True,  # a terminal's Ctrl-C is for the worker
-                )
-        except BaseException:
-            self.close()
-            raise
+        with contextlib.ExitStack() as stack:  # gives back what was taken where the rest cannot be had
+            self.inputs, self.outputs = (stack.enter_context(contextlib.closing(Arena.create())) for _ in range(2))
+            self.channel, theirs = map(stack.enter_context, socket.socketpair())
+            fds = (theirs.fileno(), self.inputs.fd, self.outputs.fd)
+            self.process = subprocess.Popen(  # noqa: S603 - the command is ours
+                [*command, str(os.getpid()), *map(str, fds)],
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={name: value for name, value in os.environ.items() if not name.startswith(_OURS)},
+                pass_fds=fds,
+                start_new_session=True,  # a terminal's Ctrl-C is for the worker
+            )
+            self.stderr = cast("IO[bytes]", self.process.stderr)  # whoever reads it closes it
+            theirs.close()
+            stack.pop_all()
 
     def load(self, order: bytes, timeout_s: float) -> dict[str, Any]:
         """Have it load; return what it says of the model."""
@@ -96,13 +95,20 @@ class _Child:
         # BYTES are made anew by reading; the rest is copied, for the next answer is written to the same place.
         return [array if array.dtype.hasobject else array.copy() for array in self.outputs.read(body)]
 
+    def own_bytes(self) -> int:
+        """Return the bytes it shares with no other process; 0 where that cannot be told."""
+        try:
+            return int(psutil.Process(self.process.pid).memory_full_info().uss)
+        except psutil.Error:
+            return 0
+
     def hang_up(self) -> None:
         """End the conversation, which ends an idle process and frees whoever waits for an answer."""
         with contextlib.suppress(OSError):
             self.channel.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Give everything back; whoever reads its stderr closes that."""
+        """Give everything back but its stderr."""
         self.channel.close()
         self.inputs.close()
         self.outputs.close()
@@ -113,7 +119,8 @@ class ProcessModel:
 
     `folder` holds a verified artifact and `digest` is that of its manifest, which the child checks again. `name` says the model and its
     version in messages. A call may take `call_timeout_s` (None: for ever) and loading `load_timeout_s`. `restarts` counts the processes
-    that were started after the first; `on_restart` is called with the reason whenever one ended unasked.
+    that were started after the first, `ended` says why the last one that had loaded ended unasked. `memory_bytes`: what the process holds
+    that it shares with no other, once it has loaded, or its weights where that is more.
     """
 
     def __init__(
@@ -125,7 +132,6 @@ class ProcessModel:
         name: str,
         call_timeout_s: float | None = None,
         load_timeout_s: float = 120.0,
-        on_restart: Callable[[str], None] | None = None,
         command: Sequence[str] = COMMAND,
     ) -> None:
         """Start the process and wait until it has loaded.
@@ -135,10 +141,10 @@ class ProcessModel:
         order = {"folder": str(folder.resolve()), "digest": digest, "options": dataclasses.asdict(options)}
         self._order = json.dumps(order).encode()
         self._command = command
+        self._on_cpu = options.device == "cpu"
         self._name = name
         self.call_timeout_s = call_timeout_s
         self._load_timeout_s = load_timeout_s
-        self._on_restart = on_restart
         self._calling = threading.Lock()  # held during a call: descriptors are not closed under it
         self._changed = threading.Condition()
         self._closing = False
@@ -149,6 +155,7 @@ class ProcessModel:
         self._failure: PlaitError | None = None
         self.state = State.STARTING
         self.restarts = 0
+        self.ended = ""
         self.platform = ""
         self.memory_bytes = 0
         self._keeper = threading.Thread(target=self._keep, name=f"keeper {name}", daemon=True)
@@ -168,14 +175,6 @@ class ProcessModel:
         """The process's id, None while there is none."""
         child = self._child
         return child.process.pid if child else None
-
-    @property
-    def rss_bytes(self) -> int:
-        """Resident bytes of the process, 0 while there is none."""
-        try:
-            return int(psutil.Process(pid).memory_info().rss) if (pid := self.pid) else 0
-        except psutil.NoSuchProcess:
-            return 0
 
     def prepare_thread(self) -> None:
         """Nothing: the child prepares its own thread."""
@@ -235,7 +234,12 @@ class ProcessModel:
     def _keep(self) -> None:
         backoff_s = _FIRST_BACKOFF_S
         while True:
-            lived = self._live()
+            try:
+                lived = self._live()
+            except Exception:  # no thread, no descriptor: without a keeper nothing would ever be started again
+                log.exception("an instance cannot be kept", model=self._name)
+                self._settle(State.DEAD, self._lost("cannot be started"))
+                lived = False
             backoff_s = _FIRST_BACKOFF_S if lived else min(backoff_s * 2, _MAX_BACKOFF_S)
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._hurry, backoff_s)
@@ -257,28 +261,29 @@ class ProcessModel:
             if self._closing:
                 child.hang_up()
         told: list[str] = []
-        reader = threading.Thread(target=self._log_lines, args=(child.process.stderr, told), name="stderr", daemon=True)
-        reader.start()
-        ready = self._loaded(child)
-        code = child.process.wait()
-        reader.join(_CLOSE_GRACE_S)  # a process that the model started may hold the pipe open
-        child.hang_up()
-        with self._calling:  # a call that still held the socket sees its end first
-            with self._changed:
-                self._child, self.state, why = None, State.DEAD, self._why
-                closing = self._closing
-            child.close()
+        try:
+            reader = self._start_reader(child, told)
+            ready = self._loaded(child)
+            code = child.process.wait()
+            reader.join(_CLOSE_GRACE_S)  # a process that the model started may hold the pipe open
+        finally:
+            child.process.kill()  # where it has not ended, something here went wrong
+            child.process.wait()
+            child.hang_up()
+            with self._calling:  # a call that still held the socket sees its end first
+                with self._changed:
+                    self._child, self.state, why = None, State.DEAD, self._why
+                    closing = self._closing
+                child.close()
         if ready and not closing:
-            reason = why or _ending(code)
+            reason = self.ended = why or _ending(code)
             log.warning("the process of a model instance ended", model=self._name, reason=reason, said="".join(told))
-            if self._on_restart is not None:
-                self._on_restart(reason)
         return ready
 
     def _loaded(self, child: _Child) -> bool:
         try:
             told = child.load(self._order, self._load_timeout_s)
-            self.platform, self.memory_bytes = str(told["platform"]), int(told["memory_bytes"])
+            self.platform, self.memory_bytes = str(told["platform"]), self._held_bytes(child, int(told["memory_bytes"]))
         except TimeoutError:
             failure: PlaitError = self._hung("load", self._load_timeout_s)
         except PlaitError as error:
@@ -294,10 +299,23 @@ class ProcessModel:
         self._settle(State.DEAD, failure)
         return False
 
+    def _held_bytes(self, child: _Child, weights_bytes: int) -> int:
+        """Return what it holds where its weights are: beside an accelerator's memory, the process's own is no part of it."""
+        return max(weights_bytes, child.own_bytes()) if self._on_cpu else weights_bytes
+
     def _settle(self, state: State, failure: PlaitError | None) -> None:
         with self._changed:
             self.state, self._failure, self._tried = state, failure, True
             self._changed.notify_all()
+
+    def _start_reader(self, child: _Child, told: list[str]) -> threading.Thread:
+        reader = threading.Thread(target=self._log_lines, args=(child.stderr, told), name="stderr", daemon=True)
+        try:
+            reader.start()
+        except RuntimeError:
+            child.stderr.close()
+            raise
+        return reader
 
     def _log_lines(self, stderr: IO[bytes], told: list[str]) -> None:
         """Read to the end whatever comes, since a full pipe would stop the process; log the first lines, cut."""

@@ -11,6 +11,7 @@ from plait.errors import FailedPrecondition, NotFound, PlaitError, Unavailable
 from plait.registry.records import Snapshot
 
 _LOADING_RETRY_S: Final = 0.25
+_LISTED: Final = 10
 _SHOWN_CHARS: Final = 80  # of what a caller calls a model: messages travel in headers, which are small
 
 
@@ -59,9 +60,15 @@ def _failed(name: str, error: PlaitError) -> PlaitError:
 
 def _unknown(name: str, model: str, version: str, snapshot: Snapshot) -> PlaitError:
     known = snapshot.models.get(model)
-    if known is None or not any(version in ("", v.version) for v in known.versions):
-        names = ", ".join(sorted(snapshot.models)[:10]) or "none"
-        return NotFound(f"Request for unknown model: {name} is not in the registry; models it has: {names}", reason="MODEL_NOT_FOUND")
+    if known is None:
+        names = ", ".join(sorted(snapshot.models)[:_LISTED]) or "none"
+        found = f"{name} is not in the registry" if model else "its name is empty"
+        return NotFound(f"Request for unknown model: {found}; models the registry has: {names}", reason="MODEL_NOT_FOUND")
+    if not any(version in ("", v.version) for v in known.versions):
+        newest = ", ".join(v.version for v in known.versions[: -_LISTED - 1 : -1]) or "none"
+        return NotFound(
+            f"Request for unknown model: {name} is not in the registry; versions it has, newest first: {newest}", reason="MODEL_NOT_FOUND"
+        )
     return NotFound(
         f"Request for unknown model: {name} is not served here: no route, alias or version policy refers to it, or it was unloaded",
         reason="MODEL_NOT_SERVED",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from model_worker.artifacts import Sample
 from model_worker.proof import check_answer
 from model_worker.served import Served
-from plait.errors import Internal, PlaitError
+from plait.errors import DeadlineExceeded, Internal, PlaitError
 
 
 async def run(served: Served, sample: Sample | None, timeout_s: float) -> PlaitError | None:
@@ -17,8 +18,11 @@ async def run(served: Served, sample: Sample | None, timeout_s: float) -> PlaitE
     manifest = served.manifest
     rows = next((len(array) for array, spec in zip(sample.inputs, manifest.inputs, strict=True) if spec.per == "row"), 1)
     try:
-        answer = await served.batcher.submit(sample.inputs, rows, time.monotonic() + timeout_s)
+        async with asyncio.timeout(timeout_s):  # the deadline alone does not end a pass that never comes back
+            answer = await served.batcher.submit(sample.inputs, rows, time.monotonic() + timeout_s)
         check_answer(manifest, sample, answer.outputs)
+    except TimeoutError:
+        return DeadlineExceeded(f"the self-test was not answered within {timeout_s:g} s", reason="SELF_TEST_FAILED")
     except PlaitError as error:
         return error
     except Exception as error:  # whatever a model does, its test has failed

@@ -57,22 +57,44 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What a request meets."""
+    """What a request meets: a prepared version in its place on the event loop."""
 
     model: str
     version: str
-    platform: str
-    manifest: ArtifactManifest
-    limits: Limits
     codec: Codec
     batcher: Batcher
     instances: Instances
     prepared: Prepared
 
+    @property
+    def manifest(self) -> ArtifactManifest:
+        """What was published."""
+        return self.prepared.manifest
+
+    @property
+    def limits(self) -> Limits:
+        """Of its queue and its batches."""
+        return self.prepared.limits
+
+    @property
+    def platform(self) -> str:
+        """What runs it, in the protocol's words."""
+        return self.prepared.models[0].platform
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a thread was given up that still computes, so that the model cannot leave the memory."""
+        return self.instances.stuck > 0
+
     async def close(self) -> None:
         """Answer what is held, then end the threads and processes and let go of the artifact."""
         await self.batcher.close()
         await self.instances.stop()
+        await asyncio.to_thread(self.prepared.close)
+
+    async def abandon(self) -> None:
+        """Where `close` takes too long: end the processes and let go of the artifact; threads that hang are given up."""
+        self.instances.abandon()
         await asyncio.to_thread(self.prepared.close)
 
 
@@ -202,9 +224,6 @@ class Loader:
         return Served(
             model=model,
             version=version,
-            platform=prepared.models[0].platform,
-            manifest=prepared.manifest,
-            limits=prepared.limits,
             codec=Codec(prepared.manifest.signature, prepared.labels),
             batcher=batcher,
             instances=instances,

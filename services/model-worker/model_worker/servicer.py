@@ -10,8 +10,9 @@ from typing import Any, Final
 
 from opentelemetry.trace import SpanKind
 
-from model_worker import model_config
+from model_worker import costs, model_config
 from model_worker.controls import Controls
+from model_worker.costs import StreamCosts
 from model_worker.inference import Inference
 from model_worker.lifecycle import State
 from model_worker.load_report import TRAILER, LoadReport
@@ -34,7 +35,17 @@ from plait.telemetry.tracing import Tracing
 log = get_logger(__name__)
 
 _NAME: Final = "plait-model-worker"
-_EXTENSIONS: Final = ("classification", "logging", "model_configuration", "model_repository", "statistics", "trace")
+_EXTENSIONS: Final = (
+    "classification",
+    "logging",
+    "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "schedule_policy",
+    "statistics",
+    "trace",
+)
+_DEPENDENTS: Final = "unload_dependents"
 _STRICT: Final = ("triton_grpc_error", "true")  # Triton's header for errors as status codes
 _INFER: Final = "inference.GRPCInferenceService/ModelInfer"
 
@@ -55,10 +66,10 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         tracing: Tracing,
         load: LoadReport | None = None,
     ) -> None:
-        """With `load`, answers of ModelInfer carry trailers: what they cost, and an ORCA report."""
+        """With `load`, answers carry trailers: what they cost, and an ORCA report."""
         self._load = load
         self._models = models
-        self._inference = inference
+        self._infer = inference.infer if load is None else load.counting(inference.infer)
         self._statistics = statistics
         self._controls = controls
         self._version = version
@@ -71,7 +82,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return pb.ServerLiveResponse(live=True)
 
     async def ServerReady(self, request: Any, context: Any) -> Any:
-        """Whether every model that should be served is."""
+        """Whether this worker should get traffic (setting models.ready_when)."""
         return pb.ServerReadyResponse(ready=self._models.ready)
 
     async def ModelReady(self, request: Any, context: Any) -> Any:
@@ -100,46 +111,39 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         """One call, one answer."""
         response = pb.ModelInferResponse()
-        try:
-            answer = await self._inference.infer(request, response)
-        except Exception:
-            if self._load is not None:
-                self._load.count(failed=True)
-            raise
+        answer = await self._infer(request, response)
         if self._load is not None:
-            self._load.count()
-            context.set_trailing_metadata(
-                (
-                    ("plait-model-version", response.model_version),
-                    ("plait-queue-us", str(int(answer.queue_s * 1e6))),
-                    ("plait-compute-us", str(int(answer.compute_s * 1e6))),
-                    ("plait-batch-rows", str(answer.batch_rows)),
-                    (TRAILER, self._load()),
-                )
-            )
+            context.set_trailing_metadata((*costs.trailers(answer, response.model_version), (TRAILER, self._load())))
         return response
 
     async def ModelStreamInfer(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]  # it writes to the context
         """Answer each request in its turn; what is wrong with one is its answer, or the end of the stream for who asks for that."""
         deadline = Deadline.never() if context.time_remaining() is None else current().deadline
         strict = _STRICT in (context.invocation_metadata() or ())
-        answer = partial(self._answer_on_stream, deadline, strict)
-        async with aclosing(answers(request_iterator, answer, max_in_flight=self._max_in_flight)) as found:
-            async for message in found:
-                await context.write(message)
+        spent = StreamCosts()
+        answer = partial(self._answer_on_stream, deadline, strict, spent)
+        try:
+            async with aclosing(answers(request_iterator, answer, max_in_flight=self._max_in_flight)) as found:
+                async for message in found:
+                    await context.write(message)
+        finally:
+            if self._load is not None:
+                context.set_trailing_metadata((*spent.trailers(), (TRAILER, self._load())))
 
-    async def _answer_on_stream(self, deadline: Deadline, strict: bool, request: Any) -> Any:
+    async def _answer_on_stream(self, deadline: Deadline, strict: bool, spent: StreamCosts, request: Any) -> Any:
         enter(dataclasses.replace(current(), deadline=deadline.at_most(self._default_timeout_s)))
-        answer = pb.ModelStreamInferResponse()
+        message = pb.ModelStreamInferResponse()
         try:
             with self._tracing.span(_INFER, kind=SpanKind.SERVER):
-                await self._inference.infer(request, answer.infer_response)
+                answer = await self._infer(request, message.infer_response, watched=True)
         except Exception as error:  # (whatever it is, the stream goes on for the other requests)
+            spent.failed += 1
             if strict:
                 raise
             return _failure(request, error)
-        answer.infer_response.parameters["triton_final_response"].bool_param = True
-        return answer
+        spent.add(answer)
+        message.infer_response.parameters["triton_final_response"].bool_param = True
+        return message
 
     async def ModelConfig(self, request: Any, context: Any) -> Any:
         """How a version that is ready is run."""
@@ -174,36 +178,22 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return response
 
     async def SystemSharedMemoryStatus(self, request: Any, context: Any) -> Any:
-        """Not offered."""
-        raise _no_shared_memory()
+        """Not offered, nor are the five after it."""
+        raise Unimplemented("shared memory is not offered here: send tensors in the messages", reason="SHARED_MEMORY_NOT_OFFERED")
 
-    async def SystemSharedMemoryRegister(self, request: Any, context: Any) -> Any:
-        """Not offered."""
-        raise _no_shared_memory()
-
-    async def SystemSharedMemoryUnregister(self, request: Any, context: Any) -> Any:
-        """Not offered."""
-        raise _no_shared_memory()
-
-    async def CudaSharedMemoryStatus(self, request: Any, context: Any) -> Any:
-        """Not offered."""
-        raise _no_shared_memory()
-
-    async def CudaSharedMemoryRegister(self, request: Any, context: Any) -> Any:
-        """Not offered."""
-        raise _no_shared_memory()
-
-    async def CudaSharedMemoryUnregister(self, request: Any, context: Any) -> Any:
-        """Not offered."""
-        raise _no_shared_memory()
+    SystemSharedMemoryRegister = SystemSharedMemoryUnregister = SystemSharedMemoryStatus
+    CudaSharedMemoryStatus = CudaSharedMemoryRegister = CudaSharedMemoryUnregister = SystemSharedMemoryStatus
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:
-        """What is held, and in which state."""
+        """What is held, and in which state; then what could be, and why it is not."""
         response = pb.RepositoryIndexResponse()
         for model, entry in self._models.entries():
             if entry.state is State.READY or not request.ready:
                 reason = entry.error.message if entry.error is not None else ""
                 response.models.add(name=model, version=entry.version.version, state=entry.state.wire, reason=reason)
+        if not request.ready:
+            for model, state, reason in self._models.not_held():
+                response.models.add(name=model, state=state, reason=reason)
         return response
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
@@ -218,7 +208,13 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
-        """Let go of this model; answered once what it held was answered. `unload_dependents` means nothing here."""
+        """Let go of this model; answered once what it held was answered. No model here has dependents, so all of them go along."""
+        wrong = [name for name, value in request.parameters.items() if name != _DEPENDENTS or not value.HasField("bool_param")]
+        if wrong:
+            raise InvalidArgument(
+                f"unloading takes {_DEPENDENTS} as bool_param only: leave out {', '.join(sorted(wrong)[:5])[:80]}",
+                reason="UNLOAD_PARAMETERS",
+            )
         await self._models.unload(request.model_name or request.repository_name, current().deadline.remaining_s())
         return pb.RepositoryModelUnloadResponse()
 
@@ -226,8 +222,9 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 class StreamServicer(stream_pb_grpc.ModelWorkerServiceServicer):
     """The router's fast road: many ModelInfer calls over one stream."""
 
-    def __init__(self, inference: Inference, *, max_in_flight: int, tracing: Tracing) -> None:
-        self._inference = inference
+    def __init__(self, inference: Inference, *, max_in_flight: int, tracing: Tracing, load: LoadReport | None = None) -> None:
+        """With `load`, its calls count in the report that others get."""
+        self._infer = inference.infer if load is None else load.counting(inference.infer)
         self._max_in_flight = max_in_flight
         self._tracing = tracing
 
@@ -238,7 +235,7 @@ class StreamServicer(stream_pb_grpc.ModelWorkerServiceServicer):
         await multiplex.serve(
             request_iterator,
             context,
-            self._inference.infer,
+            self._infer,
             stream_pb.StreamInferResponse,
             max_in_flight=self._max_in_flight,
             tracing=self._tracing,
@@ -253,10 +250,6 @@ def _failure(request: Any, error: Exception) -> Any:
     answer = pb.ModelStreamInferResponse(error_message=error.message)
     answer.infer_response.id = request.id
     return answer
-
-
-def _no_shared_memory() -> Unimplemented:
-    return Unimplemented("shared memory is not offered here: send tensors in the messages", reason="SHARED_MEMORY_NOT_OFFERED")
 
 
 def _describe(specs: tuple[TensorSpec, ...], tensors: Any) -> None:

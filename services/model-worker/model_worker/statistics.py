@@ -3,7 +3,10 @@
 Counters only grow, also over unloading and loading again, so that whoever sums them over a fleet never sees a step back; names, meaning and
 nanoseconds are Triton's:
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_statistics.md
-Called on the event loop only.
+
+Written on the event loop only. `Statistics.all` and every single counter may be read from any thread (metrics are scraped in one of their
+own): a counter is a plain int, replaced as a whole, and the versions are copied in one step of the interpreter. Two counters read one after
+the other may be a request apart, as those of two scrapes are anyway; `batches` is for the event loop alone.
 """
 
 from __future__ import annotations

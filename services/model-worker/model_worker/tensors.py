@@ -139,7 +139,8 @@ class Codec:
             if len(sizes) != len(known.spec.shape):
                 return None
             shape = tuple(sizes[:])
-            if known.size(shape) != len(content):
+            size = known.size(shape)
+            if not size or size != len(content):  # of no bytes at all a shape can be larger than numpy takes
                 return None
             if known.by_row and rows not in (0, rows := shape[0]):
                 return None
@@ -245,7 +246,7 @@ def fits(shape: Shape, spec: TensorSpec) -> bool:
     """Say whether a tensor's shape is one the signature allows; a variable dimension is 1 or more."""
     if len(shape) != len(spec.shape):
         return False
-    return all(found == wanted or (wanted == -1 and found >= 1) for found, wanted in zip(shape, spec.shape, strict=True))
+    return all(found >= 1 if wanted == -1 else found == wanted for found, wanted in zip(shape, spec.shape, strict=True))
 
 
 class _Reader:

@@ -17,7 +17,7 @@ _US: Final = 1000  # nanoseconds
 
 
 class TritonMetrics(Collector):
-    """Register it with a process's registry; it reads `Statistics` when scraped."""
+    """Register it with a process's registry; it reads `Statistics` when scraped, in the scraping thread (see there why that is safe)."""
 
     def __init__(self, statistics: Statistics) -> None:
         self._statistics = statistics

@@ -26,14 +26,14 @@ _STATUSES: Final = max(types_pb2.RowStatus.values()) + 1
 def defaults(inputs: Sequence[Input], rows: Mapping[str, int], status: types_pb2.RowStatus.ValueType) -> pb.GetFeaturesResponse:
     """Return what feature-retrieval would answer if it could read nothing: defaults, and for each view that its rows are of `status`.
 
-    `rows` says how many there are of each entity type.
+    `rows` says how many there are of each entity type, those that only transforms read included.
     """
     response = pb.GetFeaturesResponse()
     views: dict[str, str] = {}
     for item in inputs:
         count = rows[item.entity]
         response.tensors.add(name=item.name, dtype=item.number, shape=(count, *item.spec.shape[1:]), data=item.default_row * count)
-        views.update(dict.fromkeys(item.views, item.entity))
+        views.update(item.views)
     for view, entity in views.items():
         counts = [0] * _STATUSES
         counts[status] = rows[entity]

@@ -139,8 +139,10 @@ class Ranking:
         items: list[Any] = list(map(candidates.__getitem__, order.tolist()))
         if request.candidates.string_ids:
             response.item_ids.string_ids.extend(items)
-        else:
+        elif request.candidates.int64_ids:
             response.item_ids.int64_ids.extend(items)
+        else:
+            response.item_ids.composite_ids.extend(map(request.candidates.composite_ids.__getitem__, order.tolist()))
         response.scores.extend(scores[order].tolist())
         self._sign(response, question, table.revision, reasons)
         if request.explain:
@@ -230,7 +232,7 @@ class Ranking:
             inputs = tuple(item for item in inputs if item.name not in question.inline)
             if not inputs:
                 return features_pb.GetFeaturesResponse()
-        entity_types = dict.fromkeys(item.entity for item in inputs)
+        entity_types = dict.fromkeys(entity for item in inputs for entity in item.entities)
         try:
             return await self._features.get(
                 question.route,

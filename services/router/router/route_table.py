@@ -16,8 +16,10 @@ import numpy as np
 from plait.api.types.v1 import types_pb2
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, NotFound, PermissionDenied
+from plait.registry import shapes
 from plait.registry.crosschecks import misfits
-from plait.registry.records import EMPTY, KeyKind, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
+from plait.registry.entity_ids import Id
+from plait.registry.records import EMPTY, Entity, FeatureSet, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
 from router.experiments import assign
 
 _POLICIES: Final = {
@@ -40,7 +42,8 @@ class Fault:
 class Input:
     """One input of a model: its tensor, the entity type its features are about, and how its dtype is called on both wires.
 
-    `views`: the feature views it comes from. `default_row`: one row of defaults, in the bytes of its dtype.
+    `views`: the feature views it comes from, and the entity type of each. `entities`: the types whose ids it takes to read it, its own
+    first; a transform may read others' features. `default_row`: one row of defaults, in the bytes of its dtype.
     """
 
     name: str
@@ -49,7 +52,8 @@ class Input:
     number: int
     oip: str
     item_bytes: int
-    views: tuple[str, ...]
+    views: Mapping[str, str]
+    entities: tuple[str, ...]
     default_row: bytes
 
     @property
@@ -62,7 +66,7 @@ class Input:
 class Arm:
     """A variant that can serve: the model version it resolved to, and how to fill its inputs (in signature order).
 
-    `key_kinds`: how ids of each entity type of the feature set are typed. `outputs`: names, in signature order.
+    `keys`: how ids of each entity type of the feature set are typed, None where no view says so. `outputs`: names, in signature order.
     """
 
     name: str
@@ -72,7 +76,7 @@ class Arm:
     feature_set: str
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
-    key_kinds: Mapping[str, KeyKind]
+    keys: Mapping[str, Entity | None]
 
     def input_bytes(self, rows: int) -> int:
         """Return how many bytes the tensors of `rows` candidates take."""
@@ -104,7 +108,7 @@ class ServingRoute:
         """Whether defaults may stand in for every feature of an answer."""
         return self.policy != types_pb2.MISSING_POLICY_FAIL and self.max_defaulted_share == 0
 
-    def assign(self, subject: str | int) -> Arm:
+    def assign(self, subject: Id) -> Arm:
         """Return the subject's variant among those that can serve."""
         return assign(self.name, subject, self.arms)
 
@@ -196,15 +200,19 @@ def _arm(route: Route, variant: Variant, snapshot: Snapshot) -> Arm | Fault:
         feature_set=version.signature.feature_set,
         inputs=_inputs(version, version.signature, snapshot),
         outputs=tuple(tensor.name for tensor in version.signature.outputs),
-        key_kinds=_key_kinds(version.signature, snapshot),
+        keys=_keys(snapshot.feature_sets[version.signature.feature_set], snapshot),
     )
 
 
 def _inputs(version: ModelVersion, signature: Signature, snapshot: Snapshot) -> tuple[Input, ...]:
-    items = {item.name: item for item in snapshot.feature_sets[signature.feature_set].inputs}
+    feature_set = snapshot.feature_sets[signature.feature_set]
+    items = {item.name: item for item in feature_set.inputs}
     made = []
     for spec in signature.inputs:
         dtype, item = BY_NAME[spec.dtype], items[spec.name]
+        views = shapes.views_of(item, feature_set, snapshot.feature_views)
+        # The very row that feature-retrieval puts where no value is known; what a transform of defaults would be is its default here.
+        default_row = np.array(shapes.default_columns(item, feature_set, snapshot.feature_views)).astype(dtype.numpy).tobytes()
         made.append(
             Input(
                 name=spec.name,
@@ -213,28 +221,20 @@ def _inputs(version: ModelVersion, signature: Signature, snapshot: Snapshot) -> 
                 number=dtype.number,
                 oip=dtype.oip,
                 item_bytes=dtype.size_bytes,
-                views=tuple(dict.fromkeys(reference.partition(":")[0] for reference in item.features)),
-                default_row=_default_row(item, dtype.numpy, snapshot),
+                views=MappingProxyType({view.name: view.entity.type for view in views}),
+                entities=shapes.entities_of(item, feature_set, snapshot.feature_views),
+                default_row=default_row,
             )
         )
     return tuple(made)
 
 
-def _default_row(item: ModelInput, dtype: str, snapshot: Snapshot) -> bytes:
-    """The very row that feature-retrieval puts where no value is known."""
-    defaults = []
-    for reference in item.features:
-        view, _, name = reference.partition(":")
-        defaults.append(next(f.stand_in for f in snapshot.feature_views[view].features if f.name == name))
-    return np.array(defaults).astype(dtype).tobytes()
-
-
-def _key_kinds(signature: Signature, snapshot: Snapshot) -> Mapping[str, KeyKind]:
-    kinds: dict[str, KeyKind] = {}
-    for item in snapshot.feature_sets[signature.feature_set].inputs:
-        view = snapshot.feature_views[item.features[0].partition(":")[0]]
-        kinds[item.entity] = view.entity.key
-    return MappingProxyType(kinds)
+def _keys(feature_set: FeatureSet, snapshot: Snapshot) -> Mapping[str, Entity | None]:
+    keys: dict[str, Entity | None] = {item.entity: None for item in feature_set.inputs}
+    for item in feature_set.inputs:
+        for view in shapes.views_of(item, feature_set, snapshot.feature_views):
+            keys[view.entity.type] = view.entity
+    return MappingProxyType(keys)
 
 
 NO_ROUTES: Final = compile_table(EMPTY)

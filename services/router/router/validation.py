@@ -13,18 +13,21 @@ from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.dtypes import BY_NUMBER
 from plait.errors import InvalidArgument, Violation
-from plait.registry.records import KeyKind
+from plait.registry.entity_ids import Id, IdPart, misfit
+from plait.registry.entity_ids import composites as read_composites
+from plait.registry.records import Entity
 from router.route_table import Arm, Input, ServingRoute
 
 MAX_ROWS: Final = 10_000
-MAX_ID_BYTES: Final = 256
+MAX_ID_BYTES: Final = 256  # of a text, also as a part of a composite key
+MAX_PARTS: Final = 8
 MAX_NAME_BYTES: Final = 63
 MAX_REQUEST_ID_BYTES: Final = 128
 MAX_DIMENSIONS: Final = 8
 _MAX_TOLD: Final = 20  # violations travel in a trailer of a few KiB
 _MAX_UTF8: Final = 4  # bytes per character
 
-Ids = Sequence[str] | Sequence[int]
+Ids = Sequence[str] | Sequence[int] | Sequence[tuple[IdPart, ...]]
 
 
 class Findings:
@@ -52,7 +55,7 @@ class Findings:
         raise InvalidArgument(summary, violations=[*self._found, *more])
 
 
-def check_rank(request: pb.RankRequest, found: Findings) -> tuple[str | int, Ids]:
+def check_rank(request: pb.RankRequest, found: Findings) -> tuple[Id, Ids]:
     """Note what is wrong with a Rank whatever its route; return subject and candidates as Python values.
 
     Raises at once, with everything found, where no route is named: there is nothing more to find then.
@@ -69,8 +72,8 @@ def check_rank(request: pb.RankRequest, found: Findings) -> tuple[str | int, Ids
 
 def check_rank_fits(request: pb.RankRequest, route: ServingRoute, arm: Arm, candidates: Ids, found: Findings) -> None:
     """Note what is wrong with a Rank on this route: kinds of ids, the route's own limit, inline features."""
-    _check_kind(request.subject, arm.key_kinds.get(route.subject), route.subject, "subject", found)
-    _check_kind(request.candidates, arm.key_kinds.get(route.candidate), route.candidate, "candidates", found)
+    _check_kind(request.subject, arm.keys.get(route.subject), "subject", found)
+    _check_kind(request.candidates, arm.keys.get(route.candidate), "candidates", found)
     if route.max_candidates < len(candidates) <= MAX_ROWS:
         found.add("candidates", f"expected at most {route.max_candidates} on this route, got {len(candidates)}")
     if request.inline_features:
@@ -98,12 +101,11 @@ def check_predict_fits(request: pb.PredictRequest, route: ServingRoute, arm: Arm
     """Note what is wrong with a Predict on this route: entity types, kinds of ids, row counts, inline features, outputs."""
     inline = {tensor.name for tensor in request.inline_features}
     for index, entity in enumerate(request.entities):
-        kind = arm.key_kinds.get(entity.entity_type)
-        if kind is None:
-            known = ", ".join(sorted(arm.key_kinds))
+        if entity.entity_type not in arm.keys:
+            known = ", ".join(sorted(arm.keys))
             found.add(f"entities[{index}].entity_type", f"the route's feature set does not use {entity.entity_type!r}; it uses {known}")
         else:
-            _check_kind(entity.ids, kind, entity.entity_type, f"entities[{index}].ids", found)
+            _check_kind(entity.ids, arm.keys[entity.entity_type], f"entities[{index}].ids", found)
     _check_present(arm, rows, inline, found)
     if request.inline_features:
         _check_inline(request.inline_features, arm, _row_count(request, route, arm, rows), found)
@@ -119,11 +121,11 @@ def _check_present(arm: Arm, rows: Mapping[str, Ids], inline: set[str], found: F
     for item in arm.inputs:
         if item.name in inline:
             continue
-        ids = rows.get(item.entity)
-        if ids is None:
-            found.add("entities", f"expected ids of {item.entity!r}, or input {item.name!r} inline")
-        elif not item.per_row and len(ids) > 1:
-            found.add("entities", f"expected exactly one id of {item.entity!r}, got {len(ids)}")
+        for entity in item.entities:
+            if entity not in rows:
+                found.add("entities", f"expected ids of {entity!r}, or input {item.name!r} inline")
+            elif len(rows[entity]) > 1 and (entity != item.entity or not item.per_row):
+                found.add("entities", f"expected exactly one id of {entity!r}, got {len(rows[entity])}")
 
 
 def _row_count(request: pb.PredictRequest, route: ServingRoute, arm: Arm, rows: Mapping[str, Ids]) -> int:
@@ -158,7 +160,7 @@ def _ids(ids: types_pb2.EntityIds, field: str, found: Findings, *, distinct: boo
     elif (strings > 0) + (integers > 0) + (composites > 0) > 1:
         found.add(field, "expected ids of one kind, got several: fill one list only")
     elif composites:
-        found.add(f"{field}.composite_ids", "no entity type of this route has keys of several parts: send string_ids or int64_ids")
+        return _checked_composites(ids, field, found, distinct=distinct)
     else:
         return _checked(ids, field, found, distinct=distinct)
     return ()
@@ -171,6 +173,18 @@ def _checked(ids: types_pb2.EntityIds, field: str, found: Findings, *, distinct:
     if names and ("" in seen or max(map(len, names)) * _MAX_UTF8 > MAX_ID_BYTES):
         _tell_bad_ids(names, f"{field}.string_ids", found)
     if distinct and len(seen) < len(values):
+        _tell_duplicates(values, field, found)
+    return values
+
+
+def _checked_composites(ids: types_pb2.EntityIds, field: str, found: Findings, *, distinct: bool) -> Ids:
+    values = read_composites(ids)
+    for index, parts in enumerate(values):
+        if not 1 <= len(parts) <= MAX_PARTS:
+            found.add(f"{field}.composite_ids[{index}]", f"expected 1 to {MAX_PARTS} parts, each a string_part or an int64_part")
+        elif any(isinstance(part, str) and len(part) * _MAX_UTF8 > MAX_ID_BYTES < len(part.encode()) for part in parts):
+            found.add(f"{field}.composite_ids[{index}]", f"expected at most {MAX_ID_BYTES} bytes in a part")
+    if distinct and len(set(values)) < len(values):
         _tell_duplicates(values, field, found)
     return values
 
@@ -191,10 +205,16 @@ def _tell_duplicates(ids: Ids, field: str, found: Findings) -> None:
             found.add(f"{field}[{index}]", f"the same id as {field}[{first}]; send each candidate once")
 
 
-def _check_kind(ids: types_pb2.EntityIds, kind: KeyKind | None, entity: str, field: str, found: Findings) -> None:
-    wrong = {"string": "int64", "int64": "string"}.get(kind or "")
-    if wrong and (ids.string_ids if wrong == "string" else ids.int64_ids):
-        found.add(field, f"ids of {entity!r} are {kind}, so send {kind}_ids; got {wrong}_ids")
+def _check_kind(ids: types_pb2.EntityIds, entity: Entity | None, field: str, found: Findings) -> None:
+    if entity is None:
+        return  # no view is read by these ids
+    given = {"string": ids.string_ids, "int64": ids.int64_ids, "composite": ids.composite_ids}
+    for kind, values in given.items():
+        if values and kind != entity.key:
+            found.add(field, f"ids of {entity.type!r} are {entity.key}, so send {entity.key}_ids; got {kind}_ids")
+            return
+    if entity.key == "composite" and (wrong := misfit(read_composites(ids), entity)):
+        found.add(field, wrong)
 
 
 def _check_inline(tensors: Iterable[types_pb2.Tensor], arm: Arm, rows: int, found: Findings) -> None:

@@ -7,11 +7,7 @@ Each gets several settings and keeps the one that serves it best, measured in th
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +15,9 @@ from typing import Final
 
 import numpy as np
 
-from plait.errors import InvalidArgument, Unavailable
+from plait.errors import InvalidArgument
 from plait_bench import http1
+from plait_bench.environments import Environment, foreign_environ
 from plait_bench.inference import infer_call, scores_of
 from plait_bench.load import Target
 from plait_bench.models import Network, Rows
@@ -30,7 +27,6 @@ TORCH: Final = "torch==2.13.0"  # exactly so: any other spelling may bring gigab
 _NUMPY: Final = "numpy==2.4.6"
 _SERVERS: Final = Path(__file__).parent / "peer_servers"
 _START_S: Final = 120.0
-_TAIL: Final = 1500
 Settings = Mapping[str, str]
 
 
@@ -47,59 +43,29 @@ class Peer:
     scores: Callable[[bytes], Rows]
     prepare: Callable[[Path, int, Settings], None] = lambda _folder, _port, _settings: None
 
-    def environment(self, cache: Path) -> Path:
-        """Where it is installed: a change of the pinned packages gives a new folder."""
-        pins = hashlib.sha256(" ".join((TORCH, _NUMPY, *self.packages, sys.version)).encode()).hexdigest()[:12]
-        return cache / "bench-peers" / f"{self.name}-{pins}"
-
-    def install(self, cache: Path, say: Callable[[str], None]) -> Path:
-        """Return its Python, installing it first where it is not. Raises Unavailable (BENCH_PEER_NOT_INSTALLED)."""
-        folder = self.environment(cache)
-        python = folder / "bin" / "python"
-        if (folder / "complete").exists():
-            return python
-        for what, argv in (
-            (f"{self.name}: making {folder}", [sys.executable, "-m", "venv", "--clear", str(folder)]),
-            (f"{self.name}: installing {TORCH} (about 1 GB, once)", _pip(python, TORCH, _NUMPY)),
-            (f"{self.name}: installing {' '.join(self.packages)}", _pip(python, *self.packages, TORCH, _NUMPY)),
-        ):
-            say(what)
-            done = subprocess.run(argv, capture_output=True, text=True, check=False)
-            if done.returncode:
-                tail = (done.stderr or done.stdout)[-_TAIL:]
-                message = f"{what} failed; leave it out of --peers, or mend this and run again:\n{tail}"
-                raise Unavailable(message, reason="BENCH_PEER_NOT_INSTALLED")
-        (folder / "complete").touch()
-        return python
+    @property
+    def environment(self) -> Environment:
+        """What is installed for it."""
+        return Environment(
+            name=self.name, steps=((f"{TORCH} (about 1 GB, once)", (TORCH, _NUMPY)), (" ".join(self.packages), self.packages))
+        )
 
     def start(self, python: Path, folder: Path, model: Path, network: Network, settings: Settings, core: int) -> tuple[ServerProcess, int]:
         """Start it on its core; return it and its port. It may not answer yet."""
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
         self.prepare(folder, port, settings)
-        env = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"} and not k.startswith("PLAIT_")}
-        env |= {
+        env = foreign_environ(python) | {
             "BENCH_MODEL": str(model),
             "BENCH_WIDTH": str(network.width),
             "BENCH_PORT": str(port),
             "BENCH_HTTP_PORT": str(free_port()),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(_SERVERS),
-            "PYTHONWARNINGS": "ignore",
-            "PATH": f"{python.parent}:{env.get('PATH', '')}",
             **settings,
         }
         argv = self.argv(python, port, folder)
         return ServerProcess(self.name, argv, core=core, log=folder / "server.log", env=env, cwd=folder), port
-
-    def version(self, python: Path) -> str:
-        """Return the installed version of the server itself."""
-        code = f"import importlib.metadata as m; print(m.version({self.name!r}))"
-        return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _pip(python: Path, *packages: str) -> list[str]:
-    return [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages]
 
 
 def _script(name: str) -> Callable[[Path, int, Path], list[str]]:

@@ -21,6 +21,8 @@ def tables(facts: Figures) -> Iterator[Table]:
         yield rates(f"Single rows, {network}: the model alone does {found['model_alone_rows_per_s']:.0f} rows/s", found["figures"])
     for rows, found in facts["lone_caller"].items():
         yield rates(f"A lone caller, {rows}: p50 is {found['p50_on_to_off']:.2f} × of batching off", found["figures"])
+    for format_, found in facts["load_while_serving"]["formats"].items():
+        yield rates(f"ModelInfer 100 × 80 float32, while a large {format_} is loaded ({found['load_s']:.1f} s a load)", found["figures"])
 
 
 def _peers(peers: Figures) -> Iterator[Table]:

@@ -143,7 +143,7 @@ def against_peer(bench: Bench, worker: OwnWorker, own_models: Mapping[str, str],
     model = bench.folder / "peer-model.pt"
     if not model.exists():
         MLP.save_torchscript(model)
-    found: dict[str, Any] = {"version": peer.version(python), "protocol": peer.protocol, "trials": {}, "loads": {}}
+    found: dict[str, Any] = {"version": peer.environment.version(python), "protocol": peer.protocol, "trials": {}, "loads": {}}
     best: dict[int, str] = {}
     rates: dict[str, dict[int, float]] = {}
     for name, settings in peer.settings.items():

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from model_worker.settings import ModelWorkerSettings
 from plait.errors import InvalidArgument
 from plait.settings import fields
-from plait_bench import gpu, own, report, scenarios
+from plait_bench import gpu, live_load, own, report, scenarios
+from plait_bench.environments import cache_folder
 from plait_bench.measure import FULL, QUICK, Plan
 from plait_bench.models import HEAVY, MLP, publish
 from plait_bench.own import OwnWorker
 from plait_bench.peers import Peer, chosen
 from plait_bench.processes import cores
+from plait_bench.running import machine, progress, run_folder, write_json
 from plait_bench.scenarios import Bench
 
 STATIC_SETTING: Final = "BATCHING__STATIC_ROWS"  # measured where the worker knows it
 _UNBATCHED: Final = {1: "mlp-unbatched-1", scenarios.ROWS: f"mlp-unbatched-{scenarios.ROWS}"}
-Say = Callable[[str, float], None]
 
 
 def run(
@@ -60,10 +54,7 @@ def run(
         console.print(table)
     for line in report.remarks(facts):
         console.print(line)
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        console.print(f"the same figures are in {json_path}")
+    write_json(console, json_path, facts)
     return facts
 
 
@@ -77,10 +68,10 @@ def measure(console: Console, state_dir: Path | None, plan: Plan, peers: list[Pe
         formats["onnx"] = "mlp-onnx"
     static = any(name.endswith(STATIC_SETTING) for name, _ in fields(ModelWorkerSettings))
     with ExitStack() as stack:
-        folder = stack.enter_context(_folder(state_dir))
-        say = stack.enter_context(_progress(console, _total_s(plan, len(formats), peers, static=static)))
+        folder = stack.enter_context(run_folder(state_dir, "bench-worker"))
+        say = stack.enter_context(progress(console, _total_s(plan, len(formats), peers, static=static)))
         bench = Bench(folder=folder, server_core=server_core, plan=plan, say=say)
-        installed = {peer.name: peer.install(_cache(), lambda what: say(what, 0.0)) for peer in peers}
+        installed = {peer.name: peer.environment.install(cache_folder(), lambda what: say(what, 0.0)) for peer in peers}
         allowed = os.sched_getaffinity(0)
         stack.callback(os.sched_setaffinity, 0, allowed)
         os.sched_setaffinity(0, {load_core})
@@ -126,6 +117,7 @@ def _ours(
         facts["lone_caller"] = scenarios.lone_caller(bench, worker, _UNBATCHED)
         facts["overload"] = scenarios.overload(bench, worker)
         facts["peers"] = {peer.name: scenarios.against_peer(bench, worker, formats, peer, installed[peer.name]) for peer in peers}
+    facts["load_while_serving"] = live_load.load_while_serving(bench, formats)
     if not peers:
         bench.skip("peers", "none were asked for: --peers mosec,kserve,mlserver,litserve")
     return facts
@@ -138,71 +130,15 @@ def _total_s(plan: Plan, formats: int, peers: list[Peer], *, static: bool) -> fl
         + scenarios.batching_s(plan, static=static)
         + scenarios.lone_caller_s(plan, len(_UNBATCHED))
         + scenarios.overload_s(plan)
+        + live_load.load_while_serving_s(plan, formats)
         + sum(scenarios.against_peer_s(plan, formats, peer) for peer in peers)
     )
 
 
-def _cache() -> Path:
-    """Where peers are installed: $PLAIT_CACHE, or plait's folder in the user's cache."""
-    given = os.environ.get("PLAIT_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plait"
-
-
-@contextmanager
-def _folder(given: Path | None) -> Iterator[Path]:
-    """Artifacts, logs and settings of the servers: kept where a folder was given, fresh in either case."""
-    path = Path(tempfile.mkdtemp(prefix="plait-bench-")) if given is None else given.absolute() / "bench-worker"
-    if given is not None:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        if given is None:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _progress(console: Console, total_s: float) -> Iterator[Say]:
-    """A bar in seconds. It is drawn between the rounds only: a thread that draws would run beside the load generator."""
-    columns = (
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
-        task = bar.add_task("starting", total=total_s)
-
-        def say(what: str, seconds: float) -> None:
-            bar.update(task, description=what, advance=seconds, refresh=True)
-            if not console.is_terminal:
-                console.print(f"{bar.tasks[0].completed:5.0f} of {total_s:.0f} s  {what}")
-
-        yield say
-
-
 def _machine(server_core: int, load_core: int) -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in ("numpy", "grpcio", "torch")}
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "server_core": server_core,
-        "load_core": load_core,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "versions": {**versions, "torch_cpu": torch.backends.cpu.get_cpu_capability()},
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    facts = machine(server_core, load_core, ("numpy", "grpcio", "torch"))
+    facts["versions"]["torch_cpu"] = torch.backends.cpu.get_cpu_capability()
+    return facts
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput
 HEADERS = {"x-plait-service-token": "the-token"}
 CALLS = 64
 WRONG = (7, 20, 21)
+COSTS = ("queue_us", "compute_us", "batch_rows")
 
 
 def doubling(n: float, width: int) -> list[InferInput]:
@@ -22,12 +23,19 @@ def doubling(n: float, width: int) -> list[InferInput]:
     return [made]
 
 
-def described(result: Any, error: Any) -> list[Any]:
+def described(result: Any, error: Any) -> dict[str, Any]:
     """Return what a callback was given."""
     if error is not None:
-        return ["error", str(error.message())[:80]]
+        return {"error": str(error.message())[:80]}
     response = result.get_response()
-    return [response.id, result.as_numpy("y").tolist(), response.parameters["triton_final_response"].bool_param]
+    parameters = response.parameters
+    return {
+        "id": response.id,
+        "version": response.model_version,
+        "y": result.as_numpy("y").tolist(),
+        "final": parameters["triton_final_response"].bool_param,
+        "cost": {name: parameters[name].int64_param for name in COSTS if name in parameters},
+    }
 
 
 def main() -> None:

@@ -128,10 +128,18 @@ def test_values_land_in_their_columns(data: st.DataObject) -> None:
     assert defaulted == (rows + 1 if hour is None else 0) + (rows if counts is None else 0) + 1
 
 
-@pytest.mark.parametrize("reference", ["$request:nosuch", "$request:distance"])
-def test_a_set_that_names_what_it_does_not_declare_is_broken(reference: str) -> None:
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("$request:nosuch", r"declares no such request feature"),
+        ("$request:distance", r"for 'user', but declares it for 'item'"),
+        ("$transform:nosuch", r"names \$transform:nosuch for 'user', which it does not declare"),
+        ("nonsense", r"names 'nonsense', which is no feature"),
+    ],
+)
+def test_a_set_that_names_what_it_does_not_declare_is_broken(reference: str, words: str) -> None:
     home = FeatureSet(name="home", inputs=(ModelInput(name="user", entity="user", features=(reference,)),), request=(DISTANCE,))
-    with pytest.raises(FailedPrecondition, match=r"declares no such request feature for 'user'") as caught:
+    with pytest.raises(FailedPrecondition, match=words) as caught:
         compile_plan(Snapshot(feature_sets={"home": home}), "home")
     assert caught.value.reason == "FEATURE_SET_BROKEN"
 

@@ -62,7 +62,9 @@ class SlowWrites(Ingestion):
 def servicer_of(ingestion: Any = None) -> FeatureRetrievalServicer:
     plans = Plans(SNAPSHOT)
     unused: Any = None
-    return FeatureRetrievalServicer(unused, ingestion, lambda: plans, max_in_flight=4, tracing=off(), upkeep=unused)
+    return FeatureRetrievalServicer(
+        unused, ingestion, lambda: plans, explanation=unused, events=unused, max_in_flight=4, tracing=off(), upkeep=unused
+    )
 
 
 def enter(*, is_service: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.fakes.calls import call_of
 from tests.fakes.feature_world import statuses, tensor
 
 from feature_retrieval.ingestion import Ingestion
@@ -19,10 +19,10 @@ from feature_retrieval.near_cache import NearCache
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import FLAG_TOMBSTONE, Bytes2D, KeySpace, RowCodec, entity_prefix, header, split
 from feature_retrieval.store.redis import RedisStore
-from feature_retrieval.views import Plans
+from feature_retrieval.views import ComputedColumn, Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
-from plait.errors import FailedPrecondition, InvalidArgument
+from plait.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from plait.local.redis import EmbeddedRedis
 from plait.registry.records import (
     Entity,
@@ -36,6 +36,7 @@ from plait.registry.records import (
     PastVersion,
     RequestFeature,
     Snapshot,
+    Transform,
 )
 from plait.rpc.call import Call
 from plait.rpc.deadline import Deadline
@@ -98,8 +99,12 @@ def request_of(ids: Sequence[tuple[str, int]], km: Sequence[float], hour: float 
 
 async def ask(page: Retrieval, request: pb.GetFeaturesRequest) -> pb.GetFeaturesResponse:
     response = pb.GetFeaturesResponse()
-    await page.get_features(request, response, Call(method="GetFeatures", tenant="shop", deadline=Deadline.after(20)))
+    await page.get_features(request, response, call())
     return response
+
+
+def call(tenant: str = "shop", caller: str = "key-1") -> Call:
+    return Call(method="GetFeatures", tenant=tenant, caller=caller, deadline=Deadline.after(20))
 
 
 def numbers(data: bytes) -> list[int]:
@@ -234,7 +239,7 @@ async def test_embeddings_lists_and_words_become_columns(redis_url: str, near_ca
     try:
         for batch in (wide, coded):
             result = pb.WriteFeaturesResponse()
-            await writer.write(batch, result, call_of("shop"))
+            await writer.write(batch, result, call())
             assert (len(result.errors), result.applied) == (0, len(batch.ids.string_ids))
         request = pb.GetFeaturesRequest(feature_set="s")
         request.entities.add(entity_type="item").ids.string_ids.extend(["a", "b", "c", "d"])
@@ -251,5 +256,153 @@ async def test_embeddings_lists_and_words_become_columns(redis_url: str, near_ca
             )
             assert [(v.feature_view, v.defaulted_cells) for v in answer.views] == [("wide", 2 + 5 + 5), ("coded", 1 + 5)]
             assert statuses(answer, "coded") == ["PRESENT", "PRESENT", "NULL", "NOT_FOUND"]
+    finally:
+        await store.close()
+
+
+# --- transforms ---------------------------------------------------------------------------------------------------------------------------
+
+TASTE = FeatureView(
+    name="taste", entity=Entity(type="user"), features=(Feature(name="vector", width=2), Feature(name="age", dtype="int64"))
+)
+LISTING = FeatureView(
+    name="listing", entity=Entity(type="item"),
+    features=(Feature(name="vector", width=2), Feature(name="price", default=10), Feature(name="listed", dtype="timestamp")),
+)  # fmt: skip
+CROSSED = FeatureSet(
+    name="crossed",
+    request=(RequestFeature(name="hour", default=12), RequestFeature(name="km", entity="item")),
+    transforms=(
+        Transform(name="affinity", entity="item", expression="dot({taste:vector}, {listing:vector})", default=-1),
+        Transform(name="cost", entity="item", expression="{listing:price} + {$request:km} * {$request:hour}"),
+        Transform(name="fresh", entity="item", expression="time_since({listing:listed})", default=7),
+        Transform(name="unseen", entity="item", expression="missing({listing:vector})"),
+    ),
+    inputs=(
+        ModelInput(name="item", entity="item", features=("$transform:cost", "listing:price", "$transform:unseen", "$transform:affinity")),
+        ModelInput(name="age", entity="item", features=("$transform:fresh",), dtype="int64"),
+    ),
+)
+CROSSED_SNAPSHOT = Snapshot(feature_views={"taste": TASTE, "listing": LISTING}, feature_sets={"crossed": CROSSED})
+
+
+def crossed_request(users: list[str], items: list[str], km: list[float], **more: Any) -> pb.GetFeaturesRequest:
+    request = pb.GetFeaturesRequest(feature_set="crossed", **more)
+    for entity_type, ids in (("user", users), ("item", items)):
+        request.entities.add(entity_type=entity_type).ids.string_ids.extend(ids)
+    request.request_features.add(name="km", dtype=types_pb2.DATA_TYPE_FLOAT32, shape=[len(km)], data=np.array(km, "<f4").tobytes())
+    return request
+
+
+@pytest.mark.parametrize("near_cache", [False, True])
+async def test_transforms_see_every_row_and_what_was_sent_with_it(redis_url: str, near_cache: bool) -> None:
+    store, cache, plans = RedisStore(redis_url), NearCache(1 << 20 if near_cache else 0, 60), Plans(CROSSED_SNAPSHOT)
+    cache.connected([entity_prefix("shop", entity_type) for entity_type in ("item", "user")])
+    writer = Ingestion(store, lambda: CROSSED_SNAPSHOT, clock=lambda: NOW_S)
+    page = Retrieval(store, cache, lambda: plans, clock=lambda: NOW_S)
+    taste = pb.FeatureBatch(feature_view="taste", event_times_us=[NOW_US], ids={"string_ids": ["u"]})
+    taste.columns.add(features=["vector"], dtype=types_pb2.DATA_TYPE_FLOAT32, data=np.array([2, 3], "<f4").tobytes())
+    listing = pb.FeatureBatch(feature_view="listing", event_times_us=[NOW_US], ids={"string_ids": ["a", "b"]})
+    listing.columns.add(
+        features=["vector"], dtype=types_pb2.DATA_TYPE_FLOAT32, data=np.array([1, 1, 0, 0], "<f4").tobytes(), null_bits=b"\2"
+    )
+    listing.columns.add(features=["price"], dtype=types_pb2.DATA_TYPE_FLOAT32, data=np.array([5, 0], "<f4").tobytes(), null_bits=b"\2")
+    listing.columns.add(features=["listed"], dtype=types_pb2.DATA_TYPE_INT64, data=np.array([NOW_US - 3_000_000] * 2, "<i8").tobytes())
+    try:
+        for batch in (taste, listing):
+            result = pb.WriteFeaturesResponse()
+            await writer.write(batch, result, call())
+            assert result.applied == len(batch.ids.string_ids)
+        for _ in range(2):
+            answer = await ask(page, crossed_request(["u"], ["a", "b", "a", "c"], [1, 2, 3, 4]))
+            np.testing.assert_array_equal(
+                tensor(answer, "item"), [[17, 5, 0, 0, 5], [34, 10, 1, 1, -1], [41, 5, 0, 0, 5], [58, 10, 1, 1, -1]]
+            )  # one id, two distances
+            assert tensor(answer, "age").tolist() == [[3], [3], [3], [7]]
+            assert [t.name for t in answer.tensors] == ["item", "age"]  # what was gathered for the transforms stays here
+            assert [(v.feature_view, v.defaulted_cells) for v in answer.views] == [("listing", 2), ("taste", 0)]
+            # two prices, two affinities and one time since are defaults; `hour` fills no column
+            await ask(page, crossed_request(["u"], ["a", "b", "a", "c"], [1, 2, 3, 4], max_defaulted_cells=5 / 24))
+            with pytest.raises(FailedPrecondition, match="5 of 24 cells"):
+                await ask(page, crossed_request(["u"], ["a", "b", "a", "c"], [1, 2, 3, 4], max_defaulted_cells=4.9 / 24))
+        alone = crossed_request(["u"], ["a"], [1], inputs=["age"])
+        del alone.entities[0]
+        assert tensor(await ask(page, alone), "age").tolist() == [[3]]  # an input whose transforms need no user asks for none
+        with pytest.raises(InvalidArgument) as caught:
+            await ask(page, crossed_request(["u", "v"], ["a"], [1]))
+        assert caught.value.reason == "CROSS_NEEDS_ONE_ROW"
+        assert [v.description for v in caught.value.violations] == ["transform 'affinity' takes one 'user' per request, and 2 are given"]
+    finally:
+        await store.close()
+
+
+# --- who may read -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tenant", "caller", "good"), [("shop", "x", True), ("other", "key-7", True), ("other", "x", False)])
+async def test_a_view_is_read_by_those_it_names(redis_url: str, tenant: str, caller: str, good: bool) -> None:
+    """Also where only a transform reads it."""
+    listing = replace(LISTING, readers=("shop", "key-7"))
+    plans = Plans(replace(CROSSED_SNAPSHOT, feature_views={"taste": TASTE, "listing": listing}))
+    store = RedisStore(redis_url)
+    page = Retrieval(store, NearCache(0, 60), lambda: plans)
+    request = pb.GetFeaturesRequest(feature_set="crossed", inputs=["age"])
+    request.entities.add(entity_type="item").ids.string_ids.append("a")
+    try:
+        asked = page.get_features(request, pb.GetFeaturesResponse(), call(tenant, caller))
+        if good:
+            await asked
+        else:
+            with pytest.raises(PermissionDenied, match="'listing' is not for this caller") as caught:
+                await asked
+            assert caught.value.reason == "VIEW_NOT_READABLE"
+    finally:
+        await store.close()
+
+
+# --- columns that are worked out ----------------------------------------------------------------------------------------------------------
+
+
+class Since:
+    """A stand-in for a window: the seconds since the time that is stored, none where that is 0."""
+
+    size_bytes = 8
+
+    def evaluate(self, state: Bytes2D, now_us: int) -> tuple[Any, Any]:
+        stored = state.copy().view("<i8")[:, 0]
+        return (now_us - stored) / 1e6, stored > 0
+
+
+@pytest.mark.parametrize("near_cache", [False, True])
+async def test_a_computed_column_is_what_it_is_worth_now(redis_url: str, near_cache: bool) -> None:
+    view = FeatureView(
+        name="v", entity=Entity(type="item"), features=(Feature(name="a", default=1), Feature(name="t", dtype="int64", default=-9))
+    )
+    one = ModelInput(name="x", entity="item", features=("v:t", "v:a"), dtype="float64")
+    snapshot = Snapshot(feature_views={"v": view}, feature_sets={"s": FeatureSet(name="s", inputs=(one,))})
+    plans, now = Plans(snapshot), [NOW_S]
+    plan = plans.get("s", ())
+    [read] = plan.entities[0].views
+    picture, column = read.current, read.current.codec.columns["t"]
+    computed = ComputedColumn(Since(), column.offset, column.end, column.index, 0, 0)
+    picture = replace(picture, runs=tuple(r for r in picture.runs if r.column_from == 1), computed=(computed,))
+    entity = replace(plan.entities[0], views=(replace(read, current=picture, pictures={1: picture}),))
+    plans._compiled["s", ()] = replace(plan, entities=(entity,))
+    store, cache = RedisStore(redis_url), NearCache(1 << 20 if near_cache else 0, 60)
+    cache.connected([entity_prefix("shop", "item")])
+    page = Retrieval(store, cache, lambda: plans, clock=lambda: now[0])
+    batch = pb.FeatureBatch(feature_view="v", event_times_us=[NOW_US], ids={"string_ids": ["i", "j"]})
+    batch.columns.add(features=["t"], dtype=types_pb2.DATA_TYPE_INT64, data=np.array([NOW_US - 2_000_000, 0], "<i8").tobytes())
+    batch.columns.add(features=["a"], dtype=types_pb2.DATA_TYPE_FLOAT32, data=np.array([5, 6], "<f4").tobytes())
+    try:
+        await Ingestion(store, lambda: snapshot, clock=lambda: NOW_S).write(batch, pb.WriteFeaturesResponse(), call())
+        request = pb.GetFeaturesRequest(feature_set="s")
+        request.entities.add(entity_type="item").ids.string_ids.extend(["i", "j", "k"])
+        for later_s in (0, 3, 8):
+            now[0] = NOW_S + later_s
+            answer = await ask(page, request)
+            assert tensor(answer, "x").tolist() == [[2 + later_s, 5], [-9, 6], [-9, 1]]
+            assert statuses(answer, "v") == ["PRESENT", "NULL", "DEFAULTED"]
+            assert answer.views[0].defaulted_cells == 3
     finally:
         await store.close()

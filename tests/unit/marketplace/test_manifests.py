@@ -58,7 +58,7 @@ def test_they_fit_together(records: list[Any]) -> None:
 
 def test_a_feature_less_would_be_found(records: list[Any]) -> None:
     def shorter(record: Any) -> Any:
-        if not isinstance(record, FeatureSet):
+        if not isinstance(record, FeatureSet) or record.name != manifests.FEATURE_SET:
             return record
         first, *others = record.inputs
         return dataclasses.replace(record, inputs=(dataclasses.replace(first, features=first.features[:-1]), *others))
@@ -68,7 +68,7 @@ def test_a_feature_less_would_be_found(records: list[Any]) -> None:
 
 def test_the_set_lists_columns_as_the_model_was_trained_on_them(records: list[Any], data: Dataset) -> None:
     names = view_features(data)
-    [feature_set] = [r for r in records if isinstance(r, FeatureSet)]
+    [feature_set] = [r for r in records if isinstance(r, FeatureSet) and r.name == manifests.FEATURE_SET]
     assert {i.name: i.features for i in feature_set.inputs} == {
         "user": tuple(f"{view}:{name}" for view in ("user-profile", "user-behaviour") for name in names[view]),
         "item": tuple(f"{view}:{name}" for view in ("item-content", "item-stats") for name in names[view]),
@@ -87,4 +87,4 @@ def test_main_writes_them(data: Dataset, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(manifests, "FOLDER", tmp_path)
     monkeypatch.setattr(manifests.data_module, "load", lambda: data)
     manifests.main()
-    assert [m.kind for m in load([tmp_path])] == ["FeatureSet", *["FeatureView"] * 4, "Model", "Route"]
+    assert [m.kind for m in load([tmp_path])] == ["FeatureView", "FeatureSet", "FeatureSet", *["FeatureView"] * 4, "Model", "Route"]

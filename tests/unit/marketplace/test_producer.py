@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import grpc
 import numpy as np
 import pytest
+from tests.fakes.event_service import SHOP, consuming, event_service
+from tests.fakes.event_world import NOW_S
 
-from marketplace import producer
+from marketplace import manifests, producer
 from marketplace.data import Dataset
-from marketplace.features import Features, view_features
+from marketplace.features import GLOBAL_MEAN, HALF_LIFE_S, Features, view_features
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import InvalidArgument, PlaitError, Violation
+from plait.registry.manifests import load
+from plait.registry.resources import snapshot_of
 
 
 def test_every_row_is_produced_once(data: Dataset, features: Features) -> None:
@@ -67,3 +74,31 @@ def test_a_refused_batch_or_row_stops_the_replay() -> None:
     with pytest.raises(PlaitError, match="batch 4: 1 rows were refused, the first for EVENT_TIME_IN_FUTURE: too far ahead"):
         producer._refuse(ack)
     producer._refuse(pb.IngestFeaturesResponse(batch_id=5, result={"applied": 1}))
+
+
+async def test_what_the_service_counts_from_the_events_is_what_the_features_say(data: Dataset, features: Features, redis_url: str) -> None:
+    records = [manifest.record for manifest in load([manifests.FOLDER / "activity.yaml"])]
+    async with event_service(redis_url, snapshot=snapshot_of(1, records, [])) as service:
+        async with grpc.aio.insecure_channel(service.address) as channel, consuming(service.consumer()):
+            for _ in range(2):  # publishing twice changes nothing
+                told: list[int] = []
+                assert await producer.publish(channel, "shop-key", data, NOW_S, told.append) == sum(told) == len(data.rating)
+            while (await service.source("front").backlog_of("shop")).events:
+                await asyncio.sleep(0.01)
+        request = pb.GetFeaturesRequest(feature_set=manifests.ACTIVITY)
+        request.entities.add(entity_type="item").ids.string_ids.extend(data.item_ids)
+        answer = await service.stub.GetFeatures(request, metadata=SHOP, timeout=20)
+    online = np.frombuffer(answer.tensors[0].data, np.float32).reshape(tuple(answer.tensors[0].shape))
+    counts = np.bincount(data.event_item, minlength=len(data.item_ids))
+    np.testing.assert_array_equal(online[:, 0], counts)
+    totals = np.bincount(data.event_item, data.rating, len(data.item_ids))
+    np.testing.assert_allclose(online[:, 1], np.where(counts > 0, totals / np.maximum(counts, 1), GLOBAL_MEAN), rtol=1e-6)
+    age_s = (data.event_time_s[-1] - data.event_time_s).astype(float)
+    recent = np.bincount(data.event_item, np.exp2(-age_s / HALF_LIFE_S), len(data.item_ids))
+    np.testing.assert_allclose(online[:, 2], recent, rtol=5e-3, atol=1e-2)
+
+
+async def test_events_that_are_refused_stop_the_publishing(data: Dataset, redis_url: str) -> None:
+    async with event_service(redis_url) as service, grpc.aio.insecure_channel(service.address) as channel:
+        with pytest.raises(PlaitError, match="EVENT_TIME_IN_FUTURE"):
+            await producer.publish(channel, "shop-key", data, NOW_S + 86_400)

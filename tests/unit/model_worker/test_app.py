@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.fakes.object_store import ObjectStore
 from tests.fakes.registry_world import eventually
 from tests.fakes.small_ranker import FEATURES, ITEMS, USERS, manifests, model, offline_scores, publish, route
@@ -93,6 +94,9 @@ async def test_it_serves_what_the_registry_names_until_it_is_told_to_stop(postgr
                 return list(answer.outputs[0].contents.fp32_contents)
 
             await asyncio.wait_for(version_with("1"), 60)
+            names = ("", "inference.GRPCInferenceService", "plait.api.model_worker.v1.ModelWorkerService")
+            health = [await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name)) for name in names]
+            assert [answer.status for answer in health] == [health_pb2.HealthCheckResponse.SERVING] * 3
             assert await scores() == pytest.approx(offline_scores(first, [30.0, 1.0], [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]), abs=1e-5)
             await store.apply(pin_artifacts(manifests(model("ranker", first, second))), actor="test")
             await asyncio.wait_for(version_with("2"), 60)

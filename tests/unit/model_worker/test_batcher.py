@@ -430,3 +430,15 @@ async def test_while_its_process_is_starting_requests_wait_and_an_idle_batcher_c
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         await asyncio.wait_for(w.batcher.close(), 10)
+
+
+async def test_a_watched_deadline_is_answered_while_the_model_is_busy() -> None:
+    async with world() as w:
+        running = await w.busy(1.0)
+        waiting = asyncio.create_task(w.batcher.submit((np.array([2.0]),), 1, w.clock_s + 0.01, watched=True))
+        with pytest.raises(DeadlineExceeded):
+            await asyncio.wait_for(waiting, 10)
+        assert w.schedule.queued_rows == 0
+        w.model.open.set()
+        await running
+        assert w.model.batches == [[1.0]]

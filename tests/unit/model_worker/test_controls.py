@@ -42,7 +42,7 @@ def logs(made: Controls, **settings: Any) -> dict[str, Any]:
 def traces(made: Controls, model: str = "", **settings: str) -> dict[str, list[str]]:
     request, response = pb.TraceSettingRequest(model_name=model), pb.TraceSettingResponse()
     for name, value in settings.items():
-        request.settings[name].value.append(value)
+        request.settings[name].value.extend([value] if value else [])
     made.traces(request, response, _known)
     return {name: list(value.value) for name, value in response.settings.items()}
 
@@ -60,6 +60,7 @@ def _known(model: str) -> None:
         ({"log_info": False}, "WARNING"),
         ({"log_info": False, "log_warning": False}, "ERROR"),
         ({"log_warning": False, "log_verbose_level": 2}, "DEBUG"),
+        ({"log_info": False, "log_warnings": False, "log_errors": True}, "ERROR"),
     ],
 )
 def test_the_log_level_follows_and_is_told(settings: dict[str, Any], level: str) -> None:
@@ -110,6 +111,15 @@ def test_the_share_of_traces_follows_and_is_told() -> None:
         pass
     tracing.close()
     assert [span.name for span in exporter.get_finished_spans()] == ["recorded"]
+
+
+@pytest.mark.parametrize("cleared", ["trace_rate", "trace_level"])
+def test_a_setting_without_a_value_is_as_it_was_when_the_process_started(cleared: str) -> None:
+    tracing = Tracing(TelemetrySettings(trace_sample_ratio=0.5), "worker", InMemorySpanExporter())
+    made = controls(tracing)
+    assert traces(made, trace_rate="100")["trace_rate"] == ["100"]
+    assert traces(made, **{cleared: ""})["trace_rate"] == ["2"]
+    tracing.close()
 
 
 @pytest.mark.parametrize(

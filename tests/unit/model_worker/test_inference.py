@@ -36,7 +36,7 @@ class Doubling:
             raise NotFound("Request for unknown model")
         return SimpleNamespace(model="m", version="3", codec=CODEC, batcher=self)
 
-    async def submit(self, inputs: Any, rows: int, deadline_s: float, priority: int = 0) -> Answer:
+    async def submit(self, inputs: Any, rows: int, deadline_s: float, priority: int = 0, *, watched: bool = False) -> Answer:
         self.submitted.append((rows, deadline_s))
         return Answer(outputs=(inputs[0] * 2,), queue_s=0.0015, compute_s=0.25, batch_rows=9)
 

@@ -58,8 +58,30 @@ async def test_an_instance_that_hangs_is_replaced_a_few_times() -> None:
         assert len(instances) == 1
     last = instances.free()
     assert last is not None
+    last.start(lambda: release.wait(30), lambda *_: None)
     instances.give_up(last)
     assert len(instances) == 0
     assert instances.free() is None
+    assert instances.stuck == 5
     release.set()
+    await instances.ended()
+    assert instances.stuck == 0
+    fresh = instances.free()  # there is room for a thread again
+    assert fresh is not None
+    assert instances.free() is fresh
+    assert len(instances) == 1
     await instances.stop()
+
+
+async def test_all_are_given_up_at_once_where_nothing_else_helps() -> None:
+    release, instances = threading.Event(), Instances("m/1", (Still(), Still()))
+    busy = instances.free()
+    assert busy is not None
+    busy.batch = object()
+    busy.start(lambda: release.wait(30), lambda *_: None)
+    instances.abandon()
+    assert (len(instances), instances.free()) == (0, None)
+    await instances.stop()  # waits for none of them
+    release.set()
+    await instances.ended()
+    assert instances.stuck == 0

@@ -60,3 +60,21 @@ def test_rates_are_since_the_last_report_and_reports_are_kept_a_while() -> None:
     assert load() is first
     now["s"] = 12.5
     assert parsed(load()).rps_fractional == pytest.approx(2.0)
+
+
+async def test_calls_are_counted_by_how_they_end() -> None:
+    now = {"s": 10.0}
+    load = LoadReport(1, lambda: 0.0, lambda: 0.0, clock=lambda: now["s"], cpu_clock=lambda: 0.0)
+
+    async def half(n: int) -> int:
+        if n % 2:
+            raise ValueError(n)
+        return n // 2
+
+    counted = load.counting(half)
+    assert await counted(4) == 2
+    with pytest.raises(ValueError, match="3"):
+        await counted(3)
+    now["s"] = 11.0
+    report = parsed(load())
+    assert (report.rps_fractional, report.eps) == (2.0, 1.0)

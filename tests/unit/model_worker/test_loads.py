@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -101,6 +102,17 @@ async def test_a_load_takes_a_slot_and_its_estimate_until_it_is_measured() -> No
     w.loads.release(load)
     w.loads.release(load)
     assert w.used == 0
+
+
+async def test_threads_take_turns_more_often_while_something_is_loaded() -> None:
+    calm_s = sys.getswitchinterval()
+    w = World(Loader())
+    first, second = w.begin(), w.begin()
+    assert sys.getswitchinterval() < calm_s / 2
+    w.loader.may_end.set()
+    for load in (first, second):
+        await ended(load)
+    await eventually(lambda: sys.getswitchinterval() == calm_s)
 
 
 async def test_what_is_dropped_is_closed_and_its_memory_free() -> None:

@@ -49,6 +49,20 @@ class FakeServed:
     tested: int = 0
     error: Exception | None = None
     manifest: ArtifactManifest = MANIFEST
+    broken: Exception | None = None  # raised by close
+    hangs: bool = False
+    abandoned: bool = False
+    came_back: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def instances(self) -> FakeServed:
+        return self
+
+    async def ended(self) -> None:
+        await self.came_back.wait()
+
+    async def abandon(self) -> None:
+        self.abandoned = True
 
     @property
     def batcher(self) -> FakeServed:
@@ -67,6 +81,8 @@ class FakeServed:
     async def close(self) -> None:
         await self.may_close.wait()
         self.closed = True
+        if self.broken is not None:
+            raise self.broken
 
 
 @dataclass
@@ -92,6 +108,7 @@ class FakeLoader:
     may_load: threading.Event = field(default_factory=threading.Event)
     may_close: asyncio.Event = field(default_factory=asyncio.Event)
     memory_bytes: int = SIZE
+    cannot_serve: Exception | None = None
 
     def prepare(self, version: ModelVersion, admit: Any) -> FakePrepared:
         self.asked.append(version.artifact)
@@ -105,6 +122,8 @@ class FakeLoader:
         return self.prepared[-1]
 
     def serve(self, model: str, version: str, prepared: FakePrepared, health: Health) -> FakeServed:
+        if self.cannot_serve is not None:
+            raise self.cannot_serve
         self.served.append(FakeServed(model, version, prepared.digest, self.may_close, health))
         return self.served[-1]
 
@@ -174,6 +193,63 @@ async def test_what_the_registry_names_is_loaded_and_served() -> None:
         assert w.sample("ready", model="b", version="2") == 1
         assert w.sample("loads_total", model="b", outcome="READY") == 2
         assert (w.sample("memory_bytes", model="b", version="2") or 0) >= SIZE
+
+
+@pytest.mark.parametrize(("when", "expected"), [("any", [False, True, False, True]), ("all", [False, True, False, True]), ("live", [True])])
+async def test_whether_the_worker_is_ready_is_told_whenever_it_changes(when: str, expected: list[bool]) -> None:
+    async with world(ready_when=when, quarantine={"backoff_s": 0.01}) as w:
+        told: list[bool] = []
+
+        async def listen() -> None:
+            async for ready in w.models.readiness():
+                told.append(ready)  # noqa: PERF401 - it is looked at while it grows
+
+        listener = asyncio.create_task(listen())
+        w.loader.may_load.clear()
+        w.adopt(of(V1))
+        await w.become(a_1="LOADING")
+        w.loader.may_load.set()
+        await w.become(a_1="READY")
+        w.loader.served[0].error = Internal("it fails its test")
+        w.loader.served[0].fail()
+        await w.become(a_1="QUARANTINED")
+        w.loader.served[0].error = None
+        await w.become(a_1="READY")
+        await eventually(lambda: told == expected)
+        listener.cancel()
+
+
+async def test_where_nothing_is_wanted_or_all_has_failed_that_is_told_too() -> None:
+    async with world() as w:
+        w.loader.errors["/m/1"] = FailedPrecondition("torn", reason="ARTIFACT_CORRUPT")
+        w.adopt(of(V1), of(V2, name="b"))
+        ready = w.models.readiness()
+        assert await anext(ready) is False
+        assert await asyncio.wait_for(anext(ready), 10) is True  # one of them serves, the other was tried
+        assert w.states() == {"a/1": "FAILED", "b/2": "READY"}
+
+
+async def test_tritons_word_for_any_version_is_taken() -> None:
+    async with world() as w:
+        w.adopt(of(V1, V2, champion="1"))
+        await w.become(a_1="READY", a_2="READY")
+        assert w.models.get("a", "-1") is w.models.get("a") is w.models.get("a", "2")
+        assert "Request for unknown model: nobody" in refusal(w.models, "nobody", "-1").message
+
+
+async def test_what_is_not_held_is_told_with_the_reason() -> None:
+    async with world(repository_control=True, load_concurrency=1) as w:
+        w.loader.may_load.clear()
+        w.adopt(of(V1), of(V1, name="b"), of(V1, name="forgotten", policy=VersionPolicy(specific=("9",), latest=0)))
+        await w.become(a_1="LOADING")
+        assert w.models.not_held() == [
+            ("b", "LOADING", "waits for its turn to be loaded"),
+            ("forgotten", "UNAVAILABLE", "no route, alias or version policy refers to it"),
+        ]
+        w.loader.may_load.set()
+        await w.become(a_1="READY", b_1="READY")
+        await w.models.unload("b", 10)
+        assert w.models.not_held()[0] == ("b", "UNAVAILABLE", "unloaded")
 
 
 async def test_while_it_loads_callers_are_told_to_come_back() -> None:
@@ -365,7 +441,7 @@ async def test_a_version_whose_loads_hang_is_tried_twice_and_then_waits_for_a_th
         w.loader.hang["/m/1"].set()
         await w.become(a_1="READY", b_2="READY")
         await eventually(lambda: sorted(p.closed for p in w.loader.prepared) == [False, False, True])
-        assert w.ledger.used_bytes("cpu") <= 2 * CLAIMED
+        await eventually(lambda: w.ledger.used_bytes("cpu") <= 2 * CLAIMED)
 
 
 async def test_too_many_hanging_loads_stop_all_loading_until_one_ends() -> None:
@@ -724,12 +800,72 @@ async def test_a_very_long_name_is_not_repeated_whole() -> None:
         assert len(refused.value.message) < 500
 
 
-async def test_a_version_that_does_not_end_is_given_up_and_keeps_its_memory() -> None:
+async def test_a_version_that_does_not_end_is_given_up_and_keeps_its_memory_until_it_comes_back() -> None:
+    async with world(unload_timeout_s=0.01, unload_after_s=0.0) as w:
+        w.adopt(of(V1))
+        await w.become(a_1="READY")
+        w.loader.may_close.clear()
+        w.loader.served[0].hangs = True
+        w.adopt()
+        await eventually(lambda: "leaving=0" in repr(w.models) and w.states() == {})
+        assert (w.loader.served[0].closed, w.loader.served[0].abandoned) == (False, True)
+        assert w.ledger.used_bytes("cpu") >= SIZE
+        w.loader.served[0].came_back.set()
+        await eventually(lambda: w.ledger.used_bytes("cpu") == 0)
+
+
+async def test_a_version_whose_threads_hang_keeps_its_memory_though_it_was_closed() -> None:
+    async with world(unload_after_s=0.0) as w:
+        w.adopt(of(V1))
+        await w.become(a_1="READY")
+        w.loader.served[0].hangs = True
+        w.adopt()
+        await eventually(lambda: "leaving=0" in repr(w.models) and w.loader.served[0].closed)
+        assert w.ledger.used_bytes("cpu") >= SIZE
+        assert not w.loader.served[0].abandoned
+
+
+async def test_a_version_whose_processes_could_be_ended_leaves_nothing_behind() -> None:
     async with world(unload_timeout_s=0.01, unload_after_s=0.0) as w:
         w.adopt(of(V1))
         await w.become(a_1="READY")
         w.loader.may_close.clear()
         w.adopt()
-        await eventually(lambda: "leaving=0" in repr(w.models) and w.states() == {})
-        assert not w.loader.served[0].closed
-        assert w.ledger.used_bytes("cpu") >= SIZE
+        await eventually(lambda: w.loader.served[0].abandoned and w.ledger.used_bytes("cpu") == 0)
+
+
+async def test_a_version_that_breaks_while_it_ends_is_gone_and_the_rest_goes_on() -> None:
+    async with world(unload_after_s=0.0) as w:
+        w.adopt(of(V1))
+        await w.become(a_1="READY")
+        w.loader.served[0].broken = OSError("the lock is gone")
+        w.adopt(of(V1, name="b"))
+        await w.become(b_1="READY")
+        await eventually(lambda: "leaving=0" in repr(w.models) and [claim.name for claim in w.ledger._claims] == [("b", "1")])
+
+
+async def test_what_is_loaded_and_cannot_be_put_to_work_has_failed_and_leaves_nothing_behind() -> None:
+    async with world() as w:
+        w.loader.cannot_serve = RuntimeError("can't start new thread")
+        w.adopt(of(V1))
+        await w.become(a_1="FAILED")
+        assert refusal(w.models, "a").reason == "MODEL_FAILED"
+        await eventually(lambda: w.loader.prepared[0].closed and w.ledger.used_bytes("cpu") == 0)
+        w.loader.cannot_serve = None
+        w.adopt(of(V1), of(V2, name="b"))
+        await eventually(lambda: w.states().get("b/2") == "READY")
+
+
+async def test_a_late_load_does_not_replace_what_serves_even_in_quarantine() -> None:
+    async with world(load_timeout_s=0.05, retry_s=0.01) as w:
+        w.loader.hang["/m/1"] = threading.Event()
+        w.adopt(of(V1))
+        await w.become(a_1="FAILED")
+        slow = w.loader.hang.pop("/m/1")
+        await w.become(a_1="READY")
+        w.loader.served[0].fail()
+        await w.become(a_1="QUARANTINED")
+        slow.set()
+        await eventually(lambda: len(w.loader.prepared) == 2 and any(p.closed for p in w.loader.prepared))
+        assert len(w.loader.served) == 1
+        await eventually(lambda: len(w.ledger._claims) == 1)

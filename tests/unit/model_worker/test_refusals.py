@@ -90,8 +90,11 @@ def test_a_failure_to_load_is_told_with_its_reason() -> None:
 def test_what_is_unknown_is_told_with_what_is_known() -> None:
     error = refusal({}, "", model="c")
     assert isinstance(error, NotFound)
-    assert error.message == "Request for unknown model: c is not in the registry; models it has: a, b"
-    assert why_not("c", "", Snapshot(), (), {}, NOW_S).message.endswith("models it has: none")
+    assert error.message == "Request for unknown model: c is not in the registry; models the registry has: a, b"
+    assert why_not("c", "", Snapshot(), (), {}, NOW_S).message.endswith("models the registry has: none")
+    assert refusal({}, "", model="").message == "Request for unknown model: its name is empty; models the registry has: a, b"
+    error = refusal({}, "", "9")
+    assert error.message == "Request for unknown model: a version 9 is not in the registry; versions it has, newest first: 3, 2, 1"
 
 
 def test_long_names_of_callers_are_cut() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -36,11 +37,13 @@ class Queue:
         return SimpleNamespace(outputs=(self.answer,))
 
 
-async def tried(queue: Queue, *, inputs: tuple[TensorSpec, ...] = (USER, ITEM), outputs: Any = RIGHT) -> PlaitError | None:
+async def tried(
+    queue: Queue, *, inputs: tuple[TensorSpec, ...] = (USER, ITEM), outputs: Any = RIGHT, timeout_s: float = 30.0
+) -> PlaitError | None:
     manifest = ArtifactManifest(name="m", format="torchscript", entry="m", inputs=inputs, outputs=(SCORE,))
     arrays = tuple(np.ones((3 if spec.per == "row" else 1, 2), np.float32) for spec in inputs)
     sample = Sample(inputs=arrays, outputs=None if outputs is None else (outputs,), tolerance=1e-3)
-    return await retest.run(SimpleNamespace(manifest=manifest, batcher=queue), sample, 30.0)  # type: ignore[arg-type]
+    return await retest.run(SimpleNamespace(manifest=manifest, batcher=queue), sample, timeout_s)  # type: ignore[arg-type]
 
 
 async def test_the_right_answer_passes_and_goes_the_way_of_a_request() -> None:
@@ -73,6 +76,16 @@ async def test_anything_else_says_why(answer: Any, outputs: Any, reason: str) ->
     assert error is not None
     assert error.reason == reason
     assert "42" not in error.message  # a model's own words may hold what it was given
+
+
+async def test_a_pass_that_never_comes_back_has_failed() -> None:
+    class Silent(Queue):
+        async def submit(self, inputs: Any, rows: int, deadline_s: float) -> Any:
+            await asyncio.Event().wait()
+
+    error = await tried(Silent(None), timeout_s=0.01)
+    assert error is not None
+    assert error.reason == "SELF_TEST_FAILED"
 
 
 async def test_where_no_answer_is_published_the_shape_will_do() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from model_worker.batcher import Answer
 from model_worker.controls import Controls
 from model_worker.lifecycle import Entry, State
 from model_worker.servicer import InferenceServicer, StreamServicer
@@ -43,6 +44,9 @@ class StubModels:
             ("c", Entry(version=versions[2], state=State.QUARANTINED, error=Unavailable("it keeps failing"))),
         ]
 
+    def not_held(self) -> list[tuple[str, str, str]]:
+        return [("d", "UNAVAILABLE", "unloaded")]
+
     async def load(self, model: str, timeout_s: float) -> None:
         self.told.append(("load", model, timeout_s))
 
@@ -63,14 +67,15 @@ def servicer(models: StubModels) -> InferenceServicer:
     )
 
 
-async def _refuse(request: Any, response: Any) -> None:
-    """Fill a part of the response, note how much time there was, and fail as the request's id says."""
+async def _refuse(request: Any, response: Any, watched: bool = False) -> Answer:
+    """Fill a part of the response, note how much time there was, and fail or answer as the request's id says."""
     response.model_name = "m"
     if request.id == "left":
         raise InvalidArgument(f"{current().deadline.remaining_s():.0f}")
     if request.id == "fault":
         raise ZeroDivisionError
     response.id = request.id
+    return Answer(outputs=(), queue_s=0.0, compute_s=0.0, batch_rows=1)
 
 
 class StreamContext:
@@ -149,6 +154,7 @@ async def test_the_index_says_where_each_version_stands() -> None:
         ("a", "2", "LOADING", ""),
         ("b", "3", "UNAVAILABLE", "two files differ"),
         ("c", "3", "UNAVAILABLE", "it keeps failing"),
+        ("d", "", "UNAVAILABLE", "unloaded"),
     ]
     index = await servicer(StubModels()).RepositoryIndex(pb.RepositoryIndexRequest(ready=True), None)
     assert [(m.name, m.version) for m in index.models] == [("a", "1")]
@@ -177,13 +183,26 @@ async def test_a_model_is_loaded_as_the_registry_has_it() -> None:
     assert models.told == [("unload", "a", math.inf)]
 
 
+@pytest.mark.parametrize(("name", "kind", "value"), [("unload_dependents", "int64_param", 1), ("force", "bool_param", True)])
+async def test_unloading_takes_no_other_parameters(name: str, kind: str, value: Any) -> None:
+    models = StubModels()
+    request = pb.RepositoryModelUnloadRequest(model_name="a")
+    setattr(request.parameters[name], kind, value)
+    with pytest.raises(InvalidArgument) as refused:
+        await servicer(models).RepositoryModelUnload(request, None)
+    assert refused.value.reason == "UNLOAD_PARAMETERS"
+    assert models.told == []
+
+
 async def test_streams_are_for_services() -> None:
     enter(Call(method="m", tenant="t", deadline=Deadline.never()))
     with pytest.raises(PermissionDenied):
-        await StreamServicer(SimpleNamespace(), max_in_flight=1, tracing=off()).StreamInfer(iter(()), None)  # type: ignore[arg-type]
+        await StreamServicer(SimpleNamespace(infer=_refuse), max_in_flight=1, tracing=off()).StreamInfer(iter(()), None)  # type: ignore[arg-type]
 
 
 async def test_the_server_says_what_it_is() -> None:
     answer = await servicer(StubModels()).ServerMetadata(pb.ServerMetadataRequest(), None)
     assert (answer.name, answer.version) == ("plait-model-worker", "1.2")
+    assert "schedule_policy" in answer.extensions
+    assert not {"sequence", "parameters", "system_shared_memory", "cuda_shared_memory", "binary_tensor_data"} & set(answer.extensions)
     assert (await servicer(StubModels()).ServerLive(pb.ServerLiveRequest(), None)).live

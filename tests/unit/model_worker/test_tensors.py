@@ -167,6 +167,14 @@ def test_shapes_that_do_not_fit_are_refused(shape: list[int]) -> None:
     assert set(found) <= {"inputs[1].shape", "raw_input_contents[1]"}
 
 
+@pytest.mark.parametrize("shape", [[-1, -1], [-1, 1], [-2, -2]])
+@pytest.mark.parametrize("dtype", ["float32", "bytes"])
+def test_a_variable_dimension_has_a_size_in_a_request(shape: list[int], dtype: str) -> None:
+    request = pb.ModelInferRequest(raw_input_contents=[b"\0" * 4])  # as much as -1 × -1 elements take
+    request.inputs.add(name="x", datatype=BY_NAME[dtype].oip, shape=shape)
+    assert "is 1 or more" in refused(one(dtype, (-1, -1)), request)["inputs[0].shape"]
+
+
 def test_the_byte_size_must_be_the_shapes() -> None:
     request = raw(user=USER, item=ITEM)
     request.raw_input_contents[1] = request.raw_input_contents[1][:-1]
@@ -366,3 +374,9 @@ def test_a_shape_of_very_many_dimensions_is_not_repeated_whole() -> None:
 def test_a_fixed_dimension_may_be_nothing() -> None:
     query = one("float32", (-1, 0)).decode(raw(x=np.zeros((2, 0), np.float32)))
     assert (query.rows, query.inputs[0].shape) == (2, (2, 0))
+
+
+def test_of_no_bytes_a_shape_may_still_be_too_large() -> None:
+    codec, request = one("float32", (-1, 0)), pb.ModelInferRequest(raw_input_contents=[b""])
+    request.inputs.add(name="x", datatype="FP32", shape=[2**62, 0])
+    assert "too big" in refused(codec, request)["raw_input_contents[0]"]

@@ -139,6 +139,15 @@ async def test_rank_asks_and_answers(client: Any, router: FakeRouter, subject: A
     assert ranking.items == ((items[2], 2.0), (items[1], 1.0))
 
 
+async def test_composite_ids_come_and_go_as_tuples(client: Any, router: FakeRouter) -> None:
+    ranking = await client.rank("home", ("shop-a", 7), [("shop-a", 1), ("", -1)])
+    (request,) = router.requests
+    parts = [[part.WhichOneof("part") for part in key.parts] for key in (*request.subject.composite_ids, *request.candidates.composite_ids)]
+    assert parts == [["string_part", "int64_part"]] * 3
+    assert ranking.item_ids == [("", -1), ("shop-a", 1)]
+    assert ranking.items[0] == (("", -1), ranking.scores[0])
+
+
 @pytest.mark.parametrize("ids", [np.array([5, 6]), range(5, 7), (i for i in (5, 6)), {5: "", 6: ""}, array.array("q", [5, 6])])
 async def test_ids_come_in_any_collection(router: FakeRouter, ids: Any) -> None:
     async with RankingClient(router.address) as client:
@@ -327,6 +336,11 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"candidates": [2**63]}, "candidates"),
     ({"candidates": ["\ud800"]}, "candidates"),
     ({"candidates": "abc"}, "candidates"),
+    ({"candidates": [("a", 1.5)]}, "candidates"),
+    ({"candidates": [("a", None)]}, "candidates"),
+    ({"candidates": [("a", True)]}, "candidates"),
+    ({"candidates": [("a", 1), "a"]}, "candidates"),
+    ({"subject": ("a", 2**63)}, "subject"),
     ({"candidates": 7}, "candidates"),
     ({"subject": None}, "subject"),
     ({"subject": True}, "subject"),

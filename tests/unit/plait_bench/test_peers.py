@@ -33,7 +33,7 @@ def test_peers_are_chosen_by_name() -> None:
 def test_each_is_pinned_and_its_server_is_there(name: str, tmp_path: Path) -> None:
     peer = PEERS[name]
     assert all("==" in package for package in (*peer.packages, peers.TORCH))
-    assert peer.environment(tmp_path).parent == tmp_path / "bench-peers"
+    assert peer.environment.folder(tmp_path).parent == tmp_path / "bench-peers"
     scripts = [part for part in peer.argv(Path("/env/bin/python"), 1, tmp_path) if part.endswith(".py")]
     for script in scripts or [str(Path(peers.__file__).parent / "peer_servers" / "mlserver_runtime.py")]:
         imported = {n.module for n in ast.walk(ast.parse(Path(script).read_text())) if isinstance(n, ast.ImportFrom)}

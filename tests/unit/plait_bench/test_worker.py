@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from plait.errors import InvalidArgument
-from plait_bench import report, worker
+from plait_bench import live_load, report, worker
 from plait_bench.measure import QUICK, Plan
+from plait_bench.models import HEAVY
 
 TINY = Plan(rounds=2, seconds=0.05, warm_up_s=0.02, trial_s=0.05)
 NUMBER = (int, float)
@@ -51,7 +52,9 @@ def check(found: Any, shape: Any, at: str = "report") -> None:
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return worker.measure(Console(file=io.StringIO()), tmp_path_factory.mktemp("state"), TINY, [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live_load, "LARGE", HEAVY)
+        return worker.measure(Console(file=io.StringIO()), tmp_path_factory.mktemp("state"), TINY, [])
 
 
 def test_the_report_is_complete_and_can_be_read_back(facts: dict[str, Any]) -> None:
@@ -69,6 +72,8 @@ def test_the_report_is_complete_and_can_be_read_back(facts: dict[str, Any]) -> N
         batching["dynamic_64_to_static_64"] = NUMBER
         batching["figures"]["static, 64 × 1 row"] = FIGURES  # type: ignore[index]
     lone = {"figures": {"batching on": FIGURES, "batching off": FIGURES}, "p50_on_to_off": NUMBER}
+    beside = dict.fromkeys(("loads", "load_s", "p50_loading_to_quiet", "p99_loading_to_quiet", "rate_loading_to_quiet"), NUMBER)
+    beside["figures"] = dict.fromkeys(("nothing loads", "a model loads"), FIGURES | {"p99_9_ms": NUMBER, "p100_ms": NUMBER})
     shape = {
         "schema": str,
         "machine": {
@@ -87,6 +92,12 @@ def test_the_report_is_complete_and_can_be_read_back(facts: dict[str, Any]) -> N
         "batching": {"mlp": batching, "heavy": batching},
         "lone_caller": {"1 row": lone, "100 rows": lone},
         "overload": {"64 rows": OVERLOAD, "1 row": OVERLOAD},
+        "load_while_serving": {
+            "model_bytes": int,
+            "callers": int,
+            "rows_per_call": int,
+            "formats": dict.fromkeys(facts["load_while_serving"]["formats"], beside),
+        },
         "peers": {},
         "skipped": [{"what": str, "reason": str}],
         "took_s": NUMBER,
@@ -100,6 +111,7 @@ def test_every_call_went_well_and_what_is_missing_is_said(facts: dict[str, Any])
             assert one["other_statuses"] == {}
             assert len(one["calls_per_s_rounds"]) == TINY.rounds
             assert one["calls"] > 0
+    assert all(found["loads"] >= TINY.rounds for found in facts["load_while_serving"]["formats"].values())
     assert ("peers" in {skipped["what"] for skipped in facts["skipped"]}) is True
     assert sum(facts["overload"]["1 row"]["statuses"].values()) > 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -81,3 +82,11 @@ def test_a_release_moves_nobody() -> None:
     arms = [Arm("a"), Arm("b"), Arm("c", 2.0)]
     assert "".join(assign("home", f"user-{n}", arms).name for n in range(32)) == "aaccaccccaccbcbcabaaccaccbbaaaca"
     assert "".join(assign("home", n, arms).name for n in range(32)) == "ccaaccabbbbbaccbbacbbccccccbccca"
+
+
+def test_composite_subjects_stick_and_are_like_no_other() -> None:
+    arms = [Arm(f"v{n}") for n in range(10_000)]
+    subjects: list[Any] = [("a|b", "c"), ("a", "b|c"), ("a", "1"), ("a", 1), ("a",), "a", ("1",), (1,), 1, "1", ("", "a"), ("a", "")]
+    chosen = [assign("r", subject, arms).name for subject in subjects]
+    assert len(set(chosen)) == len(subjects)
+    assert chosen == [assign("r", subject, arms[::-1]).name for subject in subjects]

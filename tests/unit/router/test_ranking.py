@@ -18,7 +18,7 @@ from tests.fakes.router_world import DI, DU, INPUTS, route, router_world, snapsh
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import DeadlineExceeded, FailedPrecondition, NotFound, PlaitError, ResourceExhausted
-from plait.registry.records import Variant
+from plait.registry.records import Entity, KeyPart, Variant
 from plait.rpc.call import Call, enter
 from plait.rpc.deadline import Deadline
 from router.ranking import Ranking
@@ -208,3 +208,18 @@ async def test_repr_says_load_and_state_in_one_line(world: World) -> None:
     text = repr(world.ranking)
     assert "\n" not in text
     assert text.startswith("<Ranking <RouteTable revision=7 routes=1 faulty=0> <Admission in_flight=0/128 waiting=0/256> <FeatureClient ")
+
+
+async def test_composite_candidates_are_ranked_and_come_back_as_they_were_sent(world: World) -> None:
+    registry = snapshot()
+    sku = Entity(type="item", key="composite", parts=(KeyPart(name="shop"), KeyPart(name="number", type="int64")))
+    view = replace(registry.feature_views["item-view"], entity=sku)
+    world.ranking.adopt(replace(registry, feature_views={**registry.feature_views, "item-view": view}))
+    request = rank(candidates=None)
+    for shop, number in (("a", 2), ("", 9), ("a|b", 5)):
+        request.candidates.composite_ids.add(parts=[{"string_part": shop}, {"int64_part": number}])
+    answer = await ask(world.ranking, request)
+    assert not answer.item_ids.string_ids
+    found = [(key.parts[0].string_part, key.parts[1].int64_part) for key in answer.item_ids.composite_ids]
+    assert found == [("", 9), ("a|b", 5), ("a", 2)]
+    assert list(answer.scores) == sorted(answer.scores, reverse=True)

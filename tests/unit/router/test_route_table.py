@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.fakes.router_world import DI, DU, SIGNATURE, route, snapshot
+from tests.unit.plait.registry.test_set_checks import COLUMNS
+from tests.unit.plait.registry.test_set_checks import WORLD as EVERY_TYPE
 
 from feature_retrieval.views import compile_plan
 from plait.api.types.v1 import types_pb2
 from plait.errors import FailedPrecondition, NotFound, PermissionDenied
-from plait.registry.records import Feature, Model, ModelInput, Snapshot, TensorSpec, Variant
+from plait.registry.records import Entity, Feature, Model, ModelInput, Snapshot, TensorSpec, Variant
+from plait.registry.resources import snapshot_of
 from router.route_table import NO_ROUTES, Input, compile_table
 
 BROKEN = Variant(name="bad", model="ranker", use="broken")
@@ -24,14 +27,14 @@ def test_an_alias_is_resolved_once_to_a_version_with_its_inputs_in_signature_ord
     serving = compile_table(snapshot()).find("home", "shop")
     [arm] = serving.arms
     assert (arm.name, arm.model, arm.version, arm.feature_set, arm.outputs) == ("main", "ranker", "2", "ranker", ("score",))
-    assert [(i.name, i.entity, i.oip, i.per_row, i.views) for i in arm.inputs] == [
-        ("user", "user", "FP32", False, ("user-view",)),
-        ("item", "item", "FP32", True, ("item-view",)),
+    assert [(i.name, i.entity, i.oip, i.per_row, dict(i.views), i.entities) for i in arm.inputs] == [
+        ("user", "user", "FP32", False, {"user-view": "user"}, ("user",)),
+        ("item", "item", "FP32", True, {"item-view": "item"}, ("item",)),
     ]
-    assert arm.key_kinds == {"user": "string", "item": "string"}
+    assert arm.keys == {"user": Entity(type="user"), "item": Entity(type="item")}
     assert arm.input_bytes(500) == 4 * DU + 500 * 4 * DI
-    kinds = compile_table(snapshot(user_key="int64")).find("home", "shop").arms[0].key_kinds
-    assert kinds == {"user": "int64", "item": "string"}
+    keys = compile_table(snapshot(user_key="int64")).find("home", "shop").arms[0].keys
+    assert keys == {"user": Entity(type="user", key="int64"), "item": Entity(type="item")}
 
 
 @pytest.mark.parametrize(
@@ -193,3 +196,21 @@ def test_subjects_are_split_by_route_and_stay_where_they_are() -> None:
     names = [first.assign(n).name for n in range(100)]
     assert names == [again.assign(n).name for n in range(100)]
     assert names != [other.assign(n).name for n in range(100)]
+
+
+def test_an_arm_of_every_type_has_its_width_its_defaults_and_what_it_reads() -> None:
+    """Embeddings, lists, codes, what is sent along and what is computed from another entity."""
+    table = compile_table(snapshot_of(7, EVERY_TYPE, []))
+    [arm] = table.find("home", "shop").arms
+    item, user = arm.inputs
+    assert item.spec.shape == (-1, COLUMNS)
+    assert len(item.default_row) == 4 * COLUMNS
+    assert arm.input_bytes(10) == 10 * 4 * COLUMNS + 4 * 384
+    defaults = np.frombuffer(item.default_row, np.float32)
+    assert defaults[2] == 2  # the code of a text
+    assert defaults[3:11].tolist() == [-1] * 8  # a list's padding
+    assert np.isnan(defaults[11:-1]).all()
+    assert defaults[-1] == 0  # a transform's default
+    assert (item.entities, user.entities) == (("item", "user"), ("user",))
+    assert item.views == {"facts": "item", "text": "item", "taste": "user"}
+    assert {name: key.type for name, key in arm.keys.items() if key} == {"item": "item", "user": "user"}

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.fakes.router_world import DI, DU, route, snapshot
+from tests.unit.plait.registry.test_set_checks import WORLD as EVERY_TYPE
 
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import InvalidArgument
+from plait.registry.records import Entity, KeyPart
+from plait.registry.resources import snapshot_of
 from router.route_table import Arm, ServingRoute, compile_table
 from router.validation import Findings, check_predict, check_predict_fits, check_rank, check_rank_fits, count
 
@@ -25,8 +29,17 @@ def ids(*values: str | int) -> types_pb2.EntityIds:
     return types_pb2.EntityIds(string_ids=strings, int64_ids=[v for v in values if isinstance(v, int)])
 
 
+def composites(*keys: tuple[str | int, ...]) -> types_pb2.EntityIds:
+    made = types_pb2.EntityIds()
+    for key in keys:
+        parts = made.composite_ids.add().parts
+        for part in key:
+            parts.add(**{"string_part" if isinstance(part, str) else "int64_part": part})  # type: ignore[arg-type]
+    return made
+
+
 def composite() -> types_pb2.EntityIds:
-    return types_pb2.EntityIds(composite_ids=[types_pb2.CompositeKey(parts=[types_pb2.KeyPart(string_part="a")])])
+    return composites(("a",))
 
 
 def tensor(name: str, *shape: int, dtype: int = FLOAT32, data: bytes | None = None) -> types_pb2.Tensor:
@@ -88,7 +101,7 @@ RANK = [
     (rank(subject=ids("a", "b")), "subject", "exactly one id, got 2"),
     (rank(subject=ids("")), "subject.string_ids[0]", "1 to 256 bytes, got 0"),
     (rank(subject=ids(1)), "subject", "'user' are string, so send string_ids; got int64_ids"),
-    (rank(subject=composite()), "subject.composite_ids", "several parts"),
+    (rank(subject=composite()), "subject", "'user' are string, so send string_ids; got composite_ids"),
     (rank(candidates=None), "candidates", "at least one id"),
     (rank(candidates=ids(*map(str, range(10_001)))), "candidates", "at most 10000 ids, got 10001"),
     (rank(candidates=ids("a", "b", "a")), "candidates[2]", "the same id as candidates[0]"),
@@ -97,7 +110,7 @@ RANK = [
     (rank(candidates=ids("é" * 129)), "candidates.string_ids[0]", "got 258"),
     (rank(candidates=ids(1, 2)), "candidates", "so send string_ids"),
     (rank(candidates=ids("a", 1)), "candidates", "one kind"),
-    (rank(candidates=composite()), "candidates.composite_ids", "several parts"),
+    (rank(candidates=composite()), "candidates", "'item' are string, so send string_ids; got composite_ids"),
     (rank(top_k=-1), "top_k", "0 (all) or more"),
     (rank(request_id="r" * 129), "request_id", "at most 128 bytes, got 129"),
     (rank(inline_features=[tensor("nope", 3, DI)]), "inline_features[0].name", "no input 'nope'; it has user, item"),
@@ -227,3 +240,79 @@ def test_whatever_is_sent_is_good_or_told_and_nothing_else_escapes(request_: Any
 def test_count_counts_every_kind(listed: types_pb2.EntityIds) -> None:
     assert count(listed) == len(listed.string_ids) + len(listed.int64_ids)
     assert count(composite()) == 1
+
+
+SKU = Entity(type="item", key="composite", parts=(KeyPart(name="shop"), KeyPart(name="number", type="int64")))
+
+
+def keyed() -> tuple[ServingRoute, Arm]:
+    """The route, whose items have keys of two parts."""
+    registry = snapshot()
+    view = replace(registry.feature_views["item-view"], entity=SKU)
+    table = compile_table(replace(registry, feature_views={**registry.feature_views, "item-view": view}))
+    found = table.find("home", "shop")
+    return found, found.arms[0]
+
+
+@pytest.mark.parametrize(
+    ("ids_", "said"),
+    [
+        (composites(("", 0), ("a|b", 1), ("a", -1)), ""),
+        (composites(("a", 1), ("a", "1")), "composite_ids[1] does not have the parts of 'item': shop (string), number (int64)"),
+        (composites(("a",)), "composite_ids[0] does not have the parts"),
+        (ids("a"), "ids of 'item' are composite, so send composite_ids; got string_ids"),
+    ],
+)
+def test_composite_ids_have_the_declared_parts(ids_: types_pb2.EntityIds, said: str) -> None:
+    where, arm = keyed()
+    for request in (rank(candidates=ids_), predict(rows(user=ids("u1"), item=ids_))):
+        found = Findings()
+        if isinstance(request, pb.RankRequest):
+            _, candidates = check_rank(request, found)
+            check_rank_fits(request, where, arm, candidates, found)
+        else:
+            check_predict_fits(request, where, arm, check_predict(request, found), found)
+        if not said:
+            found.raise_if_any()
+            continue
+        with pytest.raises(InvalidArgument) as caught:
+            found.raise_if_any()
+        assert said in caught.value.violations[0].description
+
+
+@pytest.mark.parametrize(
+    ("ids_", "field", "said"),
+    [
+        (composites((), ("a",)), "candidates.composite_ids[0]", "1 to 8 parts, each a string_part or an int64_part"),
+        (composites(("a",) * 9), "candidates.composite_ids[0]", "1 to 8 parts"),
+        (composites(("a", 1), ("a", "é" * 129)), "candidates.composite_ids[1]", "at most 256 bytes in a part"),
+        (composites(("a", 1), ("a", 2), ("a", 1)), "candidates[2]", "the same id as candidates[0]"),
+    ],
+)
+def test_composite_ids_that_no_route_takes(ids_: types_pb2.EntityIds, field: str, said: str) -> None:
+    found = Findings()
+    check_rank(rank(candidates=ids_), found)
+    with pytest.raises(InvalidArgument) as caught:
+        found.raise_if_any()
+    [violation] = caught.value.violations
+    assert violation.field == field
+    assert said in violation.description
+
+
+def test_what_a_transform_reads_must_be_given_once() -> None:
+    table = compile_table(snapshot_of(7, EVERY_TYPE, []))
+    where = table.find("home", "shop")
+    arm = where.arms[0]
+
+    def told(request: pb.PredictRequest) -> list[str]:
+        found = Findings()
+        check_predict_fits(request, where, arm, check_predict(request, found), found)
+        try:
+            found.raise_if_any()
+        except InvalidArgument as error:
+            return [v.description for v in error.violations]
+        return []
+
+    assert told(predict(rows(item=ids("i1", "i2"), user=ids("u1")))) == []
+    assert "expected ids of 'user', or input 'item' inline" in told(predict(rows(item=ids("i1"))))
+    assert "expected exactly one id of 'user', got 2" in told(predict(rows(item=ids("i1"), user=ids("u1", "u2"))))

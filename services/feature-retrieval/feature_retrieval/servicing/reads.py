@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from feature_retrieval import request_features
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.views import Plan, Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.errors import PermissionDenied
+from plait.registry.records import Transform
 from plait.registry.references import Reference, parse, width_of
-from plait.registry.shapes import wire_type
+from plait.registry.shapes import find, width, wire_type
 from plait.rpc import multiplex
 from plait.rpc.call import current
 from plait.telemetry.tracing import Tracing
@@ -21,8 +23,11 @@ from plait.telemetry.tracing import Tracing
 class Reads(pb_grpc.FeatureRetrievalServiceServicer):
     """Hands reads to the page."""
 
-    def __init__(self, retrieval: Retrieval, plans: Callable[[], Plans], *, max_in_flight: int, tracing: Tracing) -> None:
+    def __init__(
+        self, retrieval: Retrieval, explanation: Explanation, plans: Callable[[], Plans], *, max_in_flight: int, tracing: Tracing
+    ) -> None:
         self._retrieval = retrieval
+        self._explanation = explanation
         self._plans = plans
         self._max_in_flight = max_in_flight
         self._tracing = tracing
@@ -47,6 +52,12 @@ class Reads(pb_grpc.FeatureRetrievalServiceServicer):
             span_name="plait.api.feature_retrieval.v1.FeatureRetrievalService/GetFeatures",
         )
 
+    async def ExplainFeatures(self, request: Any, context: Any) -> Any:
+        """One entity of each type, and all that went into its answer."""
+        response = pb.ExplainFeaturesResponse()
+        await self._explanation.explain(request, response, current())
+        return response
+
     async def DescribeFeatureSet(self, request: Any, context: Any) -> Any:
         """What a set yields."""
         plans = self._plans()
@@ -61,14 +72,20 @@ class Reads(pb_grpc.FeatureRetrievalServiceServicer):
 
 def _describe(plan: Plan, plans: Plans, response: Any) -> None:
     request_features.describe(plan.feature_set.request, response.request_features)
-    for model_input, tensor in zip(plan.feature_set.inputs, plan.tensors, strict=True):
+    for model_input, tensor in zip(plan.inputs, plan.tensors, strict=False):
         described = response.inputs.add(name=model_input.name, entity_type=model_input.entity, dtype=tensor.number)
         for text in model_input.features:
             reference = parse(text)
             if reference is not None and reference.kind == "stored":
                 _describe_stored(reference, plans, described)
             elif reference is not None:
-                described.features.add(feature=str(reference), width=1)
+                found = find(reference, plan.feature_set, plans.snapshot.feature_views)
+                described.features.add(
+                    feature=text,
+                    width=width(text, plan.feature_set, plans.snapshot.feature_views) or 0,
+                    expression=found.expression if isinstance(found, Transform) else "",
+                    description=found.description if found is not None else "",
+                )
 
 
 def _describe_stored(reference: Reference, plans: Plans, described: Any) -> None:

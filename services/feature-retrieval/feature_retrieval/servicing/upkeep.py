@@ -1,4 +1,5 @@
-"""The wire work of looking after what is stored: export, carrying over and purging epochs, erasing entities."""
+"""The wire work of looking after what is stored: export, carrying over and purging epochs, erasing entities,
+rebuilding a lost Redis."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 from feature_retrieval.epochs import EpochUpkeep
 from feature_retrieval.erasing import Erasing
 from feature_retrieval.exporting import Exporting
+from feature_retrieval.rebuilding import Rebuilding
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.rpc.call import current
@@ -21,6 +23,7 @@ class UpkeepParts:
     epochs: EpochUpkeep
     exporting: Exporting
     erasing: Erasing
+    rebuilding: Rebuilding
 
 
 class Upkeep(pb_grpc.FeatureRetrievalServiceServicer):
@@ -42,6 +45,11 @@ class Upkeep(pb_grpc.FeatureRetrievalServiceServicer):
     async def PurgeEpoch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """An epoch that is not in use any more."""
         async for answer in self._parts.epochs.purge(request, current()):
+            yield answer
+
+    async def RebuildFeatures(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """A lost Redis from the durable copy."""
+        async for answer in self._parts.rebuilding.rebuild(request, current()):
             yield answer
 
     async def EraseEntity(self, request: Any, context: Any) -> Any:

@@ -135,11 +135,11 @@ class Node:
         async with self._link() as link:
             if with_run and not link.run:
                 link.run = await _run_of(link.connection)
-            await link.connection.send_packed_command(commands, check_health=False)
+            await link.connection.send_packed_command(b"".join(commands), check_health=False)
             read = link.connection._parser.read_response  # noqa: SLF001  (its own would add 3 us to each of hundreds of replies)
             for _ in range(count):
                 reply = await read(disable_decoding=True)
-                replies.append(_refusal(reply) if isinstance(reply, ResponseError) else reply)
+                replies.append(reply if type(reply) is bytes or not isinstance(reply, ResponseError) else _refusal(reply))
             return link.run
 
     async def ask(self, command: bytes, arguments: Sequence[bytes] = ()) -> Any:

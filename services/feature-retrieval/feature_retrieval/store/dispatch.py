@@ -90,15 +90,13 @@ class Dispatch:
     def _by_node(self, call: _Call, todo: Sequence[int]) -> dict[Node, Sequence[int]]:
         if not self.topology.slotted:
             return {self.topology.node(b""): todo}
-        groups: dict[Node, list[int]] = {}
-        for at in todo:
-            try:
-                node = self.topology.node(call.keys[at])
-            except Unavailable:  # nobody holds this slot now
-                call.replies[at] = Missing.FAILED
-            else:
-                groups.setdefault(node, []).append(at)
-        return dict(groups)
+        groups: dict[Node | None, list[int]] = {}
+        keys = call.keys if len(todo) == len(call.keys) else [call.keys[at] for at in todo]
+        for at, node in zip(todo, self.topology.nodes(keys), strict=True):
+            groups.setdefault(node, []).append(at)
+        for at in groups.pop(None, ()):  # nobody holds this slot now
+            call.replies[at] = Missing.FAILED
+        return {node: positions for node, positions in groups.items() if node is not None}
 
     async def _send(self, groups: dict[Node, Sequence[int]], call: _Call) -> None:
         if len(groups) == 1:

@@ -165,16 +165,25 @@ class RedisStore:
         replies = await self._written(keys, [pack(b"UNLINK", [key]) for key in keys], None, None)
         return sum(replies)
 
-    async def applied(self, keys: Sequence[bytes], fingerprints: Sequence[Sequence[int]]) -> list[list[bool]]:
-        """Return for each set which of its fingerprints (int64, at least one) are in it.
+    async def applied(
+        self, keys: Sequence[bytes], fingerprints: Sequence[Sequence[int]], receipt: Receipt | None = None
+    ) -> list[list[bool]]:
+        """Return for each set which of its fingerprints (int64, at least one) are in it. `receipt`: what is found may have yet to be settled.
 
         Read the row first: fingerprints that are older than the row would make `swap` take an event twice.
         """
         commands = [pack(b"SMISMEMBER", [key, *(b"%d" % one for one in wanted)]) for key, wanted in zip(keys, fingerprints, strict=True)]
         replies = late(len(keys))
-        await self._in_time(self.dispatch.run(keys, commands, replies))
+        await self._in_time(self.dispatch.run(keys, commands, replies, receipt=receipt))
         all_here(replies)
         return [[known == 1 for known in reply] for reply in replies]
+
+    async def times_to_live(self, keys: Sequence[bytes]) -> list[int]:
+        """Return how long each key will stay, ms; -1 = for ever, -2 = there is no such key."""
+        replies = late(len(keys))
+        await self._in_time(self.dispatch.run(keys, [pack(b"PTTL", [key]) for key in keys], replies))
+        all_here(replies)
+        return replies
 
     async def notes(self, name: bytes) -> list[bytes | None]:
         """Return what `note` left under a name on each primary, None where there is nothing (any more). Raises Unavailable."""
@@ -239,6 +248,8 @@ class RedisStore:
 
 def _rows(replies: list[Any], count: int, size: int) -> Read:
     """Take replies of `size` keys each apart into rows and what is not known."""
+    if size == 1 and not any(isinstance(reply, Missing | Refusal) for reply in replies if type(reply) is not bytes):
+        return Read(replies)
     rows: list[bytes | None] = []
     missing: dict[bool, list[int]] = {True: [], False: []}
     for reply in replies:

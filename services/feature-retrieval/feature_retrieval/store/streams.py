@@ -13,6 +13,7 @@ from typing import Any, Final
 from feature_retrieval.store.commands import pack
 from feature_retrieval.store.connections import Refusal, refused, unavailable
 from feature_retrieval.store.dispatch import Dispatch, Receipt, all_here, late
+from feature_retrieval.store.scripts import Script
 
 _POLL_S: Final = 0.05  # between looks at streams that no single command can wait for
 
@@ -116,6 +117,13 @@ class Streams:
     async def length(self, key: bytes) -> int:
         """Return how many entries there are."""
         return int(_good(await self._one(key, b"XLEN", [key])))
+
+    async def ask(self, key: bytes, commands: Sequence[bytes], script: Script | None = None) -> list[Any]:
+        """Return what packed commands of one key's slot answer, a Refusal included. `script`: the one that they call."""
+        replies = late(len(commands))
+        await self._in_time(self._dispatch.run([key] * len(commands), commands, replies, script=script))
+        all_here([reply for reply in replies if not isinstance(reply, Refusal)])
+        return replies
 
     async def _read(self, keys: Sequence[bytes], group: bytes, consumer: bytes, count: int, block_ms: int) -> dict[bytes, list[Entry]]:
         block = [b"BLOCK", b"%d" % block_ms] if block_ms else []

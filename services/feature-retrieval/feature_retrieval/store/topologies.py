@@ -37,6 +37,10 @@ class Topology(Protocol):
         """Return the server that takes reads and writes of a key. Raises Unavailable where nobody does."""
         ...
 
+    def nodes(self, keys: Sequence[bytes]) -> list[Node | None]:
+        """Return the same for many keys, None where nobody does."""
+        ...
+
     def at(self, address: Address) -> Node:
         """Return the server at an address that another one named."""
         ...
@@ -72,6 +76,10 @@ class Single:
     def node(self, key: bytes) -> Node:
         """Return the one there is."""
         return self._node
+
+    def nodes(self, keys: Sequence[bytes]) -> list[Node | None]:
+        """Return the one there is for every key."""
+        return [self._node] * len(keys)
 
     def at(self, address: Address) -> Node:
         """Return the one there is."""
@@ -117,6 +125,10 @@ class Sentinel:
         if self._node is None:
             raise unavailable()
         return self._node
+
+    def nodes(self, keys: Sequence[bytes]) -> list[Node | None]:
+        """Return the primary for every key."""
+        return [self._node] * len(keys)
 
     def at(self, address: Address) -> Node:
         """Return the primary: its replicas are not asked."""
@@ -186,6 +198,11 @@ class Cluster:
         if node is None:
             raise unavailable()
         return node
+
+    def nodes(self, keys: Sequence[bytes]) -> list[Node | None]:
+        """Return the primary of each key's slot, None where it has none."""
+        slots = self._slots
+        return [slots[slot_of(key)] for key in keys]
 
     def at(self, address: Address) -> Node:
         """Return the server at an address that another one named."""

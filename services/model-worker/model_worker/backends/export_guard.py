@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from model_worker.backends.archive import invalid, members, unsafe, zipped
+from model_worker.backends.archive import Content, invalid, members, unsafe, zipped
 
 _MAX_JSON_BYTES: Final = 256 * 1024 * 1024
 _MAX_EXPRESSION_CHARS: Final = 4096
@@ -75,15 +75,15 @@ def check(archive: bytes) -> Checked:
                 _check_program(_json(content))
             elif name.endswith("_config.json"):
                 _check_payloads(_json(content))
-        return Checked(archive=zipped({_PROGRAM: found[_PROGRAM], **found}), examples=found[_EXAMPLES])
+        return Checked(archive=zipped({_PROGRAM: found[_PROGRAM], **found}), examples=bytes(found[_EXAMPLES]))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise invalid(error, _WRITTEN_BY) from error
 
 
-def _json(content: bytes) -> Any:
+def _json(content: Content) -> Any:
     if len(content) > _MAX_JSON_BYTES:
         raise ValueError("too large")
-    return json.loads(content)
+    return json.loads(bytes(content))
 
 
 def _check_payloads(config: Mapping[str, Any]) -> None:

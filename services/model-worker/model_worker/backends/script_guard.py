@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from model_worker.backends.archive import invalid, members, unsafe, zipped
+from model_worker.backends.archive import Content, invalid, members, unsafe
 
 _WRITTEN_BY: Final = "torch.jit.save"
 _MEMBER: Final = re.compile(
@@ -20,16 +20,16 @@ _FORBIDDEN: Final = re.compile(r"\b(save|from_file)\b")
 _PLAIN_GETATTR: Final = re.compile(r'\bgetattr\((?:[\w.]|\(\w+\))+, "\w+"\)')
 
 
-def check(archive: bytes) -> bytes:
-    """Return the archive, written anew with nothing in it that was not checked.
+def check(archive: bytes) -> dict[str, Content]:
+    """Return the archive's members by name, each of which was checked.
 
     Raises FailedPrecondition (ARTIFACT_UNSAFE, ARTIFACT_INVALID).
     """
     found = members(archive, _MEMBER, _LEFT_OUT, written_by=_WRITTEN_BY)
     for name, content in found.items():
         if name.endswith(".py"):
-            _check_code(content)
-    return zipped(found)
+            _check_code(bytes(content))
+    return found
 
 
 def _check_code(content: bytes) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from model_worker.artifacts import Artifact
-from model_worker.backends import LoadOptions, Model, architectures, cuda, export_guard, script_guard
+from model_worker.backends import LoadOptions, Model, architectures, cuda, export_guard, script_guard, script_loader
 from model_worker.backends.graphs import Rule
 from model_worker.packed import Array
 from model_worker.placement import CPU, index
@@ -188,7 +188,7 @@ def _load_torchscript(content: bytes, device: str) -> Callable[..., Any]:
     with warnings.catch_warnings():
         # torch deprecates TorchScript in favour of torch.export; plait serves both because teams still hand over both.
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit.*")
-        module = torch.jit.load(io.BytesIO(script_guard.check(content)), map_location=device)  # type: ignore[no-untyped-call]
+        module = script_loader.load(script_guard.check(content), device)
         module.eval()
     used = sorted(kind for kind in _FORBIDDEN_OPS if module.inlined_graph.findAllNodes(kind, True))
     if used:

@@ -22,7 +22,7 @@ def zipped(*members: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -
     return target.getvalue()
 
 
-def read(content: bytes) -> dict[str, bytes]:
+def read(content: bytes) -> dict[str, archive.Content]:
     return archive.members(content, EXPECTED, LEFT_OUT, written_by="a test")
 
 
@@ -53,3 +53,22 @@ def test_what_is_damaged_is_called_so() -> None:
     good = zipped(("m/data/0", b"content"))
     assert refused(good.replace(b"content", b"kontent")) == "ARTIFACT_INVALID"
     assert refused(good[:20]) == "ARTIFACT_INVALID"
+
+
+def test_a_large_member_is_a_view_that_was_checked() -> None:
+    content = bytes(range(256)) * 8192
+    whole = zipped(("m/code/a.py", b"y"), ("m/data/0", content), ("m/data/1", b"x"))
+    found = read(whole)
+    assert isinstance(found["data/0"], memoryview)
+    assert found["data/0"].obj is whole
+    assert found == {"code/a.py": b"y", "data/0": content, "data/1": b"x"}
+    assert read(archive.zipped(found)) == found
+    damaged = bytearray(whole)
+    damaged[whole.index(content) + 1_000_000] ^= 1
+    assert refused(bytes(damaged)) == "ARTIFACT_INVALID"
+
+
+def test_a_large_member_that_is_cut_off_is_damaged() -> None:
+    whole = zipped(("m/data/0", bytes(2 << 20)))
+    at = whole.index(b"PK\x01\x02")
+    assert refused(whole[: at - 1000] + whole[at:]) == "ARTIFACT_INVALID"

@@ -15,9 +15,9 @@ from plait.cli.main import app
 
 
 def features_commands() -> list[str]:
-    """The commands of the group `plait features`."""
+    """The commands of the group `plait features`, those of its groups included."""
     group = typer.main.get_command(app).commands["features"]  # type: ignore[attr-defined]
-    return sorted(group.commands)
+    return sorted(f"{name} {leaf}".strip() for name, command in group.commands.items() for leaf in getattr(command, "commands", ("",)))
 
 
 COMMANDS = ("up", "demo", "bench", "apply", "get", "describe", "rank", "migrate", "version", "features")

@@ -10,10 +10,12 @@ import yaml
 from tests.fakes.registry_world import FEATURES, HOME, ITEMS, RANKER, SHOP, WORLD
 
 from plait.cli import render
-from plait.registry.records import Record, VersionPolicy
+from plait.registry.records import PastVersion, Record, RequestFeature, Transform, VersionPolicy
 from plait.registry.resources import Change, Resource
 from plait.registry.specs import kind_of, to_manifest, to_stored
 
+KEPT = tuple(PastVersion(version=version, entity=ITEMS.entity, schemas=()) for version in (1, 2))
+COMPUTED = tuple(Transform(name=name, entity="item", expression="1") for name in "ab")
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
@@ -54,7 +56,12 @@ def test_a_manifest_on_the_screen_is_yaml(record: Record, capsys: pytest.Capture
     [
         (RANKER, "1 version(s); champion=1"),
         (ITEMS, "2 features of item, version 1"),
+        (dataclasses.replace(ITEMS, version=3, versions=KEPT), "2 features of item, version 3 (and 1, 2)"),
         (FEATURES, "user[2], item[2]"),
+        (
+            dataclasses.replace(FEATURES, request=(RequestFeature(name="hour"),), transforms=COMPUTED),
+            "user[2], item[2], 1 sent along, 2 computed",
+        ),
         (HOME, "main: ranker@champion ×1"),
         (dataclasses.replace(SHOP, description="a shop"), "a shop"),
     ],

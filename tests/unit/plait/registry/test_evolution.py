@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from tests.fakes.registry_world import DIGEST, ITEMS, OTHER_DIGEST, RANKER, SHOP, VERSION
 
 from plait.registry.evolution import MAX_SCHEMA_ID, evolve
-from plait.registry.records import Entity, Feature, FeatureSchema, FeatureView, Model
+from plait.registry.records import Aggregate, Aggregation, Entity, Feature, FeatureSchema, FeatureView, KeyPart, Model
 from plait.registry.resources import Past
 
 
@@ -121,3 +122,107 @@ def test_a_published_version_keeps_its_digest_for_ever() -> None:
 
 def test_other_kinds_pass_as_they_are() -> None:
     assert evolve(SHOP, Past()) == (SHOP, [])
+
+
+# --- every type ---------------------------------------------------------------------------------------------------------------------------
+
+COUNT = Aggregate(function="count", events=("view",), window_s=60.0)
+TYPED = {
+    "word": Feature(name="x", dtype="string", vocabulary=("a", "b")),
+    "hash": Feature(name="x", dtype="string", hash_buckets=8),
+    "list": Feature(name="x", dtype="int16", max_length=4, pad=-1),
+    "embedding": Feature(name="x", dtype="int8", width=4, scale=0.5),
+    "count": Feature(name="x", aggregate=COUNT),
+}
+
+
+@pytest.mark.parametrize(
+    ("of", "change", "words"),
+    [
+        (
+            "word",
+            {"vocabulary": ("b", "a")},
+            "has another vocabulary, but its rows hold the places of the old words; add new words at the end",
+        ),
+        ("word", {"vocabulary": ("a",)}, "has another vocabulary"),
+        ("word", {"vocabulary": (), "hash_buckets": 8}, "has another hash_buckets from 0 to 8"),
+        ("hash", {"hash_buckets": 9}, "has another hash_buckets from 8 to 9, but its rows keep the old one"),
+        ("hash", {"hash_buckets": 0, "vocabulary": ("a",)}, "has another hash_buckets"),
+        ("list", {"max_length": 5}, "has another max_length from 4 to 5"),
+        ("list", {"pad": 0}, "has another pad from -1 to 0"),
+        ("list", {"max_length": 0, "pad": 0}, "has another max_length"),
+        ("embedding", {"width": 5}, "has another width from 4 to 5"),
+        ("embedding", {"scale": 1.0}, "has another scale from 0.5 to 1.0"),
+        ("count", {"aggregate": dataclasses.replace(COUNT, window_s=120.0)}, "has another aggregate, but its rows keep the old one"),
+    ],
+)
+def test_what_rows_depend_on_cannot_change_within_a_version(of: str, change: Any, words: str) -> None:
+    view = dataclasses.replace(ITEMS, features=(TYPED[of],))
+    _, past = stored(view)
+    changed = dataclasses.replace(view, features=(dataclasses.replace(TYPED[of], **change),))
+    [(steps, message)] = evolve(changed, past)[1]
+    assert steps == ("features",)
+    assert message.startswith("column 'x' ")
+    assert words in message
+    assert message.endswith("; set version: 2 (it starts with no rows)")
+    record, problems = evolve(dataclasses.replace(changed, version=2), past)
+    assert problems == []
+    assert isinstance(record, FeatureView)
+    old = record.at(1)  # what rows of version 1 are read by stays as it was
+    assert old is not None
+    assert old.features == view.features
+
+
+@pytest.mark.parametrize(
+    ("of", "change"),
+    [("word", {"vocabulary": ("a", "b", "c")}), ("word", {"default": "b"}), ("hash", {"description": "other"}), ("list", {"default": 3})],
+)
+def test_what_rows_do_not_depend_on_may_change(of: str, change: Any) -> None:
+    view = dataclasses.replace(ITEMS, features=(TYPED[of],))
+    _, past = stored(view)
+    record, problems = evolve(dataclasses.replace(view, features=(dataclasses.replace(TYPED[of], **change),)), past)
+    assert problems == []
+    assert isinstance(record, FeatureView)
+    assert [schema.id for schema in record.schemas] == [1]
+
+
+def test_parts_of_a_key_and_whose_events_count_demand_a_new_version() -> None:
+    composite = Entity(type="item", key="composite", parts=(KeyPart(name="shop"), KeyPart(name="number", type="int64")))
+    view = dataclasses.replace(ITEMS, entity=composite)
+    _, past = stored(view)
+    other = dataclasses.replace(view, entity=dataclasses.replace(composite, parts=composite.parts[::-1]))
+    [(steps, message)] = evolve(other, past)[1]
+    assert steps == ("entity",)
+    assert "was item (key composite of shop string, number int64) in version 1" in message
+
+    counted = dataclasses.replace(ITEMS, features=(TYPED["count"],), aggregation=Aggregation())
+    _, past = stored(counted)
+    assert evolve(dataclasses.replace(counted, aggregation=Aggregation(lateness_s=5.0)), past)[1] == []
+    [(steps, message)] = evolve(dataclasses.replace(counted, aggregation=Aggregation(entity_from="subject")), past)[1]
+    assert (steps, message) == (
+        ("aggregation", "entity_from"),
+        "was object in version 1; set version: 2 (it starts with no rows)",
+    )
+    assert ("aggregation",) in dict(evolve(dataclasses.replace(counted, aggregation=None), past)[1])
+
+
+def test_pinned_versions_are_kept_and_always_the_newest_of_the_others() -> None:
+    views = {}
+    for version in (1, 2, 3, 4):
+        record, _ = evolve(dataclasses.replace(ITEMS, version=version, max_age_s=float(version)), Past(views=views))
+        assert isinstance(record, FeatureView)
+        views[record.name, version] = record
+
+    def kept(version: int, *pinned: int) -> list[int]:
+        view = dataclasses.replace(ITEMS, version=version, max_age_s=float(version))
+        record, problems = evolve(view, Past(views=views), {("item-stats", v) for v in pinned} | {("other", 1)})
+        assert problems == []
+        assert isinstance(record, FeatureView)
+        assert [past.max_age_s for past in record.versions] == [float(past.version) for past in record.versions]
+        return [past.version for past in record.versions]
+
+    assert kept(4) == [3]
+    assert kept(4, 1) == [1, 3]
+    assert kept(4, 4, 2) == [2, 3]
+    assert kept(2) == [4]
+    assert kept(5, 1, 2, 3, 4) == [1, 2, 3, 4]

@@ -8,9 +8,10 @@ import pytest
 from tests.fakes.object_store import ObjectStore
 
 from plait.errors import FailedPrecondition, InvalidArgument
-from plait.registry import artifact, rules
+from plait.registry import artifact, plan, rules
 from plait.registry.manifests import MAX_MANIFEST_BYTES, Manifest, load, parse, pin_artifacts
-from plait.registry.records import Batching, Model, ModelVersion, Tenant, TensorSpec, VersionPolicy
+from plait.registry.records import Batching, Model, ModelVersion, Snapshot, Tenant, TensorSpec, VersionPolicy
+from plait.registry.resources import Past
 from plait.registry.sources import StoreOptions
 from plait.registry.specs import to_manifest, to_spec
 from plait.registry.yaml_tree import dump
@@ -280,3 +281,79 @@ def test_pinning_names_every_artifact_that_cannot_be_used(tmp_path: Path) -> Non
     (folder / "model.pt").write_bytes(b"tampered")
     with pytest.raises(FailedPrecondition, match=r"model\.pt: expected sha256"):
         pin_artifacts([model("art", tmp_path)])
+
+
+EVERY_TYPE = """\
+apiVersion: plait.dev/v1
+kind: FeatureView
+metadata: {name: listing-facts}
+spec:
+  entity: {type: listing, key: composite, parts: [{name: shop, type: string}, {name: sku, type: int64}]}
+  features:
+  - {name: price, dtype: float32, default: 0}
+  - {name: listed_at, dtype: timestamp}
+  - {name: colour, dtype: string, vocabulary: [red, green, blue], default: red}
+  - {name: brand, dtype: string, hash_buckets: 10000}
+  - {name: sizes, dtype: int16, max_length: 8, pad: -1}
+  version: 1
+  max_age_s: 3600
+  retention_s: 86400
+  readers: [shop-a]
+  writers: [shop-a, key-0123456789ab]
+  durable: behind
+---
+apiVersion: plait.dev/v1
+kind: FeatureView
+metadata: {name: listing-text}
+spec:
+  entity: {type: listing, key: composite, parts: [{name: shop, type: string}, {name: sku, type: int64}]}
+  features:
+  - {name: text, dtype: int8, width: 384, scale: 0.0078125}
+---
+apiVersion: plait.dev/v1
+kind: FeatureView
+metadata: {name: user-taste}
+spec:
+  entity: {type: user}
+  features:
+  - {name: vector, width: 384}
+---
+apiVersion: plait.dev/v1
+kind: FeatureView
+metadata: {name: live}
+spec:
+  entity: {type: listing}
+  retention_s: 2678400
+  aggregation: {entity_from: object, lateness_s: 86400}
+  features:
+  - {name: views_1h,   dtype: float32, aggregate: {function: count, events: [view], window_s: 3600, tile_s: 300}}
+  - {name: spend_7d,   dtype: float32, aggregate: {function: sum, events: [complete_purchase], value: value, window_s: 604800, tile_s: 43200}}
+  - {name: rating,     dtype: float32, aggregate: {function: mean, events: [rate], value: value}}
+  - {name: low_30d,    dtype: float32, aggregate: {function: min, events: [make_offer], value: value, window_s: 2592000, tile_s: 86400}}
+  - {name: last_price, dtype: float32, aggregate: {function: last, events: [make_offer], value: value}}
+  - {name: viewers_1d, dtype: float32, aggregate: {function: distinct, events: [view], value: subject, window_s: 86400, tile_s: 14400, precision: 8}}
+  - {name: heat,       dtype: float32, aggregate: {function: sum, events: [view, like], half_life_s: 1209600}}
+---
+apiVersion: plait.dev/v1
+kind: FeatureSet
+metadata: {name: home}
+spec:
+  request:
+  - {name: hour, dtype: int32, minimum: 0, maximum: 23, default: 12}
+  - {name: distance_km, entity: listing, minimum: 0}
+  transforms:
+  - {name: affinity, entity: listing, expression: "cosine({user-taste:vector}, {listing-text:text})", default: 0}
+  - {name: freshness, entity: listing, expression: "log1p(time_since({listing-facts:listed_at}))", default: 0}
+  inputs:
+  - {name: item, entity: listing, features: ["listing-facts@1:price", "listing-text:text", "$request:distance_km", "$transform:affinity"]}
+"""
+
+
+def test_everything_that_may_be_declared_applies_and_is_written_back_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "all.yaml").write_text(EVERY_TYPE)
+    found = load([tmp_path / "all.yaml"])
+    steps = plan.apply(found, {}, Snapshot(), Past())
+    assert [step.action for step in steps] == ["created"] * 5
+    again = "---\n".join(dump(to_manifest(step.after)) for step in steps if step.after is not None)
+    (tmp_path / "again.yaml").write_text(again)
+    assert [m.record for m in load([tmp_path / "again.yaml"])] == [m.record for m in found]

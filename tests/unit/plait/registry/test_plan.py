@@ -10,7 +10,7 @@ from plait.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from plait.registry import plan
 from plait.registry.evolution import evolve
 from plait.registry.manifests import Manifest
-from plait.registry.records import FeatureSet, Record, Snapshot
+from plait.registry.records import Feature, FeatureSchema, FeatureSet, FeatureView, Record, Snapshot
 from plait.registry.resources import Key, Past, Resource, snapshot_of
 from plait.registry.specs import kind_of
 
@@ -55,7 +55,8 @@ def test_a_misfit_brought_about_elsewhere_is_refused_too() -> None:
     narrower = dataclasses.replace(ITEMS, version=2, features=ITEMS.features[:1])
     with pytest.raises(FailedPrecondition) as caught:
         plan.apply(manifests(narrower), *FULL)
-    assert [v.field for v in caught.value.violations] == ["FeatureSet home spec.inputs[1].features[1]"]
+    fields = [v.field for v in caught.value.violations]
+    assert fields == ["FeatureView item-stats spec.version", "FeatureSet home spec.inputs[1].features[1]"]
 
 
 def test_old_problems_of_others_do_not_stand_in_the_way() -> None:
@@ -99,3 +100,76 @@ def test_delete_finds_users_absences_and_stale_etags() -> None:
 
 def test_only_views_and_models_have_a_past_that_matters() -> None:
     assert plan.names_with_past(manifests()) == (["user-profile", "item-stats"], ["ranker"])
+
+
+def reading(*references: str) -> FeatureSet:
+    return dataclasses.replace(FEATURES, inputs=(FEATURES.inputs[0], dataclasses.replace(FEATURES.inputs[1], features=references)))
+
+
+def test_a_version_without_rows_is_refused_for_those_who_would_read_it() -> None:
+    with pytest.raises(FailedPrecondition) as caught:
+        plan.apply(manifests(dataclasses.replace(ITEMS, version=2)), *FULL)
+    [violation] = caught.value.violations
+    assert violation.field == "FeatureView item-stats spec.version"
+    assert violation.description == (
+        "version 2 has no rows yet and would be read at once by FeatureSet home (Model ranker version 1, Route home): "
+        "pin item-stats@1 there until it is filled, or item-stats@2 to begin with defaults"
+    )
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_pin_says_which_version_is_meant_and_that_is_kept(version: int) -> None:
+    bumped = dataclasses.replace(ITEMS, version=2)
+    pinned = reading(f"item-stats@{version}:price", f"item-stats@{version}:views")
+    view_step, _ = plan.apply(manifests(bumped, pinned), *FULL)
+    view = view_step.after
+    assert isinstance(view, FeatureView)
+    assert [past.version for past in view.versions] == [1]
+    old = view.at(1)
+    assert old is not None
+    assert (old.features, old.schemas) == (ITEMS.features, (FeatureSchema(id=1, features=ITEMS.features),))
+
+
+def test_a_version_that_had_rows_may_be_gone_back_to() -> None:
+    current, snapshot, past = FULL
+    second = evolve(dataclasses.replace(ITEMS, version=2), past)[0]
+    assert isinstance(second, FeatureView)
+    world = (
+        {**current, ("FeatureView", "item-stats"): dataclasses.replace(current["FeatureView", "item-stats"], record=second)},
+        dataclasses.replace(snapshot, feature_views={**snapshot.feature_views, "item-stats": second}),
+        Past(views={**past.views, ("item-stats", 2): second}),
+    )
+    (step,) = plan.apply(manifests(ITEMS), *world)
+    assert isinstance(step.after, FeatureView)
+    assert [version.version for version in step.after.versions] == [2]
+
+
+def test_a_bump_that_no_model_reads_is_free() -> None:
+    current, snapshot, past = FULL
+    alone = snapshot_of(9, [*snapshot.feature_views.values(), *snapshot.feature_sets.values()], [])
+    left = {key: stored for key, stored in current.items() if key[0] in ("FeatureView", "FeatureSet")}
+    (step,) = plan.apply(manifests(dataclasses.replace(ITEMS, version=2)), left, alone, past)
+    assert step.action == "updated"
+
+
+def test_what_forbids_a_change_says_for_whom() -> None:
+    retyped = dataclasses.replace(ITEMS, features=(ITEMS.features[0], Feature(name="views", dtype="int32")))
+    with pytest.raises(FailedPrecondition) as caught:
+        plan.apply(manifests(retyped), *FULL)
+    assert caught.value.violations[0].description == (
+        "column 'views' was retyped from int64 to int32, but its rows keep the old type; set version: 2 (it starts with no rows); "
+        "it is read by FeatureSet home (Model ranker version 1, Route home)"
+    )
+
+
+def test_an_appended_column_needs_a_default_where_somebody_reads_it() -> None:
+    wider = dataclasses.replace(ITEMS, features=(*ITEMS.features, Feature(name="likes")))
+    (step,) = plan.apply(manifests(wider), *FULL)
+    assert step.action == "updated"
+    with pytest.raises(FailedPrecondition) as caught:
+        plan.apply(manifests(wider, reading("item-stats:price", "item-stats:likes")), *FULL)
+    [violation] = caught.value.violations
+    assert violation.field == "FeatureSet home spec.inputs[1].features[1]"
+    assert "item-stats:likes was appended to a view that has rows and has no default" in violation.description
+    given_default = dataclasses.replace(ITEMS, features=(*ITEMS.features, Feature(name="likes", default=0)))
+    assert plan.apply(manifests(given_default, reading("item-stats:price", "item-stats:likes")), *FULL)

@@ -69,6 +69,30 @@ async def test_health_reflection_and_channelz() -> None:
         assert (await channelz.GetServers(channelz_pb2.GetServersRequest())).server
 
 
+async def test_a_service_may_be_less_ready_than_its_process() -> None:
+    serving, waiting = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    server = RpcServer(RpcSettings(grace_s=5), authenticator=Authenticator(lambda _: None, required=False))
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, Router(), SERVICE, scope="rank")
+    await server.set_ready(SERVICE, False)
+    await server.start()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+
+        async def told() -> list[int]:
+            return [(await health.Check(health_pb2.HealthCheckRequest(service=name))).status for name in ("", SERVICE)]
+
+        assert await told() == [serving, waiting]
+        await server.set_ready(SERVICE, True)
+        assert await told() == [serving, serving]
+        watched = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert (await watched.read()).status == serving
+        draining = asyncio.create_task(server.drain())
+        assert (await watched.read()).status == waiting
+        await server.set_ready(SERVICE, True)  # too late: it stays away from balancers
+        watched.cancel()
+        await draining
+
+
 async def test_an_error_of_the_domain_keeps_its_details() -> None:
     async with running() as (_, stub, _channel, _router):
         with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -1,0 +1,152 @@
+"""The loop that applies events: read, apply, make safe, acknowledge; whatever fails is tried again, and nothing is acknowledged before it is safe."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from feature_retrieval.aggregation.applying import Applying
+from feature_retrieval.freshness import Freshness
+from feature_retrieval.publishing import Settling
+from feature_retrieval.sources import EventSource, Message
+from feature_retrieval.store.dispatch import Receipt
+from plait.errors import PlaitError, Unavailable
+from plait.telemetry.logging import get_logger
+
+log = get_logger(__name__)
+
+_READ_S: Final = 1.0  # longest wait for events, after which new tenants and dead consumers are looked for
+_FIRST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 5.0
+_UNSAFE: Final = 16  # batches that are applied but not yet safe: with an append-only file synced every second, each waits for up to that
+
+
+class Consumer:
+    """Applies what one source delivers, batch after batch."""
+
+    def __init__(
+        self, source: EventSource, applying: Applying, acknowledging: Settling, freshness: Freshness, *, batch: int = 2000
+    ) -> None:
+        self._source = source
+        self._applying = applying
+        self._acknowledging = acknowledging
+        self._freshness = freshness
+        self._batch = batch
+        self._room = asyncio.Semaphore(_UNSAFE)
+        self._finishing: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._idle = asyncio.Event()  # nothing is read any more, and all that was is acknowledged
+        self._idle.set()
+
+    def __repr__(self) -> str:
+        return f"<Consumer {self._source!r} unsafe={len(self._finishing)}>"
+
+    async def run(self) -> None:
+        """Consume until cancelled. What is then not acknowledged is delivered again, to whoever comes next."""
+        pause = _Pause()
+        self._idle.clear()
+        try:
+            while not self._stopping:
+                try:
+                    messages = await self._source.read(self._batch, _READ_S)
+                except Unavailable as error:
+                    await pause.after(error)
+                    continue
+                pause.reset()
+                if messages:
+                    await self._room.acquire()
+                    task = asyncio.create_task(self._finish(messages, await self._apply(messages)), name="acknowledge events")
+                    self._finishing.add(task)
+                    task.add_done_callback(self._finished)
+            await asyncio.gather(*self._finishing)
+            self._idle.set()
+            await asyncio.Event().wait()  # a loop that ends would be a fault
+        finally:
+            for task in self._finishing:
+                task.cancel()
+
+    async def drain(self, timeout_s: float = 5.0) -> None:
+        """Read no more, finish what was read, and leave the source; what takes too long is delivered again."""
+        self._stopping = True
+        with contextlib.suppress(TimeoutError, Unavailable):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+                await self._source.close()
+
+    async def _apply(self, messages: Sequence[Message]) -> Receipt:
+        """Apply a batch, however often it takes; return what has to be safe before it is acknowledged."""
+        pause = _Pause()
+        while True:
+            receipt = Receipt()
+            try:
+                outcome = await self._applying.apply(messages, receipt)
+                for at, refusal in outcome.refused.items():
+                    await self._source.refuse(messages[at], refusal)
+            except Unavailable as error:
+                await pause.after(error)
+                continue
+            for (tenant, view), newest_us in outcome.newest_us.items():
+                self._freshness.wrote(tenant, view, newest_us)
+            for refusal in outcome.refused.values():
+                self._freshness.refused(self._source.name, refusal.reason)
+            published = [message.published_us for at, message in enumerate(messages) if at not in outcome.refused]
+            self._freshness.applied(self._source.name, published, unused=outcome.unused, retries=outcome.retries)
+            return receipt
+
+    async def _finish(self, messages: Sequence[Message], receipt: Receipt) -> None:
+        """Acknowledge a batch once it is safe. If it was lost again it is applied anew, which changes nothing where it was not."""
+        pause = _Pause()
+        while True:
+            try:
+                await self._acknowledging.settle(receipt)
+                await self._source.acknowledge(messages)
+            except Unavailable as error:
+                await pause.after(error)
+                receipt = await self._apply(messages)
+            else:
+                return
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._finishing.discard(task)
+        self._room.release()
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a batch of events is not acknowledged and will be delivered again", exc_info=task.exception())
+
+
+class Known(Protocol):
+    """Who knows which tenants there are, and which views events feed."""
+
+    def tenants(self) -> Sequence[str]:
+        """Return every tenant."""
+        ...
+
+    def views(self) -> Sequence[str]:
+        """Return the names of the views."""
+        ...
+
+
+async def report(source: EventSource, known: Known, freshness: Freshness, every_s: float = 5.0) -> None:
+    """Publish what waits in a source as metrics, again and again until cancelled."""
+    while True:
+        try:
+            freshness.waits(source.name, {tenant: await source.backlog_of(tenant) for tenant in known.tenants()}, known.views())
+        except Unavailable as error:
+            log.info("the lag of events is not known", source=source.name, reason=error.reason)
+        await asyncio.sleep(every_s)
+
+
+class _Pause:
+    """Waits longer after each failure in a row."""
+
+    def __init__(self) -> None:
+        self._next_s = _FIRST_PAUSE_S
+
+    def reset(self) -> None:
+        self._next_s = _FIRST_PAUSE_S
+
+    async def after(self, error: PlaitError) -> None:
+        log.warning("events wait", reason=error.reason, pause_s=self._next_s)
+        await asyncio.sleep(self._next_s)
+        self._next_s = min(2 * self._next_s, _LONGEST_PAUSE_S)

@@ -1,0 +1,291 @@
+"""Events over the wire on a real Redis: published, applied, refused, redriven, and who is told what."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import pytest_asyncio
+import redis
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tests.fakes.event_service import MALL, SHOP, EventService, consuming, event_service
+from tests.fakes.event_world import LISTINGS, NOW_S, NOW_US, PLANS, SNAPSHOT, USERS, event, feature
+
+from feature_retrieval.aggregation.events import Refusal
+from feature_retrieval.row_codec import KeySpace, tenant_key
+from feature_retrieval.sources import Message
+from feature_retrieval.store.commands import pack
+from plait.api.events.v1 import events_pb2
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
+from plait.api.types.v1 import types_pb2
+from plait.errors import from_rpc_error
+from plait.registry.records import Epochs, FeatureView, Snapshot
+from plait.settings import TelemetrySettings
+from plait.telemetry.tracing import Tracing
+
+
+@pytest_asyncio.fixture
+async def service(redis_url: str) -> AsyncIterator[EventService]:
+    async with event_service(redis_url) as running:
+        yield running
+
+
+async def settled(service: EventService, tenant: str = "shop") -> None:
+    """Wait until nothing waits."""
+    async with asyncio.timeout(20):
+        while (await service.source("front").backlog_of(tenant)).events:
+            await asyncio.sleep(0.005)
+
+
+async def value(service: EventService, name: str = "views_1h", tenant: str = "shop", listing: str = "l1") -> float | None:
+    space = KeySpace.of(tenant, "listing", LISTINGS.name, LISTINGS.version)
+    row = (await service.store.read(space.keys([listing]), 10)).rows[0]
+    if row is None:
+        return None
+    plan = next(each for each in PLANS.views if each.view is LISTINGS)
+    found = next(each for each in plan.features if each.name == name)
+    return float(found.window.evaluate(np.frombuffer(row, np.uint8)[None, found.at], NOW_US)[0][0])
+
+
+async def refused(call: Callable[[], Any]) -> Any:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call()
+    return from_rpc_error(caught.value)
+
+
+async def letters(service: EventService, metadata: Any = SHOP, **request: Any) -> Any:
+    return await service.stub.ListDeadLetters(pb.ListDeadLettersRequest(**request), metadata=metadata, timeout=20)
+
+
+async def status(service: EventService, view: str = LISTINGS.name, metadata: Any = SHOP) -> Any:
+    return await service.stub.GetViewStatus(pb.GetViewStatusRequest(feature_view=view), metadata=metadata, timeout=20)
+
+
+async def test_events_are_applied_for_their_tenant_alone(service: EventService) -> None:
+    async with consuming(service.consumer()):
+        answer = await service.publish([event("e1"), event("e2"), event("e2")])
+        assert (answer.accepted, len(answer.errors)) == (3, 0)
+        assert answer.durability in {pb.DURABILITY_APPLIED, pb.DURABILITY_SYNCED}
+        await service.publish([event("e1")], MALL)
+        await settled(service)
+        await settled(service, "mall")
+        assert (await value(service), await value(service, tenant="mall")) == (2, 1)
+        assert await value(service, tenant="default") is None
+
+
+async def test_what_can_be_seen_at_the_door_is_refused_there(service: EventService) -> None:
+    answer = await service.publish(
+        [
+            event("good"),
+            event(""),
+            event("e", at_s=NOW_S + 400),
+            event("e", at_s=0),
+            event("e", "unspecified"),
+            event("x", value=float("inf")),
+        ]
+    )
+    assert [(error.row, error.reason) for error in answer.errors] == [
+        (1, "EVENT_ID_INVALID"),
+        (2, "EVENT_TIME_IN_FUTURE"),
+        (3, "EVENT_TIME_INVALID"),
+        (4, "EVENT_TYPE_UNKNOWN"),
+        (5, "VALUE_INVALID"),
+    ]
+    assert answer.accepted == 1
+    large = event("large")
+    large.request_id = "x" * 70_000
+    assert (await service.publish([large])).errors[0].reason == "EVENT_TOO_LARGE"
+    assert (await refused(lambda: service.publish([]))).code is grpc.StatusCode.INVALID_ARGUMENT
+    assert (await refused(lambda: service.publish([event(str(n)) for n in range(1001)]))).code is grpc.StatusCode.INVALID_ARGUMENT
+    newer = event("e9")
+    newer.type = 99  # type: ignore[assignment]  # another replica may know it
+    assert (await service.publish([newer])).accepted == 1
+
+
+async def test_with_too_many_waiting_none_is_taken(redis_url: str) -> None:
+    async with event_service(redis_url, max_backlog=3) as service:
+        await service.publish([event(f"e{n}") for n in range(4)])
+        service.now_s += 1
+        error = await refused(lambda: service.publish([event("e9")]))
+        assert (error.reason, error.retry_after_s) == ("EVENT_BACKLOG", 1.0)
+        await service.publish([event("e9")], MALL)  # the others' backlog is theirs
+        async with consuming(service.consumer()):
+            await settled(service)
+        service.now_s += 1
+        assert (await service.publish([event("e9")])).accepted == 1
+
+
+async def test_dead_letters_keep_bytes_reason_and_trace_and_are_redriven_once(redis_url: str) -> None:
+    exporter = InMemorySpanExporter()
+    tracing = Tracing(TelemetrySettings(trace_sample_ratio=1.0), "test", exporter)
+    async with event_service(redis_url, tracing=tracing) as service:
+        bad = event("e1", "make_offer", value=5.0)  # "price" is missing
+        await service.publish([bad, event("e2", "make_offer", value=6.0, values={"price": 6.0})])
+        async with consuming(service.consumer()):
+            await settled(service)
+            found = await letters(service)
+            (letter,) = found.dead_letters
+            assert (letter.reason, found.total, found.next_page_token) == ("VALUE_INVALID", 1, "")
+            assert events_pb2.Event.FromString(letter.payload) == bad
+            assert letter.origin.startswith("redis:events:")
+            assert letter.redrives == 0
+            assert len(letter.traceparent.split("-")) == 4
+            assert "l1" not in letter.message
+            assert service.metric("plait_features_dead_letters_total", reason="VALUE_INVALID") == 1
+            assert (await letters(service, MALL)).total == 0
+
+            # Nothing has changed: it dies again, and counts how often.
+            redriven = await service.stub.RedriveDeadLetters(pb.RedriveDeadLettersRequest(ids=[letter.id]), metadata=SHOP, timeout=20)
+            assert redriven.redriven == 1
+            await settled(service)
+            (again,) = (await letters(service)).dead_letters
+            assert (again.redrives, again.traceparent) == (1, letter.traceparent)
+            assert again.payload == letter.payload
+
+            # The view no longer asks for a price: now it counts, once.
+            relaxed = FeatureView(
+                name=LISTINGS.name,
+                entity=LISTINGS.entity,
+                aggregation=LISTINGS.aggregation,
+                features=tuple(
+                    f if f.name != "last_price" else feature("last_price", "last", "rate", value="value") for f in LISTINGS.features
+                ),
+            )
+            service.snapshot = Snapshot(feature_views={relaxed.name: relaxed, USERS.name: USERS})
+            error = await refused(
+                lambda: service.stub.RedriveDeadLetters(pb.RedriveDeadLettersRequest(ids=[again.id]), metadata=MALL, timeout=20)
+            )
+            assert error.reason == "DEAD_LETTER_NOT_FOUND"
+            for wanted in ({"reason": "EVENT_TOO_LATE"}, {"reason": "VALUE_INVALID"}, {}):
+                await service.stub.RedriveDeadLetters(pb.RedriveDeadLettersRequest(**wanted), metadata=SHOP, timeout=20)
+            await settled(service)
+            assert (await letters(service)).total == 0
+            assert await value(service, "spent") == 11
+    tracing.close()
+
+
+async def test_dead_letters_come_in_pages_newest_first(service: EventService) -> None:
+    for n in range(7):
+        await service.dead_letters.add(message_of(f"m{n}"), refusal_of("VALUE_INVALID" if n % 2 else "EVENT_TOO_LATE"))
+    seen, token = [], ""
+    while True:
+        page = await letters(service, page_size=2, page_token=token)
+        assert page.total == 7
+        seen += [letter.payload.decode() for letter in page.dead_letters]
+        token = page.next_page_token
+        if not token:
+            break
+    assert seen == [f"m{n}" for n in reversed(range(7))]
+    only = await letters(service, reason="VALUE_INVALID")
+    assert [letter.payload for letter in only.dead_letters] == [b"m5", b"m3", b"m1"]
+    for bad in ({"page_token": "no id"}, {"page_size": 1001}, {"page_size": -1}):
+        assert (await refused(lambda bad=bad: letters(service, **bad))).code is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[misc]
+
+
+def message_of(payload: str) -> Message:
+    return Message(tenant="shop", payload=payload.encode(), traceparent="", origin="test", token=None, published_us=0)
+
+
+def refusal_of(reason: str) -> Refusal:
+    return Refusal(reason, "")
+
+
+async def test_status_and_metrics_tell_lag_watermark_and_freshness(service: EventService, redis_url: str) -> None:
+    empty = await status(service)
+    assert (empty.lag_events, empty.newest_event_time_us, empty.dead_letters, empty.serving_epoch) == (0, 0, 0, 0)
+    assert empty.watermark_us == NOW_US
+    assert not empty.HasField("building_epoch")
+    await service.publish([event("e1", at_s=NOW_S - 50), event("e2", at_s=NOW_S - 70), event("e3", at_s=NOW_S - 3 * 86_400)])
+    waiting = await status(service)
+    assert waiting.lag_events == 3
+    with redis.Redis.from_url(redis_url) as client:
+        first: Any = client.xrange(tenant_key(b"e1", "shop"), count=1)
+    assert waiting.watermark_us == int(first[0][0].partition(b"-")[0]) * 1000 - 1
+    source = service.source()
+    async with consuming(service.consumer(source)):
+        await settled(service)
+        service.freshness.waits("redis", {"shop": await source.backlog_of("shop")}, [LISTINGS.name])
+    after = await status(service)
+    assert (after.lag_events, after.dead_letters, after.newest_event_time_us) == (0, 1, int((NOW_S - 50) * 1e6))
+    assert (await status(service, metadata=MALL)).newest_event_time_us == 0
+    assert service.metric("plait_features_event_lag", source="redis") == 0
+    assert service.metric("plait_features_watermark_seconds", view=LISTINGS.name) == NOW_S
+    assert service.metric("plait_features_freshness_seconds", view=LISTINGS.name) == 50
+    service.now_s += 10
+    assert service.metric("plait_features_freshness_seconds", view=LISTINGS.name) == 60
+    assert service.metric("plait_features_events_total", source="redis", outcome="applied") == 2
+    assert service.metric("plait_features_events_total", source="redis", outcome="refused") == 1
+    assert service.metric("plait_features_event_visible_seconds_count", source="redis") == 2
+    assert (await refused(lambda: status(service, "listing-activty"))).reason == "FEATURE_VIEW_NOT_FOUND"
+
+    service.snapshot = Snapshot(
+        feature_views=SNAPSHOT.feature_views, epochs={("shop", LISTINGS.name, 1): Epochs(serving=2, building=3, previous=1)}
+    )
+    epochs = await status(service)
+    assert (epochs.serving_epoch, epochs.building_epoch, epochs.previous_epoch) == (2, 3, 1)
+
+
+async def test_what_a_dead_consumer_held_is_claimed_and_what_is_done_is_trimmed(service: EventService) -> None:
+    await service.publish([event(f"e{n}") for n in range(5)])
+    dead = service.source("dead")
+    assert len(await dead.read(3, 1.0)) == 3  # and never heard of again
+    async with consuming(service.consumer(service.source("alive", claim_after_s=0.05, keep_s=0))):
+        async with asyncio.timeout(20):
+            while (await service.source("front").backlog_of("shop")).events:
+                service.now_s += 1  # its next look for what the dead left is due
+                await asyncio.sleep(0.02)
+        assert await value(service) == 5
+
+
+async def test_a_consumer_that_drains_acknowledges_what_it_took_and_leaves(service: EventService) -> None:
+    async with consuming(service.consumer(service.source("leaver"))):
+        await service.publish([event(f"e{n}") for n in range(50)])
+        await settled(service)
+    assert (await service.source("front").backlog_of("shop")).events == 0
+    key = tenant_key(b"e1", "shop")
+    (groups,) = await service.store.streams.ask(key, [pack(b"XINFO", [b"GROUPS", key])])
+    assert dict(zip(groups[0][::2], groups[0][1::2], strict=True))[b"consumers"] == 0
+
+
+async def test_an_aggregated_view_is_read_like_any_other_and_as_of_the_moment(service: EventService) -> None:
+    async def read(*listings: str) -> tuple[np.ndarray, list[str]]:
+        request = pb.GetFeaturesRequest(feature_set="home")
+        request.entities.add(entity_type="listing").ids.string_ids.extend(listings)
+        answer = await service.stub.GetFeatures(request, metadata=SHOP, timeout=20)
+        (tensor,) = answer.tensors
+        found = np.frombuffer(tensor.data, np.float32).reshape(tuple(tensor.shape))
+        return found, [types_pb2.RowStatus.Name(one).removeprefix("ROW_STATUS_") for one in answer.views[0].statuses]
+
+    async with consuming(service.consumer()):
+        await service.publish([event(f"e{n}", at_s=NOW_S - 60 * n, subject=f"u{n % 3}") for n in range(10)])
+        await service.publish([event("offer", "make_offer", value=9.5, values={"price": 12.0}), event("like", "like", listing="l2")])
+        await settled(service)
+    values, statuses = await read("l1", "l2", "nobody")
+    # views_1h, viewers, heat, rating (nobody rated), last_price
+    assert values[0, :2] == pytest.approx([10, 3], abs=0.2)
+    assert values[0, 2] == pytest.approx(sum(2 ** (-n / 60) for n in range(10)), rel=1e-3)
+    assert values[0, 3:].tolist() == [-1, 12]
+    assert values[1, [0, 3, 4]].tolist() == [0, -1, 0]
+    assert statuses == ["NULL", "NULL", "NOT_FOUND"]
+    service.now_s += 1800
+    later, _ = await read("l1")
+    assert later[0, 2] == pytest.approx(values[0, 2] * 2**-0.5, rel=1e-3)
+    service.now_s += 1500
+    assert (await read("l1"))[0][0, 0] == 4  # of the hour's twelve tiles only the oldest still has any: those of the last 200 s
+    service.now_s += 300
+    assert (await read("l1"))[0][0, 0] == 0
+    service.now_s += 7200
+    gone, statuses = await read("l1")
+    assert gone[0, [0, 1, 4]].tolist() == [0, 0, 12]
+    assert statuses == ["NULL"]
+
+
+async def test_nobody_writes_an_aggregated_view_by_hand(service: EventService) -> None:
+    batch = pb.FeatureBatch(feature_view=LISTINGS.name, event_times_us=[NOW_US])
+    batch.ids.string_ids.append("l1")
+    error = await refused(lambda: service.stub.WriteFeatures(pb.WriteFeaturesRequest(batch=batch), metadata=SHOP, timeout=20))
+    assert error.reason == "VIEW_IS_AGGREGATED"
