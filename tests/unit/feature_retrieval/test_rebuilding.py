@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import redis
+from feature_retrieval.certificates import Signer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fakes.calls import ADMIN, call_of
 from tests.fakes.feature_world import make_batch
 
-from feature_retrieval.certificates import Signer
 from feature_retrieval.durable_copy import DurableCopy
 from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
