@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Final
 
 import numpy as np
@@ -22,6 +22,7 @@ from plait.errors import Unavailable
 MAX_SHARED_KEYS: Final = 1024  # of one caller: a larger read is several round trips, of which a deadline keeps those that arrived
 _MAX_GROUP_KEYS: Final = 8192
 _ALIKE: Final = 2.0  # times to wait that differ by more than this factor are not shared: the shorter one ends the read for both
+_LOOKED_AT: Final = 4  # newest reads under way, whose keys a newcomer is compared with: a hot key is in one of them
 _WORTH_S: Final = 0.001  # with less time left nothing is asked again
 
 
@@ -77,7 +78,7 @@ class CoalescedReads(Listener):
     def __init__(self, store: Rows) -> None:
         self._store = store
         self._group: _Group | None = None
-        self._flights: set[_Flight] = set()
+        self._flights: dict[_Flight, None] = {}  # oldest first
         self._tracked: tuple[bytes, ...] = ()
         self.asked_keys = 0  # by callers
         self.shared_keys = 0  # of these, not asked from the store on their own
@@ -153,12 +154,12 @@ class CoalescedReads(Listener):
     def _start(self, keys: Sequence[bytes], timeout_s: float) -> _Flight:
         task = asyncio.create_task(self._store.read(keys, timeout_s), name="shared read")
         flight = _Flight(keys, task, time.monotonic() + timeout_s)
-        self._flights.add(flight)
+        self._flights[flight] = None
         task.add_done_callback(lambda _: self._landed(flight))
         return flight
 
     def _landed(self, flight: _Flight) -> None:
-        self._flights.discard(flight)
+        self._flights.pop(flight, None)
         if not flight.task.cancelled():
             flight.task.exception()  # perhaps nobody is left to look at it
 
@@ -172,8 +173,8 @@ class CoalescedReads(Listener):
         joined: dict[_Flight, list[int]] = {}
         left: Sequence[int] = range(len(keys))
         now = time.monotonic()
-        for flight in self._flights if self._tracked else ():
-            if not timeout_s / _ALIKE <= flight.ends_at - now <= timeout_s:
+        for flight in islice(reversed(self._flights), _LOOKED_AT) if self._tracked else ():
+            if not timeout_s / _ALIKE <= flight.ends_at - now <= timeout_s or flight.index.keys().isdisjoint(keys):
                 continue
             index, changed = flight.index, flight.changed
             here = [at for at in left if keys[at] in index and keys[at] not in changed and keys[at].startswith(self._tracked)]
