@@ -2,14 +2,14 @@
 
 A lone caller is passed straight through. A shared read is a task of its own, so a caller that leaves takes nothing with it. A read that was
 already sent may be older than a change its caller knows of: it is joined only while changes are tracked and none of the key was heard of
-since, which is what the near cache promises, too; with tracking off only callers of one turn share.
+since, which is what the near cache promises, too; with tracking off only callers of one turn share. Large reads that turn out to have little in common go alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import Final
 
@@ -23,6 +23,9 @@ MAX_SHARED_KEYS: Final = 1024  # of one caller: a larger read is several round t
 _MAX_GROUP_KEYS: Final = 8192
 _ALIKE: Final = 2.0  # times to wait that differ by more than this factor are not shared: the shorter one ends the read for both
 _LOOKED_AT: Final = 4  # newest reads under way, whose keys a newcomer is compared with: a hot key is in one of them
+_SMALL: Final = 64  # keys: below, a round trip costs more than putting keys together
+_LEAST_SHARED: Final = 0.3  # of all keys: where large reads share less than this, putting them together costs more than it saves
+_APART_S: Final = 1.0  # for so long, then a few are put together again to see
 _WORTH_S: Final = 0.001  # with less time left nothing is asked again
 
 
@@ -75,8 +78,11 @@ class _Group:
 class CoalescedReads(Listener):
     """Rows of a store, each asked for as seldom as its callers allow. Hears of changes to know which reads may still be joined."""
 
-    def __init__(self, store: Rows) -> None:
+    def __init__(self, store: Rows, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
+        self._clock = clock
+        self._shared = 1.0  # share of the keys of large groups that were asked by others, too; recent groups weigh more
+        self._apart_until = 0.0
         self._group: _Group | None = None
         self._flights: dict[_Flight, None] = {}  # oldest first
         self._tracked: tuple[bytes, ...] = ()
@@ -89,9 +95,10 @@ class CoalescedReads(Listener):
     async def read(self, keys: Sequence[bytes], timeout_s: float) -> Read:
         """Return the rows of `keys` (each once), as the store's own `read` does."""
         self.asked_keys += len(keys)
-        if len(keys) > MAX_SHARED_KEYS:
+        now = self._clock()
+        if len(keys) > MAX_SHARED_KEYS or (len(keys) > _SMALL and now < self._apart_until):
             return await self._store.read(keys, timeout_s)
-        ends_at = time.monotonic() + timeout_s
+        ends_at = now + timeout_s
         if self._flights:
             joined, left = self._joinable(keys, timeout_s)
             if joined:
@@ -149,11 +156,20 @@ class CoalescedReads(Listener):
     def _take_off(self, group: _Group) -> _Flight:
         once = list(dict.fromkeys(chain.from_iterable(group.members)))
         self.shared_keys += group.size - len(once)
+        if group.size > _SMALL * len(group.members):
+            self._learn((group.size - len(once)) / group.size)
         return self._start(once, group.timeout_s)
+
+    def _learn(self, shared: float) -> None:
+        """Let large reads go alone for a while where putting them together has not been worth it lately."""
+        self._shared += (shared - self._shared) / 8
+        if self._shared < _LEAST_SHARED:
+            self._apart_until = self._clock() + _APART_S
+            self._shared = 2 * _LEAST_SHARED
 
     def _start(self, keys: Sequence[bytes], timeout_s: float) -> _Flight:
         task = asyncio.create_task(self._store.read(keys, timeout_s), name="shared read")
-        flight = _Flight(keys, task, time.monotonic() + timeout_s)
+        flight = _Flight(keys, task, self._clock() + timeout_s)
         self._flights[flight] = None
         task.add_done_callback(lambda _: self._landed(flight))
         return flight
@@ -172,7 +188,7 @@ class CoalescedReads(Listener):
         """Return which positions of `keys` are under way in which read that may be joined, and which are in none."""
         joined: dict[_Flight, list[int]] = {}
         left: Sequence[int] = range(len(keys))
-        now = time.monotonic()
+        now = self._clock()
         for flight in islice(reversed(self._flights), _LOOKED_AT) if self._tracked else ():
             if not timeout_s / _ALIKE <= flight.ends_at - now <= timeout_s or flight.index.keys().isdisjoint(keys):
                 continue
@@ -191,7 +207,7 @@ class CoalescedReads(Listener):
         if left:
             asked = [keys[at] for at in left]
             try:
-                answer.put(left, await self._meet(asked, ends_at - time.monotonic(), ends_at))
+                answer.put(left, await self._meet(asked, ends_at - self._clock(), ends_at))
             except Unavailable:
                 answer.put(left, Read([None] * len(left), failed=np.arange(len(left))))
         for flight, here in joined.items():
@@ -199,7 +215,7 @@ class CoalescedReads(Listener):
             try:
                 answer.put(here, await self._part(flight, wanted, ends_at))
             except Unavailable:  # it began before this caller came, so its failure is not this caller's
-                answer.put(here, await self._store.read(wanted, max(ends_at - time.monotonic(), 0)))
+                answer.put(here, await self._store.read(wanted, max(ends_at - self._clock(), 0)))
         return answer.read()
 
     async def _part(self, flight: _Flight, keys: Sequence[bytes], ends_at: float) -> Read:
@@ -213,7 +229,7 @@ class CoalescedReads(Listener):
             part = Read([rows[at] for at in places])
             if not whole.whole:
                 part = Read(part.rows, late=_among(places, whole.late), failed=_among(places, whole.failed))
-        left_s = ends_at - time.monotonic()
+        left_s = ends_at - self._clock()
         if not part.late.size or ends_at <= flight.ends_at or left_s < _WORTH_S:
             return part
         again = await self._store.read([keys[at] for at in part.late.tolist()], left_s)

@@ -372,3 +372,23 @@ async def test_a_follower_that_leaves_before_the_read_began_takes_nobody_with_it
     answers = await finish(store, [leader, follower, other])
     assert follower.cancelled()
     assert [versions(answer) for answer in (answers[0], answers[2])] == [[5, 5]] * 2
+
+
+async def test_large_reads_with_nothing_in_common_go_alone_for_a_while() -> None:
+    now = [0.0]
+    store = Store(at_once=True)
+    reads = CoalescedReads(store, lambda: now[0])
+    apart = [[b"p%d" % n for n in range(start, start + 65)] for start in (0, 65)]
+
+    async def asked(*wanted: list[bytes]) -> int:
+        store.asked.clear()
+        await asyncio.gather(*(reads.read(keys, LONG_S) for keys in wanted))
+        return len(store.asked)
+
+    seen = [await asked(*apart) for _ in range(40)]
+    assert seen[0] == 1
+    assert seen[-1] == 2
+    assert await asked(KEYS, KEYS) == 1  # small ones go together all the same
+    now[0] += 2
+    assert await asked(apart[0], apart[0]) == 1
+    assert [await asked(apart[0], apart[0]) for _ in range(40)] == [1] * 40
