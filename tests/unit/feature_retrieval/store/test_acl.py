@@ -72,7 +72,7 @@ async def test_a_service_needs_no_more_rights_than_the_documented(tmp_path: Path
     async with EmbeddedRedis(tmp_path / "r") as server:
         with redis.Redis.from_url(server.url) as client:
             rules = ["on", ">pw", "~*", "-@all", *found[1].split()]
-            client.execute_command("ACL", "SETUSER", "service", *rules)  # type: ignore[no-untyped-call]
+            client.execute_command("ACL", "SETUSER", "service", *rules)
         store, receipt, told = RedisStore(f"redis://service:pw@{server.address}", ack="synced"), Receipt(), Told()
         watching = asyncio.create_task(store.watch(lambda: [b"a"], told))
         try:
