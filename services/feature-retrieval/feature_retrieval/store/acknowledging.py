@@ -26,7 +26,8 @@ log = get_logger(__name__)
 Ack = Literal["auto", "applied", "synced", "replicated"]
 
 BARRIER_KEY: Final = b"w1"
-_BARRIERS: Final = 4  # under way at once to one server: with an append-only file synced every second, each takes up to that
+_BARRIERS: Final = 8  # under way at once to one server, and at most a quarter of its connections
+_APART_S: Final = 0.12  # between two that are under way: where a file is synced every second each takes up to that, and eight span it
 _ASK_AGAIN_S: Final = 60.0  # a server without an append-only file may have been given one
 
 
@@ -43,7 +44,7 @@ class Acknowledging:
         self._replicas = replicas
         self._timeout_s = timeout_s
         self._next: dict[Node, asyncio.Task[tuple[str, int]]] = {}
-        self._slots: dict[Node, asyncio.Semaphore] = {}
+        self._lanes: dict[Node, _Lanes] = {}
         self._without_file: dict[Node, float] = {}
         self._tasks: set[asyncio.Task[tuple[str, int]]] = set()
 
@@ -84,19 +85,20 @@ class Acknowledging:
 
     async def _barrier(self, node: Node) -> tuple[str, int]:
         """Return which run of the server answered, and how safe everything is that it took before."""
+        lanes = self._lanes.setdefault(node, _Lanes(min(_BARRIERS, max(1, node.connections // 4))))
         try:
-            await self._slots.setdefault(node, asyncio.Semaphore(_BARRIERS)).acquire()
+            await lanes.turn()
         finally:
             del self._next[node]  # whoever comes from here on may have written after it was sent
+        replies: list[Any] = []
         try:
+            commands = [pack(b"SET", [self._topology.key_on(node, BARRIER_KEY), b"1"]), self._wait()]
             async with asyncio.timeout(self._timeout_s + 1):
-                replies: list[Any] = []
-                commands = [pack(b"SET", [self._topology.key_on(node, BARRIER_KEY), b"1"]), self._wait()]
                 run = await node.exchange(commands, 2, replies, with_run=True)
         except TimeoutError as error:
             raise unavailable() from error
         finally:
-            self._slots[node].release()
+            lanes.leave()
         return run, self._verdict(node, replies)
 
     def _wait(self) -> bytes:
@@ -128,6 +130,37 @@ class Acknowledging:
             raise FailedPrecondition(f"writes cannot be acknowledged as {self._ack}: {why}, or ask for less", reason="ACK_NOT_POSSIBLE")
         log.warning("writes are acknowledged once they are in Redis' memory, and lost if it crashes", why=why)
         return pb.DURABILITY_APPLIED
+
+
+class _Lanes:
+    """Barriers to one server: so many at once, and spread over the time they take, so that nobody waits long for the next to be sent."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._free = asyncio.Semaphore(count)
+        self._under_way = 0
+        self._sent_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"<_Lanes under_way={self._under_way}/{self._count}>"
+
+    async def turn(self) -> None:
+        """Wait until the next may be sent; call `leave` once it is answered."""
+        await self._free.acquire()
+        pause_s = self._sent_at + _APART_S - time.monotonic()
+        if self._under_way and pause_s > 0:
+            try:
+                await asyncio.sleep(pause_s)
+            except BaseException:
+                self._free.release()
+                raise
+        self._sent_at = time.monotonic()
+        self._under_way += 1
+
+    def leave(self) -> None:
+        """One is answered."""
+        self._under_way -= 1
+        self._free.release()
 
 
 def _not_durable(why: str) -> Unavailable:

@@ -107,6 +107,7 @@ class Node:
         self._kind = kind
         self._arguments = arguments
         self._free: deque[_Link] = deque()
+        self.connections = connections
         self._slots = asyncio.Semaphore(connections)
         self._down_until = 0.0
         self._closed = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from feature_retrieval.settings import IngestionSettings, RedisSettings
 from feature_retrieval.store.connections import Access, Address
@@ -35,7 +35,7 @@ def topology_of(redis: RedisSettings) -> Topology:
         return Cluster(access, [access.node().address, *nodes])
     # A Sentinel has a password of its own, or none, and no databases.
     scheme, password = urlsplit(url).scheme, redis.sentinel_password.get_secret_value()
-    credentials = f":{password}@" if password else ""
+    credentials = f":{quote(password, safe='')}@" if password else ""
     sentinels = [_access(redis, f"{scheme}://{credentials}{node}").node() for node in redis.node_list]
     return Sentinel(access, sentinels, redis.sentinel_service)
 

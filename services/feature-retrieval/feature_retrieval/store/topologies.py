@@ -50,7 +50,7 @@ class Topology(Protocol):
         ...
 
     def key_on(self, node: Node, name: bytes) -> bytes:
-        """Return a key that begins with a name and that this server holds."""
+        """Return a key that begins with a name and that this server holds. Raises Unavailable where it holds none any more."""
         ...
 
     def doubt(self) -> None:
@@ -225,6 +225,8 @@ class Cluster:
 
     def key_on(self, node: Node, name: bytes) -> bytes:
         """Return the name with a hash tag that lies in the first of the server's slots."""
+        if node not in self._primaries:
+            raise unavailable()
         slot = self._slots.index(node)
         if slot not in self._tags:
             self._tags[slot] = next(tag for tag in map(b"%d".__mod__, count()) if slot_of(tag) == slot)

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import redis
+from tests.fakes.redis_cluster import RedisCluster
+from tests.fakes.redis_places import Place
 
+from feature_retrieval.settings import RedisSettings
 from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
@@ -35,7 +38,7 @@ async def opened(url: str, **options: Any) -> AsyncIterator[RedisStore]:
 
 async def write(store: RedisStore, event_time_us: int, key: bytes = b"k") -> Receipt:
     receipt = Receipt()
-    await store.write([key], [b"m"], [row(event_time_us)], 0, receipt)
+    await store.write([key], [b"{m}"], [row(event_time_us)], 0, receipt)
     return receipt
 
 
@@ -138,3 +141,33 @@ async def test_many_who_wait_share_a_barrier_and_none_sent_before_their_write(tm
             assert set(await asyncio.gather(*waiting)) == {pb.DURABILITY_SYNCED}
             stats: Any = client.info("commandstats")
         assert stats["cmdstat_waitaof"]["calls"] <= 2
+
+
+async def test_a_server_that_holds_nothing_any_more_vouches_for_nothing() -> None:
+    async with RedisCluster() as cluster:
+        place = Place(RedisSettings.model_validate({"mode": "cluster", "url": cluster.url}), cluster.flush)
+        store = place.open(ack="replicated")
+        try:
+            receipt = await write(store, 1, b"{m}k")
+            [(node, _)] = receipt.places
+            store.topology._primaries = tuple(one for one in store.topology.primaries() if one is not node)  # type: ignore[attr-defined]
+            for _ in range(20):  # no lane is lost to it
+                with pytest.raises(Unavailable):
+                    await store.settle(receipt)
+        finally:
+            await store.close()
+
+
+async def test_waits_for_the_disk_overlap(tmp_path: Path) -> None:
+    async with EmbeddedRedis(tmp_path / "r") as server, opened(server.url, connections=8) as store:
+
+        async def one(n: int) -> int:
+            for turn in range(3):
+                assert await store.settle(await write(store, turn + 1, b"k%d" % n)) == pb.DURABILITY_SYNCED
+            return n
+
+        tasks = [asyncio.create_task(one(n)) for n in range(30)]
+        tasks[0].cancel()
+        assert await asyncio.gather(*tasks[1:]) == list(range(1, 30))
+        with redis.Redis.from_url(server.url) as client:
+            assert int(client.info("clients")["connected_clients"]) <= 9
