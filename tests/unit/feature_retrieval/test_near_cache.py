@@ -326,7 +326,9 @@ def test_whoever_makes_room_for_whom_no_row_is_another_s(steps: list[tuple[str, 
             cache.changed(space.keys(ids))
         else:
             fill(cache, {i: row(stored[space][i]) if i in stored[space] else None for i in ids}, space)
-            assert "unknown" not in look(cache, ids[-1:], space) or cache.resets or count >= 64
+            assert (
+                "unknown" not in look(cache, ids[-1:], space) or cache.resets or count > 8
+            )  # of a batch as large as all of it, some make room for others
         assert cache.size_bytes <= max_bytes
         for looked, rows in stored.items():
             everybody = [f"i{n}" for n in range(300)]

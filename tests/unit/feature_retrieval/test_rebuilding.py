@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import redis
+from feature_retrieval.certificates import Signer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fakes.calls import ADMIN, call_of
 from tests.fakes.feature_world import make_batch
 
-from feature_retrieval.certificates import Signer
 from feature_retrieval.durable_copy import DurableCopy
 from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
@@ -26,6 +26,7 @@ from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from plait.registry.certificates import Signer
 from plait.registry.database import Pool, open_pool
 from plait.registry.manifests import Manifest
 from plait.registry.records import Entity, Epochs, Feature, FeatureView, Snapshot
