@@ -20,7 +20,9 @@ log = get_logger(__name__)
 _READ_S: Final = 1.0  # longest wait for events, after which new tenants and dead consumers are looked for
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 5.0
-_UNSAFE: Final = 16  # batches that are applied but not yet safe: with an append-only file synced every second, each waits for up to that
+# Events that are applied but not yet safe, before more are read: with an append-only file that is synced every second each waits for up to that,
+# and those that come meanwhile must not.
+_UNSAFE: Final = 50_000
 
 
 class Consumer:
@@ -34,8 +36,7 @@ class Consumer:
         self._acknowledging = acknowledging
         self._freshness = freshness
         self._batch = batch
-        self._room = asyncio.Semaphore(_UNSAFE)
-        self._finishing: set[asyncio.Task[None]] = set()
+        self._finishing: dict[asyncio.Task[None], int] = {}  # how many events each acknowledges
         self._stopping = False
         self._idle = asyncio.Event()  # nothing is read any more, and all that was is acknowledged
         self._idle.set()
@@ -56,10 +57,11 @@ class Consumer:
                     continue
                 pause.reset()
                 if messages:
-                    await self._room.acquire()
                     task = asyncio.create_task(self._finish(messages, await self._apply(messages)), name="acknowledge events")
-                    self._finishing.add(task)
+                    self._finishing[task] = len(messages)
                     task.add_done_callback(self._finished)
+                while sum(self._finishing.values()) > _UNSAFE:
+                    await asyncio.wait(self._finishing, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.gather(*self._finishing)
             self._idle.set()
             await asyncio.Event().wait()  # a loop that ends would be a fault
@@ -109,8 +111,7 @@ class Consumer:
                 return
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        self._finishing.discard(task)
-        self._room.release()
+        del self._finishing[task]
         if not task.cancelled() and task.exception() is not None:
             log.error("a batch of events is not acknowledged and will be delivered again", exc_info=task.exception())
 

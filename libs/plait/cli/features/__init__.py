@@ -12,6 +12,8 @@ _HELP = """Fill, flip, look at and clean up the online features, and take them o
 
   plait features epochs item-stats
 
+  plait features publish --from events.jsonl
+
   plait features explain home --id user=42 --id item=7
 
   plait features rollback item-stats --reason "wrong prices"

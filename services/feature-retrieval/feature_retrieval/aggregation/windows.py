@@ -318,5 +318,6 @@ def _add(cells: npt.NDArray[Any], where: Ints, amounts: Ints) -> None:
 def _sum(tiles: npt.NDArray[Any], live: Bools) -> tuple[Floats, Bools | None]:
     found = np.where(live, tiles, 0)
     total: Floats = found.sum(axis=1, dtype=np.float64) / MICRO
-    overflowed = found.min(axis=1, initial=0) == OVERFLOW
-    return total, ~overflowed if overflowed.any() else None
+    if found.size == 0 or found.min() != OVERFLOW:
+        return total, None
+    return total, found.min(axis=1) != OVERFLOW
