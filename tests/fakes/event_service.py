@@ -10,11 +10,13 @@ from typing import Any
 
 import grpc
 from tests.fakes.event_world import NOW_S, SNAPSHOT
+from tests.fakes.upkeep import upkeep_of
 
 from feature_retrieval.aggregation.applying import Applying
 from feature_retrieval.aggregation.plan import AggregationPlans
 from feature_retrieval.consumer import Consumer
 from feature_retrieval.dead_letters import DeadLetters
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
@@ -90,38 +92,44 @@ async def consuming(consumer: Consumer) -> AsyncIterator[Consumer]:
 
 @asynccontextmanager
 async def event_service(
-    redis_url: str, *, snapshot: Snapshot = SNAPSHOT, max_backlog: int = 1_000_000, tracing: Tracing | None = None
+    redis: str | RedisStore, *, snapshot: Snapshot = SNAPSHOT, max_backlog: int = 1_000_000, tracing: Tracing | None = None
 ) -> AsyncIterator[EventService]:
-    """Run the service without a consumer."""
-    store = RedisStore(redis_url)
+    """Run the service without a consumer, on a server's URL or a store, which it closes."""
+    store = RedisStore(redis) if isinstance(redis, str) else redis
     service = EventService(store, snapshot)
     source = service.source("front")
     tracing = tracing or off()
     keys = {digest(key): ApiKey(id=key, tenant=tenant, sha256=digest(key), scopes=("features",)) for key, tenant in KEYS.items()}
     server = RpcServer(RpcSettings(grace_s=2), authenticator=Authenticator(keys.get), tracing=tracing)
     plans = Plans(snapshot)
-    servicer = FeatureRetrievalServicer(  # type: ignore[abstract]
-        Retrieval(store, NearCache(0, 1.0), lambda: plans, clock=service.clock),
-        Ingestion(store, lambda: service.snapshot, clock=service.clock),
-        lambda: plans,
-        events=EventParts(
-            publishing=Publishing(store.streams, store, source, max_backlog=max_backlog, clock=service.clock),
-            dead_letters=service.dead_letters,
-            freshness=service.freshness,
-            sources=(source,),
-            snapshot=lambda: service.snapshot,
-        ),
-        max_in_flight=64,
-        tracing=tracing,
+    ingestion = Ingestion(store, lambda: service.snapshot, clock=service.clock, wrote=service.freshness.wrote)
+    events = EventParts(
+        publishing=Publishing(store.streams, store, source, max_backlog=max_backlog, clock=service.clock),
+        dead_letters=service.dead_letters,
+        freshness=service.freshness,
+        sources=(source,),
+        snapshot=lambda: service.snapshot,
     )
+    retrieval = Retrieval(store, NearCache(0, 1.0), lambda: plans, clock=service.clock)
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
-    server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
-    await server.start()
-    try:
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            service.address = server.address
-            service.stub = pb_grpc.FeatureRetrievalServiceStub(channel)
-            yield service
-    finally:
-        await server.drain()
-        await store.close()
+    async with upkeep_of(store, lambda: service.snapshot) as upkeep:
+        servicer = FeatureRetrievalServicer(
+            retrieval,
+            ingestion,
+            lambda: plans,
+            explanation=Explanation(retrieval, lambda: plans, store.times_to_live),
+            events=events,
+            upkeep=upkeep,
+            max_in_flight=64,
+            tracing=tracing,
+        )
+        server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
+        await server.start()
+        try:
+            async with grpc.aio.insecure_channel(server.address) as channel:
+                service.address = server.address
+                service.stub = pb_grpc.FeatureRetrievalServiceStub(channel)
+                yield service
+        finally:
+            await server.drain()
+            await store.close()

@@ -9,6 +9,7 @@ from typing import Any
 from feature_retrieval.settings import IngestionSettings, RedisSettings
 from feature_retrieval.store.opening import open_store
 from feature_retrieval.store.redis import RedisStore
+from plait.telemetry.metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -20,4 +21,4 @@ class Place:
 
     def open(self, **ingestion: Any) -> RedisStore:
         """Return a store that the caller closes."""
-        return open_store(self.settings, IngestionSettings(**ingestion))
+        return open_store(self.settings, IngestionSettings(**ingestion), Metrics())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -16,7 +17,7 @@ import pytest
 import pytest_asyncio
 from pydantic import SecretStr
 from tests.fakes.clients.feast_world import ENTITIES
-from tests.fakes.feast_repository import PYTHON, feast_world, needs_feast
+from tests.fakes.feast_repository import CLIENTS, PYTHON, feast_world, needs_feast
 from tests.fakes.feature_world import TOKEN, statuses, tensor
 from typer.testing import CliRunner
 
@@ -32,6 +33,7 @@ from plait.registry.records import FeatureSet, ModelInput
 from plait.registry.store import Store
 from plait.rpc.process import Tasks
 from plait.settings import RegistrySettings, RpcSettings
+from plait_bench.environments import foreign_environ
 
 pytestmark = needs_feast
 
@@ -89,9 +91,29 @@ async def test_a_repository_is_taken_over_and_applied(drivers: Drivers, tmp_path
         assert words in said
 
 
+@dataclass(frozen=True)
+class Running:
+    """A feature-retrieval that also answers Feast's clients."""
+
+    address: str
+    stub: Any
+
+    async def asked_by_feast(self, *requests: dict[str, Any]) -> list[Any]:
+        """Have Feast's own stubs send requests, from a process of their own; return what they saw."""
+        process = await asyncio.create_subprocess_exec(
+            PYTHON, CLIENTS / "feast_client.py", self.address, stdin=-1, stdout=-1, stderr=-1, env=foreign_environ(PYTHON)
+        )
+        out, err = await asyncio.wait_for(process.communicate(json.dumps(requests).encode()), 100)
+        assert process.returncode == 0, err.decode()[-4000:]
+        said = json.loads(out.splitlines()[-1])
+        assert said["version"].startswith("plait")
+        answers: list[Any] = said["answers"]
+        return answers
+
+
 @asynccontextmanager
-async def service(redis_url: str, feast_url: str, dsn: str, manifests: Sequence[Manifest]) -> AsyncIterator[Any]:
-    """A whole feature-retrieval, its rows in one Redis and Feast's in another; give its stub."""
+async def service(redis_url: str, feast_url: str, dsn: str, manifests: Sequence[Manifest]) -> AsyncIterator[Running]:
+    """A whole feature-retrieval, its rows in one Redis and Feast's in another."""
     async with await Store.open(dsn) as store:
         await store.migrate()
         await store.apply(manifests, actor="test", reason="")
@@ -99,7 +121,7 @@ async def service(redis_url: str, feast_url: str, dsn: str, manifests: Sequence[
         rpc=RpcSettings(service_token=SecretStr("t0ken"), grace_s=2),
         redis=RedisSettings(url=SecretStr(redis_url)),
         registry=RegistrySettings(dsn=SecretStr(dsn)),
-        feast=FeastSettings(enabled=True, redis=RedisSettings(url=SecretStr(feast_url))) if feast_url else FeastSettings(),
+        feast=FeastSettings(enabled=bool(feast_url), serving=True, redis=RedisSettings(url=SecretStr(feast_url or redis_url))),
     )
     async with AsyncExitStack() as stack:
         tasks = Tasks(await stack.enter_async_context(asyncio.TaskGroup()))
@@ -108,7 +130,7 @@ async def service(redis_url: str, feast_url: str, dsn: str, manifests: Sequence[
         stack.callback(server.tracing.close)
         await server.start()
         async with grpc.aio.insecure_channel(server.address) as channel:
-            yield pb_grpc.FeatureRetrievalServiceStub(channel)
+            yield Running(server.address, pb_grpc.FeatureRetrievalServiceStub(channel))
         await server.drain()
 
 
@@ -144,7 +166,8 @@ def in_place(drivers: Drivers, out: Path) -> list[Manifest]:
 
 async def test_feasts_rows_are_read_where_they_lie(drivers: Drivers, tmp_path: Path, postgres_dsn: str, redis_url: str) -> None:
     """Every value is what Feast itself answers; what Feast does not tell apart (too old, never written, null) is told."""
-    async with service(redis_url, drivers.redis.url, postgres_dsn, in_place(drivers, tmp_path / "m")) as stub:
+    async with service(redis_url, drivers.redis.url, postgres_dsn, in_place(drivers, tmp_path / "m")) as running:
+        stub = running.stub
         for _ in range(3):  # nothing of it is kept
             answer = await read(stub, "mine", driver=DRIVERS)
             assert statuses(answer, "driver_hourly_stats") == ["PRESENT", "NULL", "STALE", "NOT_FOUND"]
@@ -185,8 +208,45 @@ def _expected(name: str, theirs: Any, ours: float) -> float:
 
 async def test_without_feasts_redis_nothing_is_made_up(drivers: Drivers, tmp_path: Path, postgres_dsn: str, redis_url: str) -> None:
     manifests = in_place(drivers, tmp_path / "m")
-    async with service(redis_url, "", postgres_dsn, manifests) as stub:
-        assert statuses(await read(stub, "mine", driver=DRIVERS), "driver_hourly_stats") == ["UNAVAILABLE"] * 4
+    async with service(redis_url, "", postgres_dsn, manifests) as running:
+        assert statuses(await read(running.stub, "mine", driver=DRIVERS), "driver_hourly_stats") == ["UNAVAILABLE"] * 4
     nobody = "redis://127.0.0.1:1/0"  # port 1 is tcpmux: nothing listens there
-    async with service(redis_url, nobody, postgres_dsn, manifests) as stub:
-        assert statuses(await read(stub, "mine", driver=DRIVERS), "driver_hourly_stats") == ["UNAVAILABLE"] * 4
+    async with service(redis_url, nobody, postgres_dsn, manifests) as running:
+        assert statuses(await read(running.stub, "mine", driver=DRIVERS), "driver_hourly_stats") == ["UNAVAILABLE"] * 4
+
+
+async def test_feasts_clients_get_what_feast_gave_them(drivers: Drivers, tmp_path: Path, postgres_dsn: str, redis_url: str) -> None:
+    """The same questions to Feast and, by Feast's own stubs, to us: the same values, and statuses that tell more."""
+    views = in_place(drivers, tmp_path / "m")
+    names = [*SINGLE, "recent", "taste"]
+    of = {name: "driver_hourly_stats-vectors" if name == "taste" else "driver_hourly_stats" for name in names}
+    async with service(redis_url, drivers.redis.url, postgres_dsn, views) as running:
+        features = [f"{of[name]}:{name}" for name in names]
+        twice = [*ENTITIES, ENTITIES[0]]
+        plain, full, by_set, wrong, unknown, odd = await running.asked_by_feast(
+            {"features": features, "entities": {"driver_id": twice}},
+            {"features": features[:2], "entities": {"anything": ENTITIES[:1]}, "full": True},
+            {"service": "mine", "entities": {"driver": ENTITIES}},
+            {"features": ["driver_hourly_stats:none"], "entities": {"driver_id": [1]}},
+            {"service": "nine", "entities": {"driver_id": [1]}},
+            {"features": features[:1], "entities": {"driver_id": ["a string"]}},
+        )
+        assert plain["names"] == ["driver_id", *names]
+        assert plain["views"] == {"driver_hourly_stats": 1, "driver_hourly_stats-vectors": 1}
+        for name in names:
+            theirs = drivers.seen["values"][name]
+            assert plain["values"][name] == [*theirs, theirs[0]], name
+        present, null, missing, too_old = 1, 2, 3, 4
+        assert plain["statuses"]["acc_rate"] == [present, present, too_old, missing, present]
+        assert plain["statuses"]["conv_rate"] == [present, null, too_old, missing, present]
+        assert plain["values"]["driver_id"] == twice
+        assert plain["times_us"]["city"][:2] == [drivers.seen["event_time_us"]] * 2
+        assert full["names"] == ["anything", "driver_hourly_stats__conv_rate", "driver_hourly_stats__acc_rate"]
+        assert set(by_set["names"]) == {"driver", *names}
+        assert by_set["values"]["car"] == drivers.seen["values"]["car"]
+        assert wrong["code"] == unknown["code"] == "NOT_FOUND"
+        assert "mine" in unknown["error"]
+        assert odd["code"] == "INVALID_ARGUMENT"
+    async with service(redis_url, "", postgres_dsn, views) as running:
+        [down] = await running.asked_by_feast({"features": features, "entities": {"driver_id": ENTITIES}})
+        assert down["code"] == "UNAVAILABLE"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from plait.client import Ranking
 
 _PANEL = "Where the router is"
+_INT = "int:"  # before a part of a key that is a number
 
 
 def register(app: typer.Typer) -> None:
@@ -29,6 +30,9 @@ def rank(
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=0, help="How many to show, best first; 0 = all.")] = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Also show where the time went and which features were found.")] = False,
     int_ids: Annotated[bool, typer.Option("--int-ids", help="The ids are numbers (entity key: int64), not text.")] = False,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="Ids with '/' in them are keys of several parts; a part int:7 is a number.")
+    ] = False,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0.001, help="Longest wait for the answer, seconds.")] = 5.0,
     address: Annotated[
         str | None,
@@ -61,6 +65,8 @@ def rank(
 
     Example:  plait rank --route home --user 42 --items 7,8,9 --top-k 2
 
+    Example:  plait rank --route offers --user ann --items shop-a/int:7,shop-b/int:7 --parts
+
     Example:  PLAIT_API_KEY=… plait rank --address rank.internal:443 --tls -r home -u 42 -i 7,8,9
     """
     candidates = [item.strip() for item in items.split(",") if item.strip()]
@@ -68,7 +74,9 @@ def rank(
         raise typer.BadParameter("give at least one id, separated by commas", param_hint="--items / -i")
     subject: Any = user
     ids: Any = candidates
-    if int_ids:
+    if parts:
+        (subject,), ids = _composites([user], "--user / -u"), _composites(candidates, "--items / -i")
+    elif int_ids:
         (subject,), ids = _numbers([user], "--user / -u"), _numbers(candidates, "--items / -i")
     target, key = _where(address, api_key, state)
     from plait.client import SyncRankingClient, TlsConfig  # noqa: PLC0415
@@ -86,6 +94,20 @@ def _numbers(texts: list[str], option: str) -> list[int]:
         return [int(text) for text in texts]
     except ValueError:
         raise typer.BadParameter("--int-ids needs whole numbers", param_hint=option) from None
+
+
+def _composites(texts: list[str], option: str) -> list[Any]:
+    """Return ids with a slash as tuples of their parts, the others as they are."""
+    return [tuple(_part(part, option) for part in text.split("/")) if "/" in text else text for text in texts]
+
+
+def _part(text: str, option: str) -> str | int:
+    if not text.startswith(_INT):
+        return text
+    try:
+        return int(text.removeprefix(_INT))
+    except ValueError:
+        raise typer.BadParameter("expected a whole number after int:", param_hint=option) from None
 
 
 def _where(address: str | None, api_key: str | None, state: Path) -> tuple[str, str]:
@@ -122,7 +144,8 @@ def _document(ranking: Ranking) -> dict[str, Any]:
 
 
 def _show(ranking: Ranking) -> None:
-    write_table(("rank", "item", "score"), [(place, item, f"{score:.6f}") for place, (item, score) in enumerate(ranking.items, 1)])
+    rows = [(place, _shown(item), f"{score:.6f}") for place, (item, score) in enumerate(ranking.items, 1)]
+    write_table(("rank", "item", "score"), rows)
     write_line(f"\n{ranking.model} version {ranking.version}, variant {ranking.variant}, request {ranking.request_id}", "dim")
     if ranking.degraded_reasons:
         write_line(f"degraded: {', '.join(ranking.degraded_reasons)}", "yellow")
@@ -134,3 +157,7 @@ def _show(ranking: Ranking) -> None:
         write_line("")
         views = [dataclasses.asdict(view) for view in ranking.feature_report]
         write_table(list(views[0]), [list(view.values()) for view in views])
+
+
+def _shown(item: object) -> object:
+    return "/".join(f"{_INT}{part}" if isinstance(part, int) else part for part in item) if isinstance(item, tuple) else item

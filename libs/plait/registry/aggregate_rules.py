@@ -29,6 +29,8 @@ def check(view: FeatureView) -> Iterator[Finding]:
         return
     if not all(aggregated):
         yield ("features", aggregated.index(False)), "has no aggregate: in an aggregated view every feature is computed from events"
+    if view.durable != "off":  # of a rebuilt row nobody would know which events are in it
+        yield ("durable",), "is not for aggregated views: what they are counted from is kept where the events come from"
     yield from findings.in_range(("aggregation", "lateness_s"), view.aggregation.lateness_s, 0, MAX_WINDOW_S)
     for index, feature in enumerate(view.features):
         for steps, message in () if feature.aggregate is None else _aggregated(feature, feature.aggregate):

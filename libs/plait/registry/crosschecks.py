@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from plait.registry import rules, set_checks, shapes
+from plait.registry import rules, set_checks
 from plait.registry.explain import suggestion
 from plait.registry.findings import Finding, Steps
 from plait.registry.problems import Problem, path
 from plait.registry.records import FeatureSet, Model, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
 from plait.registry.resources import Key, records_of
+from plait.registry.shapes import SetShape
 from plait.registry.specs import kind_of
 
 _FLOATS: Final = ("float16", "float32", "float64")
@@ -66,25 +67,30 @@ def readers(snapshot: Snapshot, view: str) -> tuple[str, ...]:
     found = []
     for feature_set in snapshot.feature_sets.values():
         if any(r.view == view and r.version is None for r in set_checks.views_read(feature_set)):
-            behind = [*_models_of(snapshot, feature_set), *_routes_of(snapshot, feature_set)]
+            behind = behind_set(snapshot, feature_set.name)
             found.append(f"FeatureSet {feature_set.name}" + (f" ({', '.join(behind)})" if behind else ""))
     return tuple(found)
 
 
-def _models_of(snapshot: Snapshot, feature_set: FeatureSet) -> list[str]:
+def behind_set(snapshot: Snapshot, name: str) -> tuple[str, ...]:
+    """Return the model versions that are fed by a feature set, and the routes that use one of them."""
+    return (*_models_of(snapshot, name), *_routes_of(snapshot, name))
+
+
+def _models_of(snapshot: Snapshot, set_name: str) -> list[str]:
     return [
         f"Model {model.name} version {version.version}"
         for model in snapshot.models.values()
         for version in model.versions
-        if version.signature is not None and version.signature.feature_set == feature_set.name
+        if version.signature is not None and version.signature.feature_set == set_name
     ]
 
 
-def _routes_of(snapshot: Snapshot, feature_set: FeatureSet) -> list[str]:
+def _routes_of(snapshot: Snapshot, set_name: str) -> list[str]:
     found = []
     for route in snapshot.routes.values():
         used = [model.resolve(v.use) for v in route.variants if (model := snapshot.models.get(v.model)) is not None]
-        if any(version and version.signature and version.signature.feature_set == feature_set.name for version in used):
+        if any(version and version.signature and version.signature.feature_set == set_name for version in used):
             found.append(f"Route {route.name}")
     return found
 
@@ -119,6 +125,7 @@ def _fits(signature: Signature, snapshot: Snapshot) -> Iterator[Finding]:
     if feature_set is None:
         yield ("feature_set",), f"there is no feature set {name!r}{suggestion(name, list(snapshot.feature_sets))}"
         return
+    shape = SetShape(feature_set, snapshot.feature_views)
     offered = {item.name: item for item in feature_set.inputs}
     wanted = {tensor.name: tensor for tensor in signature.inputs}
     for missing in offered.keys() - wanted.keys():
@@ -128,18 +135,18 @@ def _fits(signature: Signature, snapshot: Snapshot) -> Iterator[Finding]:
         if item is None:
             yield ("inputs", index), f"feature set {name!r} yields no input {tensor.name!r}; it has {', '.join(offered)}"
         else:
-            for message in _tensor_fits(tensor, item, feature_set, snapshot):
+            for message in _tensor_fits(tensor, item, name, shape):
                 yield ("inputs", index), message
 
 
-def _tensor_fits(tensor: TensorSpec, item: ModelInput, feature_set: FeatureSet, snapshot: Snapshot) -> Iterator[str]:
+def _tensor_fits(tensor: TensorSpec, item: ModelInput, set_name: str, shape: SetShape) -> Iterator[str]:
     if tensor.dtype != item.dtype:
-        yield f"{tensor.name!r} is {tensor.dtype}, but feature set {feature_set.name!r} yields {item.dtype}"
-    columns = shapes.columns_of(item, feature_set, snapshot.feature_views)
+        yield f"{tensor.name!r} is {tensor.dtype}, but feature set {set_name!r} yields {item.dtype}"
+    columns = shape.columns_of(item)
     if columns is None:
         return  # the set itself is told what it names that is not there
     if len(tensor.shape) != 2 or tensor.shape[1] != columns:
-        yield f"{tensor.name!r} has shape {_shape(tensor)}, but feature set {feature_set.name!r} yields {columns} columns: [rows, {columns}]"
+        yield f"{tensor.name!r} has shape {_shape(tensor)}, but feature set {set_name!r} yields {columns} columns: [rows, {columns}]"
         return
     rows = tensor.shape[0]
     if rows != -1 and not (tensor.per == "request" and rows == 1):
@@ -192,13 +199,14 @@ def _serves(route: Route, model: Model, version: ModelVersion, signature: Signat
 def _entities(route: Route, feature_set: FeatureSet, tensors: Sequence[TensorSpec], label: str, snapshot: Snapshot) -> Iterator[str]:
     """The subject's tensors come once per request, the candidates' once per row; no other entity has ids in a Rank call."""
     per = {tensor.name: tensor.per for tensor in tensors}
+    shape = SetShape(feature_set, snapshot.feature_views)
     for item in feature_set.inputs:
         if item.entity not in (route.subject, route.candidate):
             known = f"the route's subject is {route.subject!r}, its candidate {route.candidate!r}"
             yield f"input {item.name!r} of feature set {feature_set.name!r} is about {item.entity!r}, but {known}"
             continue
         wanted = "request" if item.entity == route.subject else "row"
-        crossed = shapes.entities_of(item, feature_set, snapshot.feature_views)
+        crossed = shape.entities_of(item)
         if wanted == "request" and route.candidate in crossed:
             yield f"a transform of input {item.name!r} reads {route.candidate!r}, of which a request has many rows, for each {item.entity!r}"
         for other in set(crossed) - {route.subject, route.candidate}:

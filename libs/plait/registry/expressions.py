@@ -11,6 +11,7 @@ except for `missing`, `coalesce` and the branch that `where` does not take. 1 is
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -89,6 +90,7 @@ class Checked:
     cells: int
 
 
+@functools.lru_cache(maxsize=4096)  # of every expression there is, as a rule: it is looked at by several checks of several routes
 def parse(text: str) -> Expression:
     """Return the tree of an expression. Raises ExpressionError; a text that is too long, too deep or has too many parts is one, too."""
     if len(text) > MAX_TEXT:
@@ -96,6 +98,7 @@ def parse(text: str) -> Expression:
     return _Parser(text).whole()
 
 
+@functools.lru_cache(maxsize=4096)
 def references(expression: Expression) -> tuple[str, ...]:
     """Return what an expression reads, each once, in order of appearance."""
     return tuple(dict.fromkeys(node.reference for node in walk(expression) if isinstance(node, Operand)))

@@ -6,6 +6,7 @@ can be called like the latter two, because "$" is in no name, and none can be ta
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -32,6 +33,7 @@ class Reference:
         return f"{self.view}:{self.feature}" if self.version is None else f"{self.view}@{self.version}:{self.feature}"
 
 
+@functools.lru_cache(maxsize=16_384)  # a set names the same ones at every look at it
 def parse(text: str) -> Reference | None:
     """Return what a reference says, None where it is none."""
     if found := _COMPUTED.match(text):

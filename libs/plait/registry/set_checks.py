@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from typing import Final
 
 from plait.dtypes import BY_NAME
-from plait.registry import expressions, shapes
+from plait.registry import expressions
 from plait.registry.explain import suggestion
 from plait.registry.feature_rules import holds
 from plait.registry.findings import Finding, Steps
 from plait.registry.records import Entity, Feature, FeatureSet, FeatureView, ModelInput, RequestFeature, Snapshot, Transform
 from plait.registry.references import Reference, parse
+from plait.registry.shapes import SetShape, tree_of, view_of
 
 MAX_COLUMNS: Final = 16_384  # of one input
 _FLOATS: Final = ("float16", "float32", "float64")
@@ -28,28 +29,30 @@ _EXACT: Final = {
 def check(feature_set: FeatureSet, snapshot: Snapshot, *, strict: bool = True) -> Iterator[Finding]:
     """Yield everything in which a set does not fit. Not `strict`: only what makes it unreadable, as the router asks of what is stored."""
     keys = _Keys()
+    shape = SetShape(feature_set, snapshot.feature_views)
     for index, item in enumerate(feature_set.inputs):
         for place, text in enumerate(item.features):
             steps: Steps = ("inputs", index, "features", place)
             reference = parse(text)
             if reference is None:
                 continue
-            for message in _column(item, reference, feature_set, snapshot, strict=strict):
+            for message in _column(item, reference, shape, snapshot, strict=strict):
                 yield steps, message
-            for operand in shapes.operands(text, feature_set):
+            for operand in shape.operands(text):
                 for message in keys.differ(operand, item, snapshot):
                     yield steps, message
-        columns = shapes.columns_of(item, feature_set, snapshot.feature_views)
+        columns = shape.columns_of(item)
         if columns is not None and columns > MAX_COLUMNS:
             yield ("inputs", index, "features"), f"take {columns} columns; at most {MAX_COLUMNS} are allowed in one input"
-    yield from _transforms(feature_set, snapshot)
+    yield from _transforms(feature_set, shape, snapshot)
 
 
 def views_read(feature_set: FeatureSet) -> tuple[Reference, ...]:
     """Return the stored features a set reads, those of its transforms included, also of those no input uses."""
     texts = [text for item in feature_set.inputs for text in item.features]
     texts += [f"$transform:{transform.name}" for transform in feature_set.transforms]
-    found = [operand for text in texts for operand in shapes.operands(text, feature_set) if operand.kind == "stored"]
+    shape = SetShape(feature_set, {})
+    found = [operand for text in texts for operand in shape.operands(text) if operand.kind == "stored"]
     return tuple(dict.fromkeys(found))
 
 
@@ -60,7 +63,7 @@ class _Keys:
         self._known: dict[str, tuple[Entity, str]] = {}  # entity type → (entity, the view that said so)
 
     def differ(self, reference: Reference, item: ModelInput, snapshot: Snapshot) -> Iterator[str]:
-        view = None if reference.kind != "stored" else shapes.view_of(reference, snapshot.feature_views)
+        view = None if reference.kind != "stored" else view_of(reference, snapshot.feature_views)
         if view is None:
             return
         entity, first = self._known.setdefault(view.entity.type, (view.entity, view.name))
@@ -71,11 +74,11 @@ class _Keys:
             yield f"view {view.name!r} and {first!r} have keys of different parts for the same entity {view.entity.type!r}"
 
 
-def _column(item: ModelInput, reference: Reference, feature_set: FeatureSet, snapshot: Snapshot, *, strict: bool) -> Iterator[str]:
+def _column(item: ModelInput, reference: Reference, shape: SetShape, snapshot: Snapshot, *, strict: bool) -> Iterator[str]:
     if reference.kind == "stored":
-        yield from _stored(item, reference, snapshot, strict=strict)
+        yield from _stored(item, reference, shape, snapshot, strict=strict)
         return
-    found = shapes.find(reference, feature_set, snapshot.feature_views)
+    found = shape.find(reference)
     if isinstance(found, RequestFeature):
         yield from _cast(str(reference), found.dtype, item, wide=not strict)
     elif isinstance(found, Transform) and found.default is not None and not _takes(item.dtype, found.default):
@@ -86,15 +89,15 @@ def _takes(dtype: str, value: float) -> bool:
     return holds(dtype, value) if dtype != "bool" else value in (0, 1)
 
 
-def _stored(item: ModelInput, reference: Reference, snapshot: Snapshot, *, strict: bool) -> Iterator[str]:
-    view = shapes.view_of(reference, snapshot.feature_views)
+def _stored(item: ModelInput, reference: Reference, shape: SetShape, snapshot: Snapshot, *, strict: bool) -> Iterator[str]:
+    view = view_of(reference, snapshot.feature_views)
     if view is None:
         yield _no_view(reference, snapshot)
         return
     if view.entity.type != item.entity:
         yield f"view {view.name!r} is about {view.entity.type!r}, but this input is about {item.entity!r}; one input takes one entity type"
-    feature = next((f for f in view.features if f.name == reference.feature), None)
-    if feature is None:
+    feature = shape.find(reference)
+    if not isinstance(feature, Feature):
         yield _no_feature(reference, view)
         return
     yield from _fits(str(reference), feature, item, wide=not strict)
@@ -150,18 +153,17 @@ def _cast(name: str, dtype: str, item: ModelInput, *, wide: bool) -> Iterator[st
         yield f"{name} is {dtype} and does not fit {item.dtype}: larger numbers would come out as others"
 
 
-def _transforms(feature_set: FeatureSet, snapshot: Snapshot) -> Iterator[Finding]:
+def _transforms(feature_set: FeatureSet, shape: SetShape, snapshot: Snapshot) -> Iterator[Finding]:
     cells = 0
     for index, transform in enumerate(feature_set.transforms):
         at: Steps = ("transforms", index, "expression")
-        try:
-            tree = expressions.parse(transform.expression)
-        except expressions.ExpressionError:
+        tree = tree_of(transform)
+        if tree is None:
             continue  # `feature_rules` tells it
-        missing = list(_missing_operands(tree, snapshot))
+        missing = list(_missing_operands(tree, shape, snapshot))
         for message in missing:
             yield at, message
-        widths = {text: shapes.width(text, feature_set, snapshot.feature_views) for text in expressions.references(tree)}
+        widths = {text: shape.width(text) for text in expressions.references(tree)}
         if missing or None in widths.values():
             continue
         try:
@@ -172,13 +174,13 @@ def _transforms(feature_set: FeatureSet, snapshot: Snapshot) -> Iterator[Finding
         yield ("transforms",), f"compute {cells} numbers a row; at most {expressions.MAX_CELLS} are allowed in a set"
 
 
-def _missing_operands(tree: expressions.Expression, snapshot: Snapshot) -> Iterator[str]:
+def _missing_operands(tree: expressions.Expression, shape: SetShape, snapshot: Snapshot) -> Iterator[str]:
     for node in expressions.walk(tree):
         reference = parse(node.reference) if isinstance(node, expressions.Operand) else None
         if reference is None or reference.kind != "stored":
             continue
-        view = shapes.view_of(reference, snapshot.feature_views)
+        view = view_of(reference, snapshot.feature_views)
         if view is None:
             yield f"column {node.column}: {_no_view(reference, snapshot)}"
-        elif all(feature.name != reference.feature for feature in view.features):
+        elif shape.find(reference) is None:
             yield f"column {node.column}: {_no_feature(reference, view)}"

@@ -23,21 +23,25 @@ from feature_retrieval.explanation import Explanation
 from feature_retrieval.exporting import Exporting
 from feature_retrieval.feast.reading import FeastRows
 from feature_retrieval.freshness import Freshness
-from feature_retrieval.ingestion import MAX_FUTURE_S, Ingestion
+from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.publishing import Publishing
+from feature_retrieval.read_metrics import ReadCounts, ReadMetrics
+from feature_retrieval.read_through import Budget, ReadThrough
 from feature_retrieval.rebuilding import Rebuilding
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
 from feature_retrieval.servicing.events import EventParts
 from feature_retrieval.servicing.upkeep import UpkeepParts
-from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings
+from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings, SkewLogSettings
+from feature_retrieval.skew_log import SkewLog
 from feature_retrieval.sources import EventSource
 from feature_retrieval.sources.redis_stream import RedisStreamSource
 from feature_retrieval.store.opening import open_store, topology_of
 from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.store.rows import Rows
 from feature_retrieval.store.topologies import Topology
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
@@ -67,39 +71,47 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     watcher = Watcher(settings.registry.dsn.get_secret_value(), settings.registry.last_known_good, settings.registry.poll_s)
     tasks.start(watcher.run(), "registry")
 
-    store = open_store(settings.redis, settings.ingestion)
+    store = open_store(settings.redis, settings.ingestion, metrics)
     stack.push_async_callback(store.close)
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
-    metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
 
-    reads = CoalescedReads(FeastRows(store, _feast(settings.feast, stack), lambda: watcher.snapshot))
-    stack.push_async_callback(reads.close)
     current = CurrentPlans(await watcher.first(settings.registry.first_snapshot_timeout_s))
     watcher.subscribe(current.swap)
-    if settings.near_cache.max_bytes:
-        tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
 
     registry = await Store.open(settings.registry.dsn.get_secret_value(), max_connections=2, lazy=True)
     stack.push_async_callback(registry.close)
     guard = ErasureGuard(store, registry, poll_s=settings.privacy.poll_s)
     tasks.start(guard.run(), "erasures")
     durable_rows, durable = await _durable_copy(settings, metrics, watcher, stack, tasks)
+    behind: Rows = store
+    if settings.durable.read_through_rows_per_s:
+        behind = _read_through(settings, metrics, watcher, stack, store, durable_rows, guard)
+    reads = CoalescedReads(FeastRows(behind, _feast(settings.feast, stack), lambda: watcher.snapshot))
+    stack.push_async_callback(reads.close)
+    if settings.near_cache.max_bytes:
+        tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
     privacy_key = settings.privacy.key.get_secret_value().encode()
     future_s = settings.ingestion.max_future_s
+    freshness = Freshness(metrics)
 
     authenticator = Authenticator(
         lambda sha256: watcher.snapshot.keys.get(sha256),  # noqa: PLW0108  (the snapshot is swapped)
         service_token=settings.rpc.service_token.get_secret_value(),
         required=settings.rpc.require_auth,
     )
-    retrieval = Retrieval(reads, cache, current.plans)
+    counts = ReadCounts()
+    skew_log = open_skew_log(settings.skew_log, stack, tasks)
+    ReadMetrics(metrics, counts, cache, reads, skew_log.outcomes if skew_log else {})
+    retrieval = Retrieval(reads, cache, current.plans, counts=counts, note=skew_log.note if skew_log else None)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(
         retrieval,
-        Ingestion(store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=future_s),
+        Ingestion(
+            store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, wrote=freshness.wrote, max_future_s=future_s
+        ),
         current.plans,
         explanation=Explanation(retrieval, current.plans, store.times_to_live),
-        events=_open_events(settings, store, watcher, metrics, stack, tasks),
+        events=_open_events(settings, store, watcher, guard, durable, freshness, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
         upkeep=UpkeepParts(
@@ -113,6 +125,8 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     )
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
+    if settings.feast.serving:
+        _serve_feast(server, Retrieval(reads, NearCache(0, settings.near_cache.max_age_s), current.plans), current)
     return server
 
 
@@ -132,6 +146,30 @@ async def _durable_copy(
     return rows, copy
 
 
+def _read_through(
+    settings: FeatureRetrievalSettings,
+    metrics: Metrics,
+    watcher: Watcher,
+    stack: AsyncExitStack,
+    store: RedisStore,
+    rows: DurableRows,
+    guard: ErasureGuard,
+) -> ReadThrough:
+    """Look in the durable copy for what Redis does not have."""
+    counted = metrics.counter("plait_features_read_through_rows", "rows looked for in the durable copy", ["result"])
+    through = ReadThrough(
+        store,
+        rows,
+        lambda: watcher.snapshot,
+        guard.loaded,
+        lambda result, count: counted.labels(result).inc(count),
+        budget=Budget(settings.durable.read_through_rows_per_s),
+        max_future_s=settings.ingestion.max_future_s,
+    )
+    stack.push_async_callback(through.close)
+    return through
+
+
 def _feast(settings: FeastSettings, stack: AsyncExitStack) -> Topology | None:
     """Return where Feast's rows are, if anywhere."""
     if not settings.enabled:
@@ -139,6 +177,30 @@ def _feast(settings: FeastSettings, stack: AsyncExitStack) -> Topology | None:
     topology = topology_of(settings.redis)
     stack.push_async_callback(topology.close)
     return topology
+
+
+def open_skew_log(settings: SkewLogSettings, stack: AsyncExitStack, tasks: Tasks) -> SkewLog | None:
+    """Return the skew log where one is kept; it is written until the process ends."""
+    if not settings.share:
+        return None
+    made = SkewLog(
+        settings.folder,
+        share=settings.share,
+        max_file_bytes=settings.max_file_bytes,
+        max_file_s=settings.max_file_s,
+        queue_rows=settings.queue_rows,
+    )
+    tasks.start(made.run(), "skew log")
+    stack.callback(made.close)
+    return made
+
+
+def _serve_feast(server: RpcServer, retrieval: Retrieval, current: CurrentPlans) -> None:
+    """Answer Feast's clients, too. Only a process that does has Feast's stubs in it."""
+    from feature_retrieval.feast import serving  # noqa: PLC0415
+
+    servicer = serving.Serving(retrieval, current.plans)
+    server.add(serving.register, servicer, serving.SERVICE, scope="features")
 
 
 class CurrentPlans:
@@ -178,11 +240,18 @@ async def _track_changes(store: RedisStore, audience: Audience, current: Current
 
 
 def _open_events(
-    settings: FeatureRetrievalSettings, store: RedisStore, watcher: Watcher, metrics: Metrics, stack: AsyncExitStack, tasks: Tasks
+    settings: FeatureRetrievalSettings,
+    store: RedisStore,
+    watcher: Watcher,
+    guard: ErasureGuard,
+    durable: DurableCopy,
+    freshness: Freshness,
+    stack: AsyncExitStack,
+    tasks: Tasks,
 ) -> EventParts:
     """Build what takes events in and applies them; its loops run until the process ends."""
-    wanted = settings.events
-    streams, dead_letters, freshness = store.streams, DeadLetters(store.streams), Freshness(metrics)
+    wanted, max_future_s = settings.events, settings.ingestion.max_future_s
+    streams, dead_letters = store.streams, DeadLetters(store.streams)
     plans = CurrentAggregations(watcher.snapshot)
     watcher.subscribe(plans.swap)
     sources: list[EventSource] = []
@@ -195,13 +264,14 @@ def _open_events(
         from feature_retrieval.sources.kafka import KafkaSource  # noqa: PLC0415  (aiokafka is an extra)
 
         sources.append(KafkaSource(wanted, dead_letters))
+    applying = Applying(store, plans.plans, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=max_future_s)
     for source in sources:
-        consumer = Consumer(source, Applying(store, plans.plans, max_future_s=MAX_FUTURE_S), store, freshness, batch=wanted.batch)
+        consumer = Consumer(source, applying, store, freshness, batch=wanted.batch)
         stack.push_async_callback(consumer.drain)
         tasks.start(consumer.run(), f"events from {source.name}")
         tasks.start(report(source, plans, freshness), f"lag of {source.name}")
     front = sources[0] if sources else None
-    publishing = Publishing(streams, store, front, max_backlog=wanted.max_backlog, max_future_s=MAX_FUTURE_S)
+    publishing = Publishing(streams, store, front, max_backlog=wanted.max_backlog, max_future_s=max_future_s)
     return EventParts(
         publishing=publishing,
         dead_letters=dead_letters,

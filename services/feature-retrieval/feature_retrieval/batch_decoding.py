@@ -5,7 +5,7 @@ Numbers are moved as blocks; only ids and texts are Python objects, one per row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,13 @@ def decode(view: FeatureView, codec: RowCodec, ids: Sequence[Id], rows: Sequence
     features = {feature.name: feature for feature in view.features}
     names = [name for name in codec.columns if name in features]
     nulls = codec.nulls(block)
+    texts = [codec.texts(row) for row in rows] if codec.text_names else []
     for group in _groups(codec, names):
         column = batch.columns.add(features=group, dtype=wire_type(features[group[0]]).number)
         flags = nulls[:, [codec.columns[name].index for name in group]]
         if flags.any():
             column.null_bits = np.packbits(flags, bitorder="little").tobytes()
-        _fill(column, codec, group, block, flags, rows)
+        _fill(column, codec, group, block, flags, texts)
     return batch
 
 
@@ -85,12 +86,14 @@ def _continues(last: Column, column: Column) -> bool:
     return numbers and last.dtype == column.dtype and last.end == column.offset
 
 
-def _fill(column: Any, codec: RowCodec, names: list[str], block: Bytes2D, flags: npt.NDArray[np.bool_], rows: Sequence[bytes]) -> None:
+def _fill(
+    column: Any, codec: RowCodec, names: list[str], block: Bytes2D, flags: npt.NDArray[np.bool_], texts: Sequence[Mapping[str, bytes]]
+) -> None:
     first = codec.columns[names[0]]
     if first.kind == "plain":
         column.data = block[:, first.offset : codec.columns[names[-1]].end].tobytes()
     elif first.kind == "code":
-        pieces = [codec.texts(row).get(names[0], b"") for row in rows]
+        pieces = [found.get(names[0], b"") for found in texts]
         column.data = b"".join(pieces)
         column.offsets = _offsets(np.fromiter(map(len, pieces), np.int64, len(pieces)))
     else:

@@ -66,10 +66,12 @@ def _encode_header(batch: Any, block: Bytes2D) -> list[Violation]:
         ("expires_at_us", np.int64, (0, 1, rows), "one per row, one for all, or none"),
     ):
         given = getattr(batch, name)
-        values = np.fromiter(given, dtype, len(given))
+        values: npt.NDArray[Any] = np.fromiter(given, dtype, len(given))
         if values.size not in sizes:
             what = name.removesuffix("_us").replace("_", " ") if name != "deleted" else "values"
             problems.append(Violation(name, f"{values.size} {what} for {rows} rows: give {allowed}"))
+        elif name == "expires_at_us" and (values < 0).any():
+            problems.append(Violation(name, "an expiry is in microseconds since the epoch, 0 = never, and one is below 0"))
         elif values.size:
             _set_header(head, name, values)
     if batch.backfill:

@@ -33,8 +33,12 @@ _Bad = dict[int, tuple[str, str]]  # row → reason, message
 Keep = Callable[[FeatureView, Sequence[bytes], Sequence[bytes]], Awaitable[bool]]
 
 
-async def _nothing_was_erased() -> None:
+async def nothing_was_erased() -> None:
     """For who keeps no erasures."""
+
+
+def _told_nobody(tenant: str, view: str, newest_us: int) -> None:
+    """For who keeps no count of how fresh views are."""
 
 
 async def kept_nowhere(view: FeatureView, keys: Sequence[bytes], rows: Sequence[bytes]) -> bool:
@@ -44,7 +48,8 @@ async def kept_nowhere(view: FeatureView, keys: Sequence[bytes], rows: Sequence[
 
 class Ingestion:
     """Answers WriteFeatures. `snapshot` gives the newest registry snapshot; `erasures_loaded` returns once Redis knows every erasure, or
-    raises; `keep` takes rows into the durable copy; `max_future_s`: how far an event time may be ahead of `clock`."""
+    raises; `keep` takes rows into the durable copy; `wrote` hears of the newest event time written to a tenant's view; `max_future_s`: how far
+    an event time may be ahead of `clock`."""
 
     def __init__(
         self,
@@ -52,13 +57,15 @@ class Ingestion:
         snapshot: Callable[[], Snapshot],
         clock: Callable[[], float] = time.time,
         *,
-        erasures_loaded: Callable[[], Awaitable[None]] = _nothing_was_erased,
+        erasures_loaded: Callable[[], Awaitable[None]] = nothing_was_erased,
         keep: Keep = kept_nowhere,
+        wrote: Callable[[str, str, int], None] = _told_nobody,
         max_future_s: float = MAX_FUTURE_S,
     ) -> None:
         self._store = store
         self._snapshot = snapshot
         self._clock = clock
+        self._wrote = wrote
         self._erasures_loaded = erasures_loaded
         self._keep = keep
         self._max_future_s = max_future_s
@@ -89,6 +96,13 @@ class Ingestion:
             result.applied = verdicts.count(APPLIED)
             result.ignored = len(ids) - result.applied - verdicts.count(ERASED)
             bad |= {places[at]: _ERASED for at, verdict in enumerate(verdicts) if verdict == ERASED}
+            if result.applied:
+                times = header(encoded.block)["event_time_us"]
+                self._wrote(
+                    call.tenant,
+                    view.name,
+                    int(times[[place for place, verdict in zip(places, verdicts, strict=True) if verdict == APPLIED]].max()),
+                )
             safe = await self._store.settle(receipt)
             result.durability = pb.DURABILITY_COMMITTED if committed else safe
         for at in sorted(bad):

@@ -242,7 +242,7 @@ class RowCodec:
         """Return the texts of one stored row by feature, those that are null left out. Raises ValueError for a row that is not whole."""
         if len(row) < self._least_bytes:
             raise ValueError("the row is cut off")
-        nulls = self.nulls(np.frombuffer(row[: self.row_bytes], np.uint8)[None, :])[0]
+        nulls = int.from_bytes(row[HEADER_BYTES : HEADER_BYTES + self._bitmap_bytes], "little")
         found: dict[str, bytes] = {}
         at = self.row_bytes
         for name in self.text_names:
@@ -250,7 +250,7 @@ class RowCodec:
             at = start + int.from_bytes(row[at:start], "little")
             if at > len(row):
                 raise ValueError("the row is cut off")
-            if not nulls[self.columns[name].index]:
+            if not nulls >> self.columns[name].index & 1:
                 found[name] = row[start:at]
         return found
 
@@ -331,7 +331,6 @@ def split(block: Bytes2D) -> list[bytes]:
 
 def join(rows: Sequence[bytes], row_bytes: int) -> Bytes2D | None:
     """Return rows as one [rows, row_bytes] block, or None when they are not all of that length (another schema is among them)."""
-    data = b"".join(rows)
-    if len(data) != len(rows) * row_bytes or any(len(row) != row_bytes for row in rows):
+    if rows and set(map(len, rows)) != {row_bytes}:
         return None
-    return np.frombuffer(data, np.uint8).reshape(len(rows), row_bytes)
+    return np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), row_bytes)

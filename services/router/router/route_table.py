@@ -16,10 +16,10 @@ import numpy as np
 from plait.api.types.v1 import types_pb2
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, NotFound, PermissionDenied
-from plait.registry import shapes
 from plait.registry.crosschecks import misfits
 from plait.registry.entity_ids import Id
-from plait.registry.records import EMPTY, Entity, FeatureSet, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
+from plait.registry.records import EMPTY, Entity, FeatureSet, Route, Signature, Snapshot, TensorSpec, Variant
+from plait.registry.shapes import SetShape
 from router.experiments import assign
 
 _POLICIES: Final = {
@@ -192,27 +192,27 @@ def _arm(route: Route, variant: Variant, snapshot: Snapshot) -> Arm | Fault:
     if problems or version.signature is None:
         listed = "; ".join(problems)
         return Fault(reason="SIGNATURE_MISMATCH", message=f"{listed}: publish a version that fits, or change the feature set")
+    feature_set = snapshot.feature_sets[version.signature.feature_set]
+    shape = SetShape(feature_set, snapshot.feature_views)
     return Arm(
         name=variant.name,
         weight=variant.weight,
         model=model.name,
         version=version.version,
         feature_set=version.signature.feature_set,
-        inputs=_inputs(version, version.signature, snapshot),
+        inputs=_inputs(version.signature, feature_set, shape),
         outputs=tuple(tensor.name for tensor in version.signature.outputs),
-        keys=_keys(snapshot.feature_sets[version.signature.feature_set], snapshot),
+        keys=_keys(feature_set, shape),
     )
 
 
-def _inputs(version: ModelVersion, signature: Signature, snapshot: Snapshot) -> tuple[Input, ...]:
-    feature_set = snapshot.feature_sets[signature.feature_set]
+def _inputs(signature: Signature, feature_set: FeatureSet, shape: SetShape) -> tuple[Input, ...]:
     items = {item.name: item for item in feature_set.inputs}
     made = []
     for spec in signature.inputs:
         dtype, item = BY_NAME[spec.dtype], items[spec.name]
-        views = shapes.views_of(item, feature_set, snapshot.feature_views)
         # The very row that feature-retrieval puts where no value is known; what a transform of defaults would be is its default here.
-        default_row = np.array(shapes.default_columns(item, feature_set, snapshot.feature_views)).astype(dtype.numpy).tobytes()
+        default_row = np.array(shape.default_columns(item)).astype(dtype.numpy).tobytes()
         made.append(
             Input(
                 name=spec.name,
@@ -221,18 +221,18 @@ def _inputs(version: ModelVersion, signature: Signature, snapshot: Snapshot) -> 
                 number=dtype.number,
                 oip=dtype.oip,
                 item_bytes=dtype.size_bytes,
-                views=MappingProxyType({view.name: view.entity.type for view in views}),
-                entities=shapes.entities_of(item, feature_set, snapshot.feature_views),
+                views=MappingProxyType({view.name: view.entity.type for view in shape.views_of(item)}),
+                entities=shape.entities_of(item),
                 default_row=default_row,
             )
         )
     return tuple(made)
 
 
-def _keys(feature_set: FeatureSet, snapshot: Snapshot) -> Mapping[str, Entity | None]:
+def _keys(feature_set: FeatureSet, shape: SetShape) -> Mapping[str, Entity | None]:
     keys: dict[str, Entity | None] = {item.entity: None for item in feature_set.inputs}
     for item in feature_set.inputs:
-        for view in shapes.views_of(item, feature_set, snapshot.feature_views):
+        for view in shape.views_of(item):
             keys[view.entity.type] = view.entity
     return MappingProxyType(keys)
 

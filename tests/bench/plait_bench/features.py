@@ -22,7 +22,7 @@ import uvloop
 from rich.console import Console
 
 from plait.errors import InvalidArgument
-from plait_bench import features_report, features_writes, peer_feast
+from plait_bench import features_events, features_report, features_writes, peer_feast
 from plait_bench.environments import cache_folder
 from plait_bench.features_data import SHAPES, SMALL, Shape, entity_ids, zipf
 from plait_bench.features_ways import Asked, Feast, OverGrpc, PackedFloor, RedisPyFloor, Way, check, in_process
@@ -135,6 +135,8 @@ async def _measure(folder: Path, scale: Scale, feast: Path | None, say: Say) -> 
             facts["replay"] = {f"{exponent:g}": await _replay(w, scale, exponent, say) for exponent in EXPONENTS}
             facts["visibility"] = await features_writes.visibility(w, scale.probes, scale.keys, say)
             facts["newest_wins"] = await features_writes.newest_wins(w, scale.events, say)
+            facts["event_visibility"] = await features_events.visibility(w, scale.probes, say)
+            facts["counted_once"] = await features_events.counted_once(w, scale.events, say)
     finally:
         os.sched_setaffinity(0, allowed)
     facts["feast"] = None if feast is None else peer_feast.ENVIRONMENT.version(feast)
@@ -252,7 +254,7 @@ def _second_half(taken: Sequence[float], half: int) -> dict[str, float]:
 
 def _total_s(scale: Scale, *, feast: bool) -> float:
     ways = 8 if feast else 6
-    return len(scale.shapes) * ways * scale.rounds * scale.seconds + scale.keys / 40_000 + scale.replays * 0.006 + scale.events / 20_000
+    return len(scale.shapes) * ways * scale.rounds * scale.seconds + scale.keys / 40_000 + scale.replays * 0.006 + scale.events / 8_000
 
 
 def main() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from plait.registry.records import Entity, Feature, FeatureSet, FeatureView, ModelInput
+from plait.registry.records import Aggregate, Aggregation, Entity, Feature, FeatureSet, FeatureView, ModelInput
 
 Values = npt.NDArray[np.float32]
 ENTITY: Final = "item"
@@ -55,6 +55,7 @@ class Shape:
 SHAPES: Final = (Shape(rows=100, columns=50), Shape(rows=500, columns=64), Shape(rows=1000, columns=300))
 SMALL: Final = "small"
 COUNTED: Final = "counted"
+ACTIVITY: Final = "activity"
 
 
 def entity_ids(count: int) -> list[str]:
@@ -81,7 +82,20 @@ def set_of(view: FeatureView) -> FeatureSet:
 def records(shapes: Sequence[Shape]) -> list[FeatureView | FeatureSet]:
     """Return everything the registry must know."""
     views = [view_of(shape.name, shape.columns) for shape in shapes] + [view_of(SMALL, SMALL_COLUMNS), view_of(COUNTED, COUNTED_COLUMNS)]
+    views.append(activity_view())
     return [*views, *map(set_of, views)]
+
+
+def activity_view() -> FeatureView:
+    """Return the view that is counted from events: how many, the sum of their values, and the last one's."""
+    functions: dict[str, tuple[Literal["count", "sum", "last"], str]] = {
+        "f0": ("count", ""), "f1": ("sum", "value"), "f2": ("last", "value")
+    }  # fmt: skip
+    features = tuple(
+        Feature(name=name, default=0.0, aggregate=Aggregate(function=function, events=("view",), value=value))
+        for name, (function, value) in functions.items()
+    )
+    return FeatureView(name=ACTIVITY, entity=Entity(type=ENTITY), features=features, aggregation=Aggregation())
 
 
 def zipf(keys: int, exponent: float, lookups: int, seed: int) -> npt.NDArray[np.intp]:
@@ -132,3 +146,31 @@ def newest(events: Events, entities: int) -> tuple[npt.NDArray[np.int64], npt.ND
     last = np.full(entities, -1, np.int64)
     last[events.entity[order]] = events.number[order]  # later ones overwrite earlier ones
     return last, last >= 0
+
+
+def counted(events: Events, entities: int) -> Values:
+    """Return [entities, 3]: what the activity view must say of events whose value is `value_of`, each counted once."""
+    _, first = np.unique(events.number, return_index=True)
+    once = events.at(first)
+    values = value_of(once)
+    found = np.zeros((entities, 3), np.float32)
+    found[:, 0] = np.bincount(once.entity, minlength=entities)
+    found[:, 1] = np.bincount(once.entity, weights=values, minlength=entities)
+    order = np.argsort(once.event_time_us)
+    found[once.entity[order], 2] = values[order]  # later ones overwrite earlier ones
+    return found
+
+
+def value_of(events: Events) -> npt.NDArray[np.int64]:
+    """Return each event's value: small and whole, so that a float32 holds their sums exactly."""
+    values: npt.NDArray[np.int64] = events.number % 1000
+    return values
+
+
+def spread_events(distinct: int, entities: int, now_us: int, repeated: float = 0.3, seed: int = 9) -> Events:
+    """Return shuffled events, some of them twice, no two different ones of one time: which is the last is then not a matter of hashes."""
+    generator = np.random.default_rng(seed)
+    times = now_us - 1000 * (1 + generator.permutation(distinct))
+    events = Events(generator.integers(0, entities, distinct), times, np.zeros(distinct, np.uint64), np.arange(distinct))
+    again = generator.integers(0, distinct, int(distinct * repeated))
+    return events.at(generator.permutation(np.concatenate([np.arange(distinct), again])))

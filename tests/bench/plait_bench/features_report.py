@@ -66,6 +66,17 @@ def remarks(facts: Figures) -> Iterator[str]:
         f"{one['writes']} shuffled and repeated writes of {one['events']} events through two processes: {sum(one['wrong_rows'].values())} wrong rows, "
         f"{one['went_backwards']} of {one['rows_read_meanwhile']} rows read meanwhile were older than before ({one['rows_per_s']:.0f} rows/s)"
     )
+    one = facts["event_visibility"]
+    yield (
+        f"event published in one process → counted in what another reads, beside 2000 events/s: p50 {one['p50_ms']:.2f} ms, "
+        f"p99 {one['p99_ms']:.2f} ms (acknowledged after {one['acknowledged_p50_ms']:.2f} ms)"
+    )
+    one = facts["counted_once"]
+    yield (
+        f"{one['published']} shuffled and repeated events of {one['events']} into 3 aggregates, two processes sharing the work: "
+        f"{sum(one['wrong_rows'].values())} wrong rows; {one['applied_per_s']:.0f} events/s by the clock, {one['applied_per_cpu_s']:.0f} per CPU "
+        f"second of the services"
+    )
     if facts["feast"] is None:
         yield "left out: Feast, which was not asked for: --peers feast"
     host = facts["machine"]

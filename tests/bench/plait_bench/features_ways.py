@@ -14,6 +14,8 @@ import hiredis
 import numpy as np
 import redis
 
+from feature_retrieval.audience import Audience
+from feature_retrieval.coalescing import CoalescedReads
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import KeySpace, RowCodec, entity_prefix
@@ -198,23 +200,25 @@ async def in_process(world: World, view: str, *, name: str, cache_bytes: int) ->
     store = RedisStore(world.redis.url)
     counting = CountingRows(store)
     cache = NearCache(cache_bytes, 300.0)
+    reads = CoalescedReads(counting)
     plans = Plans(world.snapshot)
-    tracker = asyncio.create_task(_track(store, cache), name="near-cache") if cache_bytes else None
+    tracker = asyncio.create_task(_track(store, Audience(cache, reads)), name="near-cache") if cache_bytes else None
     try:
         while tracker is not None and not cache.on:
             await asyncio.sleep(_RETRY_S)
-        yield InProcess(name, view, Retrieval(counting, cache, lambda: plans), counting)
+        yield InProcess(name, view, Retrieval(reads, cache, lambda: plans), counting)
     finally:
         if tracker is not None:
             tracker.cancel()
             await asyncio.gather(tracker, return_exceptions=True)
+        await reads.close()
         await store.close()
 
 
-async def _track(store: RedisStore, cache: NearCache) -> None:
+async def _track(store: RedisStore, audience: Audience) -> None:
     while True:
         with contextlib.suppress(Unavailable):
-            await store.watch(lambda: [entity_prefix(TENANT, ENTITY)], cache)
+            await store.watch(lambda: [entity_prefix(TENANT, ENTITY)], audience)
         await asyncio.sleep(_RETRY_S)
 
 

@@ -446,3 +446,42 @@ def test_nan_in_an_embedding_is_a_value_like_any_other() -> None:
     codec, encoded = encode_rows(view, [[[math.nan, 1.0]]])
     assert not codec.nulls(encoded.block).any()
     assert codec.row_bytes == 40 + 4
+
+
+def test_an_expiry_before_the_epoch_is_refused() -> None:
+    assert [field for field, _ in violations(batch_of(["x", "y"], expires_at_us=[1, -1]))] == ["expires_at_us"]
+
+
+SIZES = st.integers(0, 40)
+OFFSETS = st.lists(st.integers(0, 20) | st.sampled_from([2**31, 2**32 - 1]), max_size=8).map(lambda o: np.array(o, "<u4").tobytes())
+COLUMNS = st.fixed_dictionaries(
+    {
+        "features": st.lists(st.sampled_from([*(f.name for f in MIXED.features), "nope"]), max_size=3),
+        "dtype": st.sampled_from(
+            [types_pb2.DATA_TYPE_BYTES, types_pb2.DATA_TYPE_INT16, types_pb2.DATA_TYPE_FLOAT32, types_pb2.DATA_TYPE_BOOL, 0, 99]
+        ),
+        "data": st.binary(max_size=64) | SIZES.map(bytes),
+        "offsets": OFFSETS
+        | st.binary(max_size=12)
+        | st.lists(SIZES, min_size=3, max_size=3).map(lambda o: np.array([0, *sorted(o)[1:]], "<u4").tobytes()),
+        "null_bits": st.binary(max_size=2),
+    }
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(COLUMNS, max_size=3), st.integers(1, 3), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3))
+def test_nonsense_is_refused_or_encoded_and_never_more(columns: list[dict[str, Any]], rows: int, times: list[int]) -> None:
+    codec = RowCodec(FeatureSchema(id=1, features=MIXED.features))
+    batch = pb.FeatureBatch(feature_view="mixed", event_times_us=times, expires_at_us=times[:1])
+    for column in columns:
+        batch.columns.add(**column)
+    try:
+        encoded = Encoder(MIXED, codec).encode(batch, [f"i{n}" for n in range(rows)])
+    except InvalidArgument:
+        return
+    stored = codec.pack(encoded.block, encoded.tails)
+    assert all(codec.is_current(row) for row in stored)
+    for at, row in enumerate(stored):
+        if at not in encoded.refused:
+            assert all(text.decode() is not None for text in codec.texts(row).values())

@@ -41,7 +41,11 @@ def test_every_own_setting_is_read_from_the_environment(monkeypatch: pytest.Monk
         REDIS__WRITE_TIMEOUT_S="2",
         NEAR_CACHE__MAX_BYTES="0",
         NEAR_CACHE__MAX_AGE_S="7.5",
+        FEAST__ENABLED="true",
+        FEAST__REDIS__URL="redis://:secret@feast:6379/0",
     )
+    assert (settings.feast.enabled, settings.feast.serving) == (True, False)
+    assert settings.feast.redis.url.get_secret_value() == "redis://:secret@feast:6379/0"
     assert settings.redis.url.get_secret_value() == "rediss://:secret@redis:6380/1"
     assert (settings.redis.connections, settings.redis.connect_timeout_s, settings.redis.write_timeout_s) == (3, 0.5, 2.0)
     assert (settings.near_cache.max_bytes, settings.near_cache.max_age_s) == (0, 7.5)
@@ -50,13 +54,17 @@ def test_every_own_setting_is_read_from_the_environment(monkeypatch: pytest.Monk
 
 def test_every_setting_has_a_meaning() -> None:
     named = dict(fields(FeatureRetrievalSettings))
-    own = {name.removeprefix(PREFIX) for name in named if "REDIS__" in name or "NEAR_CACHE__" in name}
+    own = {name.removeprefix(PREFIX) for name in named}
+    own = {name for name in own if name.startswith(("REDIS__", "NEAR_CACHE__", "DURABLE__"))}
     assert own == {
         *("REDIS__URL", "REDIS__CONNECTIONS", "REDIS__CONNECT_TIMEOUT_S", "REDIS__WRITE_TIMEOUT_S"),
         *("REDIS__MODE", "REDIS__NODES", "REDIS__SENTINEL_SERVICE", "REDIS__SENTINEL_PASSWORD", "REDIS__TTL_JITTER"),
         *("REDIS__TLS_CA", "REDIS__TLS_CERT", "REDIS__TLS_KEY"),
         *("NEAR_CACHE__MAX_BYTES", "NEAR_CACHE__MAX_AGE_S"),
+        *("DURABLE__QUEUE_ROWS", "DURABLE__BATCH_ROWS", "DURABLE__CONNECTIONS", "DURABLE__READ_THROUGH_ROWS_PER_S"),
     }
+    feasts = {name.removeprefix(f"{PREFIX}FEAST__") for name in named if name.startswith(f"{PREFIX}FEAST__")}
+    assert feasts == {"ENABLED", "SERVING", *(name for name in own if name.startswith("REDIS__"))}
     assert all(not meaning.startswith("None") for meaning in named.values())
 
 
@@ -132,3 +140,23 @@ def test_every_deployment_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_does_not_fit_together_is_refused(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         read(monkeypatch, **environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"EVENTS__SOURCE": "kafka"}, "needs kafka_servers and kafka_topics"),
+        ({"EVENTS__SOURCE": "kafka", "EVENTS__KAFKA_SERVERS": "k:9092", "EVENTS__KAFKA_TOPICS": "shop"}, "expected tenant=topic"),
+        ({"EVENTS__KAFKA_TOPICS": "shop=a,=b"}, "expected tenant=topic"),
+        ({"EVENTS__SOURCE": "pulsar"}, "redis"),
+    ],
+)
+def test_a_source_of_events_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        read(monkeypatch, **environ)
+
+
+def test_events_come_from_redis_unless_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read(monkeypatch).events.source == "redis"
+    kafka = read(monkeypatch, EVENTS__SOURCE="kafka", EVENTS__KAFKA_SERVERS="k:9092", EVENTS__KAFKA_TOPICS="shop=a,mall=b").events
+    assert (kafka.kafka_group, kafka.kafka_topics) == ("plait", "shop=a,mall=b")

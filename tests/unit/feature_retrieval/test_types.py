@@ -21,7 +21,7 @@ from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.local.redis import EmbeddedRedis
-from plait.registry.records import Feature, FeatureSet, FeatureView, ModelInput, Snapshot
+from plait.registry.records import Feature, FeatureSchema, FeatureSet, FeatureView, ModelInput, Snapshot
 from plait.registry.references import width_of
 from plait.registry.shapes import stand_in
 from plait.rpc.call import Call
@@ -67,43 +67,59 @@ async def ask(page: Retrieval, ids: list[str]) -> pb.GetFeaturesResponse:
     return response
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(made=worlds(), order=st.lists(st.integers(0, 5), min_size=1, max_size=8))
-async def test_every_type_reaches_the_tensor(
-    redis_server: EmbeddedRedis, made: tuple[FeatureView, list[list[Any]]], order: list[int]
-) -> None:
-    view, rows = made
-    features = tuple(f"any:{feature.name}" for feature in view.features)
-    feature_set = FeatureSet(name="all", inputs=(ModelInput(name="x", entity="item", features=features, dtype="float64"),))
-    snapshot = Snapshot(feature_views={"any": view}, feature_sets={"all": feature_set})
+def batch_of(view: FeatureView, ids: list[str], rows: list[list[Any]]) -> pb.FeatureBatch:
     batch = pb.FeatureBatch(feature_view="any", event_times_us=[int(NOW_S * 1e6)])
-    batch.ids.string_ids.extend(f"i{n}" for n in range(len(rows)))
+    batch.ids.string_ids.extend(ids)
     for at, feature in enumerate(view.features):
         send(batch, feature, [row[at] for row in rows])
+    return batch
+
+
+def snapshot_of(view: FeatureView, asked: FeatureView) -> Snapshot:
+    """A registry with a view, and a set of all features of `asked` as one float64 tensor."""
+    features = tuple(f"any:{feature.name}" for feature in asked.features)
+    feature_set = FeatureSet(name="all", inputs=(ModelInput(name="x", entity="item", features=features, dtype="float64"),))
+    return Snapshot(feature_views={"any": view}, feature_sets={"all": feature_set})
+
+
+def check_answer(response: pb.GetFeaturesResponse, view: FeatureView, rows: list[list[Any] | None]) -> None:
+    """Compare an answer with the rows asked for, None where there is none."""
+    blank: list[Any] = [None] * len(view.features)
+    wanted = [[cell for feature, value in zip(view.features, row or blank, strict=True) for cell in cells(feature, value)] for row in rows]
+    np.testing.assert_array_equal(tensor(response, "x"), np.array(wanted, np.float64))
+    none = "DEFAULTED" if all(f.default is not None for f in view.features) else "NOT_FOUND"
+    assert statuses(response, "any") == [none if row is None else "NULL" if None in row else "PRESENT" for row in rows]
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(made=worlds(), order=st.lists(st.integers(0, 5), min_size=1, max_size=8), data=st.data())
+async def test_every_type_reaches_the_tensor(
+    redis_server: EmbeddedRedis, made: tuple[FeatureView, list[list[Any]]], order: list[int], data: st.DataObject
+) -> None:
+    """Some rows were written before some columns were appended, which are null in them."""
+    whole, rows = made
+    before = data.draw(st.integers(1, len(whole.features)))
+    older = data.draw(st.integers(0, len(rows))) if before < len(whole.features) else 0
+    old = replace(whole, features=whole.features[:before])
+    schemas = (FeatureSchema(id=1, features=old.features), FeatureSchema(id=2, features=whole.features))
+    view = replace(whole, schemas=schemas) if older else whole
+    rows = [row[:before] + [None] * (len(row) - before) if at < older else row for at, row in enumerate(rows)]
     with redis.Redis.from_url(redis_server.url) as client:
         client.flushall()
     store, cache = RedisStore(redis_server.url), NearCache(1 << 20, 300.0)
     cache.connected([entity_prefix("shop", "item")])
     try:
-        result = pb.WriteFeaturesResponse()
-        await Ingestion(store, lambda: snapshot, clock=lambda: NOW_S).write(batch, result, CALL)
-        assert (result.applied, list(result.errors)) == (len(rows), [])
-        plans = Plans(snapshot)
+        for written, first, behind in ((old, 0, older), (view, older, len(rows))):
+            if first == behind:
+                continue
+            result, ids = pb.WriteFeaturesResponse(), [f"i{n}" for n in range(first, behind)]
+            batch = batch_of(written, ids, [row[: len(written.features)] for row in rows[first:behind]])
+            await Ingestion(store, lambda v=written: snapshot_of(v, v), clock=lambda: NOW_S).write(batch, result, CALL)  # type: ignore[misc]
+            assert (result.applied, list(result.errors)) == (behind - first, [])
+        plans = Plans(snapshot_of(view, whole))
         page = Retrieval(store, cache, lambda: plans, clock=lambda: NOW_S)
         for _ in range(2):  # from Redis, then from the near cache
             response = await ask(page, [f"i{n}" for n in order])
-            blank: list[Any] = [None] * len(view.features)
-            wanted = [
-                [
-                    cell
-                    for feature, value in zip(view.features, rows[n] if n < len(rows) else blank, strict=True)
-                    for cell in cells(feature, value)
-                ]
-                for n in order
-            ]
-            np.testing.assert_array_equal(tensor(response, "x"), np.array(wanted, np.float64))
-            none = "DEFAULTED" if all(f.default is not None for f in view.features) else "NOT_FOUND"
-            told = [none if n >= len(rows) else "NULL" if None in rows[n] else "PRESENT" for n in order]
-            assert statuses(response, "any") == told
+            check_answer(response, whole, [rows[n] if n < len(rows) else None for n in order])
     finally:
         await store.close()

@@ -18,10 +18,10 @@ from rich.console import Console
 
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import Internal, InvalidArgument
-from plait_bench import features, features_report, peer_feast
+from plait_bench import features, features_events, features_report, peer_feast
 from plait_bench.environments import cache_folder
 from plait_bench.features import GRPC, GRPC_NEAR, NEAR, PLAIN, Reads, Scale, ratio
-from plait_bench.features_data import COUNTED, Events, Shape, Values
+from plait_bench.features_data import COUNTED, Events, Shape, Values, counted
 from plait_bench.features_ways import OverGrpc, PackedFloor, RedisPyFloor, check, in_process
 from plait_bench.features_world import World, batch, stub_of, world
 from plait_bench.features_writes import _Watch, _write_events, _wrong_rows
@@ -78,6 +78,9 @@ def test_the_report_is_complete_and_can_be_read_back(facts: dict[str, Any]) -> N
             ("events", "writes", "entities", "applied", "rows_per_s", "rows_read_meanwhile", "went_backwards"), NUMBER
         )
         | {"wrong_rows": dict.fromkeys(("feature-retrieval", "feature-retrieval with near cache"), int)},
+        "event_visibility": dict.fromkeys(("probes", "p50_ms", "p99_ms", "highest_ms", "acknowledged_p50_ms"), NUMBER),
+        "counted_once": dict.fromkeys(("events", "published", "entities", "published_per_s", "applied_per_s", "applied_per_cpu_s"), NUMBER)
+        | {"wrong_rows": dict.fromkeys(("feature-retrieval", "feature-retrieval with near cache"), int)},
         "feast": (str, type(None)),
         "took_s": NUMBER,
     }
@@ -91,6 +94,9 @@ def test_nothing_is_lost_and_nothing_goes_back(facts: dict[str, Any]) -> None:
     assert newest["went_backwards"] == 0
     assert newest["writes"] == 3900
     assert newest["entities"] <= newest["applied"] < newest["writes"]
+    counted = facts["counted_once"]
+    assert set(counted["wrong_rows"].values()) == {0}
+    assert counted["published"] == 3900
     for replay in facts["replay"].values():
         assert 0 < replay["hit_ratio_second_half"] <= replay["best_hit_ratio_second_half"] < 1
 
@@ -162,6 +168,19 @@ async def events_end_in_the_newest_and_a_foreign_row_is_counted(stub: Any, w: Wo
     assert [await _wrong_rows(server, ids, events) for server in (w.plain, w.cached)] == [0, 0]
     await written(stub, w, COUNTED, ["b"], np.full((1, 4), 9, np.float32))
     assert await _wrong_rows(w.plain, ids, events) == 2  # read twice
+
+
+async def test_an_event_that_is_not_counted_is_found(tmp_path: Path) -> None:
+    numbers = np.arange(3)
+    events = Events(np.array([0, 0, 1]), int(time.time() * 1e6) - numbers * 1000, numbers.astype(np.uint64), numbers)
+    ids = ["a", "b"]
+    async with small_world(tmp_path) as w:
+        await features_events._publish_all(w.plain, ids, events.at([0, 1, 2, 0]))
+        await features_events._until_applied(w.cached)
+        expected = counted(events, 2)
+        assert expected.tolist() == [[2, 1, 0], [1, 2, 2]]
+        assert [await features_events.wrong_rows(server, ids, expected) for server in (w.plain, w.cached)] == [0, 0]
+        assert await features_events.wrong_rows(w.cached, ids, counted(events.at([0, 2]), 2)) == 2  # read twice
 
 
 async def test_the_near_cache_is_asked_first(tmp_path: Path) -> None:

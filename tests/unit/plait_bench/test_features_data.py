@@ -7,7 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.registry import rules
-from plait_bench.features_data import COUNTED, SHAPES, SMALL, Events, newest, records, shuffled_events, zipf
+from plait_bench.features_data import (
+    COUNTED,
+    SHAPES,
+    SMALL,
+    Events,
+    counted,
+    newest,
+    records,
+    shuffled_events,
+    spread_events,
+    value_of,
+    zipf,
+)
 
 _EVENT = st.tuples(st.integers(0, 4), st.integers(1, 4), st.integers(0, 3))
 
@@ -36,6 +48,21 @@ def test_events_are_shuffled_and_repeated_as_they_were() -> None:
     for number, *rest in zip(*(a.tolist() for a in (events.number, events.entity, events.event_time_us, events.sequence)), strict=True):
         assert first.setdefault(number, tuple(rest)) == tuple(rest)
     assert len(set(zip(events.entity.tolist(), events.event_time_us.tolist(), strict=True))) < 4000  # the sequence has to decide sometimes
+
+
+@given(st.integers(1, 200), st.integers(1, 5), st.integers(0, 2**32))
+def test_each_event_counts_once(distinct: int, entities: int, seed: int) -> None:
+    events = spread_events(distinct, entities, 1_700_000_000_000_000, seed=seed)
+    known = {
+        number: (entity, time_us, value)
+        for number, entity, time_us, value in zip(
+            *(a.tolist() for a in (events.number, events.entity, events.event_time_us, value_of(events))), strict=True
+        )
+    }
+    assert len({time_us for _, time_us, _ in known.values()}) == distinct
+    for entity, row in enumerate(counted(events, entities).tolist()):
+        own = sorted((time_us, value) for of, time_us, value in known.values() if of == entity)
+        assert row == [len(own), sum(value for _, value in own), own[-1][1] if own else 0]
 
 
 def test_values_tell_events_apart_exactly() -> None:

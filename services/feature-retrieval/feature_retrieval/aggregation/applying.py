@@ -8,14 +8,16 @@ are alike), the swap fails and the row is read again. So a batch may be applied 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, Final
 
 import numpy as np
 
 from feature_retrieval.aggregation.events import Parsed, Refusal, parse
 from feature_retrieval.aggregation.plan import AggregatedView, AggregationPlans
+from feature_retrieval.ingestion import Keep, kept_nowhere, nothing_was_erased
 from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, encode_id, split
 from feature_retrieval.sources import Message
 from feature_retrieval.store.dispatch import Receipt
@@ -80,18 +82,26 @@ class _Rows:
 
 
 class Applying:
-    """Applies batches of events to aggregated views."""
+    """Applies batches of events to aggregated views.
+
+    `max_future_s`: how far an event time may be ahead of `clock`. `erasures_loaded` (returns once Redis knows every erasure, or raises) and
+    `keep` are as those of `Ingestion`.
+    """
 
     def __init__(
         self,
         store: RedisStore,
         plans: Callable[[], AggregationPlans],
         *,
+        erasures_loaded: Callable[[], Awaitable[None]] = nothing_was_erased,
+        keep: Keep = kept_nowhere,
         max_future_s: float = 300.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._plans = plans
+        self._erasures_loaded = erasures_loaded
+        self._keep = keep
         self._max_future_us = int(max_future_s * 1e6)
         self._clock = clock
 
@@ -100,10 +110,11 @@ class Applying:
 
         `receipt`: to be settled before the messages are acknowledged; it also names where events are that were found to be applied already,
         which may have yet to be safe.
-        Raises Unavailable (STORE_UNAVAILABLE, ROW_UNREADABLE, ROW_CONTENDED): some are applied; apply all of them again.
+        Raises Unavailable (STORE_UNAVAILABLE, ERASURES_NOT_LOADED, ROW_UNREADABLE, ROW_CONTENDED): some are applied; apply all of them again.
         """
         outcome = Outcome()
         now_us = int(self._clock() * 1e6)
+        await self._erasures_loaded()
         works = self._route(messages, now_us, outcome)
         todo = [_Rows(work, _by_entity(work)) for work in works]
         for _ in range(_ROUNDS):
@@ -116,7 +127,7 @@ class Applying:
     def _route(self, messages: Sequence[Message], now_us: int, outcome: Outcome) -> list[_Work]:
         """Return the events by the rows they change; refuse those that cannot be used."""
         plans = self._plans()
-        works: dict[tuple[str, int, int], _Work] = {}
+        works: dict[tuple[str, int], list[_Work]] = {}  # by tenant and view
         latest_us = now_us + self._max_future_us
         for position, message in enumerate(messages):
             parsed = parse(message.payload, latest_us)
@@ -137,27 +148,21 @@ class Applying:
                 used = True
                 if view.needs_ids and ids is _NOBODY:
                     ids = (_any_id(parsed.event.subject.ids), _any_id(parsed.event.object.ids))
-                for work in self._works(works, plans, view, message.tenant):
+                found = works.get((message.tenant, id(view)))
+                if found is None:
+                    found = works[(message.tenant, id(view))] = self._works(plans, view, message.tenant)
+                for work in found:
                     work.events.append(parsed)
                     work.ids.append(ids)
                     work.positions.append(position)
                     work.entities.append(entity)  # type: ignore[arg-type]  # not a Refusal, as was just seen
             outcome.unused += not used and position not in outcome.refused
-        return list(works.values())
+        return [work for found in works.values() for work in found]
 
-    def _works(
-        self, works: dict[tuple[str, int, int], _Work], plans: AggregationPlans, view: AggregatedView, tenant: str
-    ) -> Sequence[_Work]:
-        """Return the works of a view for a tenant, one per epoch in use."""
-        found = []
-        for epoch in plans.epochs(tenant, view.view):
-            key = (tenant, id(view), epoch)
-            work = works.get(key)
-            if work is None:
-                name, version, entity_type = view.view.name, view.view.version, view.view.entity.type
-                work = works[key] = _Work(view, KeySpace.of(tenant, entity_type, name, version, epoch), tenant)
-            found.append(work)
-        return found
+    def _works(self, plans: AggregationPlans, view: AggregatedView, tenant: str) -> list[_Work]:
+        """Return empty works of a view for a tenant, one per epoch in use."""
+        name, version, entity_type = view.view.name, view.view.version, view.view.entity.type
+        return [_Work(view, KeySpace.of(tenant, entity_type, name, version, epoch), tenant) for epoch in plans.epochs(tenant, view.view)]
 
     async def _round(self, todo: Sequence[_Rows], outcome: Outcome, receipt: Receipt | None) -> list[_Rows]:
         """Try every row once; return those that somebody else changed meanwhile."""
@@ -179,6 +184,9 @@ class Applying:
                 swaps.append(swap)
                 owners.append((rows, entity))
         done = await self._store.swap(swaps, receipt)
+        await self._keep_copies(
+            todo, named, stored.rows, {swap.key: swap.new for swap, applied in zip(swaps, done, strict=True) if applied}
+        )
         beaten: dict[int, _Rows] = {}
         for (rows, entity), applied in zip(owners, done, strict=True):
             if applied:
@@ -187,8 +195,24 @@ class Applying:
                 beaten.setdefault(id(rows), _Rows(rows.work, {})).members[entity] = rows.members[entity]
         return list(beaten.values())
 
-    async def _known(self, todo: Sequence[_Rows], receipt: Receipt | None) -> Mapping[tuple[bytes, int], bool]:
-        """Return by (set, fingerprint) whether an event is in its row already."""
+    async def _keep_copies(
+        self,
+        todo: Sequence[_Rows],
+        named: Sequence[tuple[list[bytes], list[bytes]]],
+        stored: Sequence[bytes | None],
+        swapped: Mapping[bytes, bytes],
+    ) -> None:
+        """Hand rows on to the durable copy; also those to which nothing was new: an earlier try may have ended before it did so."""
+        at = 0
+        for rows, (keys, _) in zip(todo, named, strict=True):
+            if rows.work.view.view.durable != "off":
+                now = [swapped.get(key, row) for key, row in zip(keys, stored[at : at + len(keys)], strict=True)]
+                kept = [(key, row) for key, row in zip(keys, now, strict=True) if row is not None]
+                await self._keep(rows.work.view.view, [key for key, _ in kept], [row for _, row in kept])
+            at += 2 * len(keys)
+
+    async def _known(self, todo: Sequence[_Rows], receipt: Receipt | None) -> Mapping[bytes, Container[int]]:
+        """Return by set which of the asked events are in their row already."""
         asked: dict[bytes, list[int]] = {}
         for rows in todo:
             work = rows.work
@@ -197,13 +221,9 @@ class Applying:
                     parsed = work.events[member]
                     asked.setdefault(rows.set_of(entity, parsed.time_us), []).append(parsed.fingerprint)
         answers = await self._store.applied(list(asked), list(asked.values()), receipt)
-        return {
-            (key, mark): known
-            for (key, marks), answer in zip(asked.items(), answers, strict=True)
-            for mark, known in zip(marks, answer, strict=True)
-        }
+        return {key: set(compress(marks, known)) if any(known) else () for (key, marks), known in zip(asked.items(), answers, strict=True)}
 
-    def _prepare(self, rows: _Rows, found: _Found, known: Mapping[tuple[bytes, int], bool], outcome: Outcome) -> list[tuple[Id, Swap]]:
+    def _prepare(self, rows: _Rows, found: _Found, known: Mapping[bytes, Container[int]], outcome: Outcome) -> list[tuple[Id, Swap]]:
         """Merge what is new into the rows that were read; return what to swap. Rows to which nothing is new are done."""
         work, view = rows.work, rows.work.view
         fresh: list[int] = []
@@ -221,7 +241,7 @@ class Applying:
                     continue
                 key = rows.set_of(entity, parsed.time_us)
                 mine = new.setdefault(key, [])
-                if known[(key, parsed.fingerprint)] or parsed.fingerprint in mine:
+                if parsed.fingerprint in known[key] or parsed.fingerprint in mine:
                     continue
                 mine.append(parsed.fingerprint)
                 fresh.append(member)
@@ -285,6 +305,9 @@ def _note(rows: _Rows, entity: Id, outcome: Outcome) -> None:
 
 def _entity(ids: Any, entity: Entity) -> Id | Refusal:
     """Return the one id of the entity a row is about, of the view's kind of key."""
+    if entity.key == "string" and len(ids.string_ids) == 1 and not (ids.int64_ids or ids.composite_ids):  # as `read_ids` does, for the many
+        text: str = ids.string_ids[0]
+        return _BAD_ID if not text or _too_long(text) else text
     values, problem = read_ids(ids, entity)
     if problem:
         return Refusal("ENTITY_ID_INVALID", f"the entity's id cannot be used: {problem}")

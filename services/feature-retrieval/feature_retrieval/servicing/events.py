@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from feature_retrieval.dead_letters import DeadLetters
 from feature_retrieval.freshness import Freshness
+from feature_retrieval.permissions import check_readable
 from feature_retrieval.publishing import Publishing
 from feature_retrieval.sources import Backlog, EventSource
 from plait.api.events.v1 import events_pb2
@@ -89,6 +90,7 @@ class Events(pb_grpc.FeatureRetrievalServiceServicer):
             raise NotFound(
                 f"no feature view {name!r}{hint}: see 'plait get featureview' for what there is", reason="FEATURE_VIEW_NOT_FOUND"
             )
+        check_readable(view, current())
         epochs = snapshot.epochs_of(tenant, name, view.version)
         waits = Backlog(-1, 0) if view.aggregation is None else await self._events.waits(tenant)
         return pb.GetViewStatusResponse(

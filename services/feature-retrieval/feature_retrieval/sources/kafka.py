@@ -36,7 +36,6 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka 
         self._clock = clock
         self._offsets = Offsets()
         self._consumer: Any = None
-        self._reached_us: dict[tuple[str, int], int] = {}  # by partition: when the newest message that is done was appended
 
     def __repr__(self) -> str:
         return f"<KafkaSource topics={len(self._tenants)} {self._offsets!r}>"
@@ -49,13 +48,11 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka 
             found = await self._consumer.getmany(timeout_ms=int(timeout_s * 1000), max_records=limit)
         messages = [_message(self._tenants[record.topic], record) for records in found.values() for record in records]
         for message in messages:
-            self._offsets.delivered(message.token)
+            self._offsets.delivered(message.token, message.published_us)
         return messages
 
     async def acknowledge(self, messages: Sequence[Message]) -> None:
         """Commit as far as everything is done. Partitions that moved to another consumer are for that one to commit."""
-        for message in messages:
-            self._reached_us[message.token[:2]] = max(message.published_us, self._reached_us.get(message.token[:2], 0))
         moved = self._offsets.done(message.token for message in messages)
         if moved:
             with _mapped(), contextlib.suppress(CommitFailedError, IllegalStateError):
@@ -81,7 +78,7 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka 
                 behind = end - (await self._consumer.position(place) if oldest is None else oldest)
             waiting += behind
             if behind:
-                watermark_us = min(watermark_us, self._reached_us.get((place.topic, place.partition), 0))
+                watermark_us = min(watermark_us, self._offsets.reached_us(place.topic, place.partition))
         return Backlog(waiting, watermark_us)
 
     async def close(self) -> None:

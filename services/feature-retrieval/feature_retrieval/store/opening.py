@@ -8,16 +8,19 @@ from feature_retrieval.settings import IngestionSettings, RedisSettings
 from feature_retrieval.store.connections import Access, Address
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.store.topologies import Cluster, Sentinel, Single, Topology
+from plait.telemetry.metrics import Metrics
 
 
-def open_store(redis: RedisSettings, ingestion: IngestionSettings) -> RedisStore:
+def open_store(redis: RedisSettings, ingestion: IngestionSettings, metrics: Metrics) -> RedisStore:
     """Return the store the settings describe; nothing is connected yet."""
+    seconds = metrics.histogram("plait_features_store_seconds", "time an operation on Redis took, seconds", ["operation"])
     return RedisStore(
         topology_of(redis),
         write_timeout_s=redis.write_timeout_s,
         ttl_jitter=redis.ttl_jitter,
         ack=ingestion.ack,
         replicas=ingestion.replicas,
+        observe=lambda operation, took_s: seconds.labels(operation).observe(took_s),
     )
 
 

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import random
 import struct
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -23,7 +24,7 @@ from feature_retrieval.store.connections import Access, Refusal, unavailable
 from feature_retrieval.store.dispatch import Dispatch, Missing, Receipt, all_here, late
 from feature_retrieval.store.rows import Read
 from feature_retrieval.store.scanning import Page
-from feature_retrieval.store.scripts import ERASE, SWAP, WRITE
+from feature_retrieval.store.scripts import ERASE, SWAP, WRITE, Script
 from feature_retrieval.store.streams import Streams
 from feature_retrieval.store.topologies import Single, Topology
 from feature_retrieval.store.tracking import Listener
@@ -52,12 +53,16 @@ class Swap:
     applied_ttl_ms: int = 0
 
 
+def _unobserved(operation: str, seconds: float) -> None:
+    """For who keeps no metrics."""
+
+
 class RedisStore:
     """Reads and writes rows by key. Every failure to reach Redis is Unavailable (STORE_UNAVAILABLE).
 
     `where` is a topology, or the URL of one server. `ttl_jitter` lengthens times to live by up to this share, so that rows written
     together do not expire together. Writes may be given a receipt to `settle`; `ack` and
-    `replicas` say what that waits for (`acknowledging`).
+    `replicas` say what that waits for (`acknowledging`). `observe` hears how long each operation took, seconds.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class RedisStore:
         ttl_jitter: float = 0.1,
         ack: Ack = "auto",
         replicas: int = 1,
+        observe: Callable[[str, float], None] = _unobserved,
     ) -> None:
         if isinstance(where, str):
             where = Single(Access(url=where, connections=connections, connect_timeout_s=connect_timeout_s))
@@ -77,6 +83,7 @@ class RedisStore:
         self.dispatch = Dispatch(where)
         self._write_timeout_s = write_timeout_s
         self._ttl_jitter = ttl_jitter
+        self._observe = observe
         self.streams = Streams(self.dispatch, timeout_s=write_timeout_s)
         self._acknowledging = Acknowledging(where, ack=ack, replicas=replicas, timeout_s=write_timeout_s)
 
@@ -103,11 +110,14 @@ class RedisStore:
             asked = keys[::size]
             commands = [pack(b"MGET", keys[at : at + size]) for at in range(0, len(keys), size)]
         replies = late(len(commands))
+        began = time.perf_counter()
         try:
             async with asyncio.timeout(timeout_s):
                 await self.dispatch.run(asked, commands, replies)
         except TimeoutError:
             pass
+        finally:
+            self._observe("read", time.perf_counter() - began)
         return _rows(replies, len(keys), size)
 
     async def write(
@@ -127,7 +137,7 @@ class RedisStore:
             )
             for group in groups
         ]
-        replies = await self._written([keys[group[0]] for group in groups], commands, WRITE, receipt)
+        replies = await self._written("write", [keys[group[0]] for group in groups], commands, WRITE, receipt)
         verdicts = bytearray(len(keys))
         for group, reply in zip(groups, replies, strict=True):
             for at, verdict in zip(group, reply, strict=True):
@@ -136,7 +146,7 @@ class RedisStore:
 
     async def swap(self, swaps: Sequence[Swap], receipt: Receipt | None = None) -> list[bool]:
         """Replace rows where nobody was faster; return for each whether it was. False: read row, mark, then fingerprints again."""
-        replies = await self._written([swap.key for swap in swaps], [_pack_swap(swap) for swap in swaps], SWAP, receipt)
+        replies = await self._written("swap", [swap.key for swap in swaps], [_pack_swap(swap) for swap in swaps], SWAP, receipt)
         return [reply == 1 for reply in replies]
 
     async def erase(
@@ -156,13 +166,13 @@ class RedisStore:
                 owners.append(owner)
                 commands.append(ERASE.call([mark, *mine[at : at + ERASE_CHUNK]], [struct.pack("<q", until)]))
         removed = [0] * len(marks)
-        for owner, reply in zip(owners, await self._written(asked, commands, ERASE, receipt), strict=True):
+        for owner, reply in zip(owners, await self._written("erase", asked, commands, ERASE, receipt), strict=True):
             removed[owner] += reply
         return removed
 
     async def remove(self, keys: Sequence[bytes]) -> int:
         """Remove keys that nobody uses any more; return how many were there. Their memory is given back in the background."""
-        replies = await self._written(keys, [pack(b"UNLINK", [key]) for key in keys], None, None)
+        replies = await self._written("remove", keys, [pack(b"UNLINK", [key]) for key in keys], None, None)
         return sum(replies)
 
     async def applied(
@@ -195,7 +205,11 @@ class RedisStore:
 
     async def settle(self, receipt: Receipt) -> int:
         """Wait until everything a receipt names is as safe as the settings ask; return its Durability. See `Acknowledging.settle`."""
-        return await self._acknowledging.settle(receipt)
+        began = time.perf_counter()
+        try:
+            return await self._acknowledging.settle(receipt)
+        finally:
+            self._observe("settle", time.perf_counter() - began)
 
     def scan(self, prefix: bytes, suffix: bytes = b"", *, cursor: bytes = b"", count: int = 1000) -> AsyncIterator[Page]:
         """Yield every key that begins and ends with these bytes; see `scanning.scan`."""
@@ -231,10 +245,16 @@ class RedisStore:
         except TimeoutError as error:
             raise unavailable() from error
 
-    async def _written(self, keys: Sequence[bytes], commands: Sequence[bytes], script: Any, receipt: Receipt | None) -> list[Any]:
+    async def _written(
+        self, operation: str, keys: Sequence[bytes], commands: Sequence[bytes], script: Script | None, receipt: Receipt | None
+    ) -> list[Any]:
         replies = late(len(commands))
-        if commands:
-            await self._in_time(self.dispatch.run(keys, commands, replies, script=script, receipt=receipt))
+        began = time.perf_counter()
+        try:
+            if commands:
+                await self._in_time(self.dispatch.run(keys, commands, replies, script=script, receipt=receipt))
+        finally:
+            self._observe(operation, time.perf_counter() - began)
         all_here(replies)
         return replies
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from feature_retrieval.aggregation.distinct import hash_of
 from feature_retrieval.aggregation.windows import MAX_VALUE, Taken, Window, window_of
+from plait.registry.aggregate_rules import state_bytes
 from plait.registry.records import Aggregate
 
 T0 = 1_700_000_000_000_000  # µs
@@ -142,6 +143,12 @@ def test_any_order_and_batching_leaves_the_same_bytes_and_a_plain_recounts_value
             size = math.fsum(abs(f.value) for f in mine)
             slack = {"decayed": 2.1e-4 * size + 1e-6 * len(mine) + size * 2.0**-7.9, "distinct": 1}.get(name, 1e-9 + size * 1e-12)
             assert got[row] == pytest.approx(wanted, rel=1e-12, abs=slack)
+
+
+@pytest.mark.parametrize("name", AGGREGATES)
+def test_a_state_is_as_large_as_the_rules_count_it(name: str) -> None:
+    window = window_of(AGGREGATES[name])
+    assert len(window.blank()) == window.size_bytes == state_bytes(AGGREGATES[name])
 
 
 @pytest.mark.parametrize("name", AGGREGATES)

@@ -19,7 +19,7 @@ def test_a_commit_covers_exactly_what_is_done_from_below(data: st.DataObject, ga
         waiting = [offset for offset in delivered if offset not in done]
         if upcoming and (not waiting or data.draw(st.booleans())):
             offset = upcoming.pop(0)
-            offsets.delivered(("t", 0, offset))
+            offsets.delivered(("t", 0, offset), 1000 + offset)
             delivered.append(offset)
         else:
             some = data.draw(st.lists(st.sampled_from(waiting), min_size=1, unique=True))
@@ -32,6 +32,7 @@ def test_a_commit_covers_exactly_what_is_done_from_below(data: st.DataObject, ga
                 assert committed == lowest
             assert committed is None or committed <= lowest
             assert offsets.oldest("t", 0) == (still[0] if still else None)
+            assert offsets.reached_us("t", 0) == (1000 + still[0] - 1 if still else 1000 + delivered[-1])
             assert all(committed is not None and offset < committed for offset in delivered if offset < lowest)
     assert committed == delivered[-1] + 1
 
@@ -39,7 +40,7 @@ def test_a_commit_covers_exactly_what_is_done_from_below(data: st.DataObject, ga
 def test_partitions_are_apart_and_one_that_was_given_up_is_not_committed() -> None:
     offsets = Offsets()
     for place in (("t", 0, 5), ("t", 1, 9), ("u", 0, 7)):
-        offsets.delivered(place)
+        offsets.delivered(place, 1)
     offsets.give_up([("t", 1)])
     assert offsets.done([("t", 1, 9), ("u", 0, 7)]) == {("u", 0): 8}
     assert offsets.done([("t", 0, 5)]) == {("t", 0): 6}

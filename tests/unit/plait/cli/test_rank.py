@@ -64,6 +64,21 @@ async def test_the_answer_as_a_table(ask: Any, router: FakeRouter) -> None:
     assert ["listing_stats", "3", "2", "0", "0", "1", "0", "0", "0"] in lines
 
 
+async def test_keys_of_several_parts_are_asked_and_shown(ask: Any, router: FakeRouter) -> None:
+    result = await ask(*HOME[:-1], "shop-a/int:7,/int:-8,plain/part", "--parts")
+    (request,) = router.requests
+    assert list(request.subject.string_ids) == ["ann"]
+    parts = [
+        [part.string_part if part.HasField("string_part") else part.int64_part for part in key.parts]
+        for key in request.candidates.composite_ids
+    ]
+    assert parts == [["shop-a", 7], ["", -8], ["plain", "part"]]
+    items = [line.split()[1] for line in result.stdout.splitlines()[1:4]]
+    assert items == ["plain/part", "/int:-8", "shop-a/int:7"]
+    document = json.loads((await ask(*HOME[:-1], "shop-a/int:7", "--parts", "--json")).stdout)
+    assert document["items"][0]["id"] == ["shop-a", 7]
+
+
 async def test_explain_goes_into_json_too(ask: Any, router: FakeRouter) -> None:
     document = json.loads((await ask(*HOME, "--explain", "--json")).stdout)
     assert (document["timings"]["total_us"], document["timings"]["order_us"]) == (1, 8)
@@ -116,6 +131,7 @@ async def test_a_slow_router_is_given_up(ask: Any, router: FakeRouter) -> None:
         ((*HOME,), 1, "plait up --state .state; or give --address and PLAIT_API_KEY  [MESH_NOT_RUNNING]"),
         ((*HOME, "--items", " , "), 2, "give at least one id"),
         ((*HOME, "--int-ids"), 2, "--int-ids needs whole numbers"),
+        ((*HOME, "--items", "shop/int:x", "--parts"), 2, "a whole number after int:"),
         ((*HOME, "--top-k", "-1"), 2, "--top-k"),
         ((*HOME, "--timeout", "0"), 2, "--timeout"),
         ((*HOME, "--address", "rank.internal:80", "--api-key", "plait_k"), 1, "[API_KEY_EXPOSED]"),

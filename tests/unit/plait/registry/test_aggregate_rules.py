@@ -92,6 +92,11 @@ def test_all_features_of_a_view_are_aggregated_or_none() -> None:
     assert "say whose rows" in dict(rules.check(silent))["aggregation",]
 
 
+def test_no_durable_copy_is_kept_of_what_is_counted() -> None:
+    ((steps, message),) = rules.check(dataclasses.replace(VIEW, durable="behind"))
+    assert (steps, "not for aggregated views" in message) == (("durable",), True)
+
+
 def test_rows_stay_while_they_count() -> None:
     short = dataclasses.replace(VIEW, retention_s=VIEW.retention_s - 1)
     assert "(2.6784e+06)" in dict(rules.check(short))["retention_s",]

@@ -14,15 +14,16 @@ from plait.registry.references import parse
 
 VIEWS = {view.name: view for view in (FACTS, TEXT, TASTE)}
 ITEM = SET.inputs[0]
+SHAPE = shapes.SetShape(SET, VIEWS)
 
 
 def test_columns_of_an_input_are_the_widths_of_its_features() -> None:
-    assert shapes.columns_of(ITEM, SET, VIEWS) == COLUMNS
-    assert len(shapes.default_columns(ITEM, SET, VIEWS)) == COLUMNS
+    assert SHAPE.columns_of(ITEM) == COLUMNS
+    assert len(SHAPE.default_columns(ITEM)) == COLUMNS
 
 
 def test_defaults_are_coded_padded_and_repeated() -> None:
-    row = shapes.default_columns(ITEM, SET, VIEWS)
+    row = SHAPE.default_columns(ITEM)
     assert math.isnan(row[0])
     assert math.isnan(row[1])
     assert row[2] == 2  # green
@@ -30,7 +31,7 @@ def test_defaults_are_coded_padded_and_repeated() -> None:
     assert all(math.isnan(value) for value in row[11:396])
     assert row[396] == 0  # the transform's default, not NaN
     whole = dataclasses.replace(ITEM, dtype="int32", features=("$request:hour", "$transform:age"))
-    assert shapes.default_columns(whole, SET, VIEWS) == [0, 0]
+    assert SHAPE.default_columns(whole) == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -54,9 +55,9 @@ def test_types_on_the_wire_and_in_rows(feature: Feature, wire: str, stored: Feat
 def test_what_is_not_there_has_no_width(text: str) -> None:
     broken = dataclasses.replace(ITEM, features=("facts:price", text))
     assert shapes.width(text, SET, VIEWS) is None
-    assert shapes.columns_of(broken, SET, VIEWS) is None
+    assert SHAPE.columns_of(broken) is None
     with pytest.raises(KeyError):
-        shapes.default_columns(broken, SET, VIEWS)
+        SHAPE.default_columns(broken)
 
 
 @pytest.mark.parametrize("expression", ["1 +", "{nope:x}", "{text:vector} + {facts:sizes}"])
@@ -66,9 +67,9 @@ def test_a_transform_that_cannot_be_computed_has_no_width(expression: str) -> No
 
 
 def test_views_and_entities_of_an_input_are_those_of_its_transforms_too() -> None:
-    assert [(v.name, v.version) for v in shapes.views_of(ITEM, SET, VIEWS)] == [("facts", 2), ("facts", 1), ("text", 1), ("taste", 1)]
-    assert shapes.entities_of(ITEM, SET, VIEWS) == ("item", "user")
-    assert shapes.entities_of(SET.inputs[1], SET, VIEWS) == ("user",)
-    assert shapes.operands("$request:hour", SET) == (parse("$request:hour"),)
-    found = shapes.find(shapes.operands("$request:hour", SET)[0], SET, VIEWS)
+    assert [(v.name, v.version) for v in SHAPE.views_of(ITEM)] == [("facts", 2), ("facts", 1), ("text", 1), ("taste", 1)]
+    assert SHAPE.entities_of(ITEM) == ("item", "user")
+    assert SHAPE.entities_of(SET.inputs[1]) == ("user",)
+    assert SHAPE.operands("$request:hour") == (parse("$request:hour"),)
+    found = shapes.find(SHAPE.operands("$request:hour")[0], SET, VIEWS)
     assert isinstance(found, RequestFeature)
