@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,8 @@ from plait.registry.manifests import Manifest
 from plait.registry.records import Record
 from plait.registry.store import Store
 from plait.rpc.process import Tasks
-from plait.settings import RegistrySettings, RpcSettings
+from plait.rpc.server import RpcServer
+from plait.settings import RegistrySettings, RpcSettings, TelemetrySettings
 
 PRIVACY_KEY = "p" * 32
 
@@ -41,8 +42,9 @@ class Ended:
 class FeaturesProcess:
     """A running service: `stub` to call it, `registry` to change its world, `plait` to run the command line against it."""
 
-    def __init__(self, address: str, stub: Any, registry: Store, dsn: str, key: str) -> None:
-        self.address = address
+    def __init__(self, server: RpcServer, stub: Any, registry: Store, dsn: str, key: str) -> None:
+        self.server = server
+        self.address = address = server.address
         self.stub = stub
         self.registry = registry
         self.key = key
@@ -84,9 +86,9 @@ class FeaturesProcess:
 
 @asynccontextmanager
 async def features_process(
-    redis_url: str, dsn: str, records: Sequence[Record], *, wrap: Callable[[str], str] = lambda address: address
+    redis_url: str, dsn: str, records: Sequence[Record], *, telemetry: TelemetrySettings | None = None
 ) -> AsyncIterator[FeaturesProcess]:
-    """Run it. `wrap` may put something between the service and who calls it."""
+    """Run it."""
     async with AsyncExitStack() as stack:
         registry = await stack.enter_async_context(await Store.open(dsn))
         await registry.migrate()
@@ -98,6 +100,7 @@ async def features_process(
             registry=RegistrySettings(dsn=SecretStr(dsn)),
             ingestion=IngestionSettings(ack="applied"),
             privacy=PrivacySettings(key=SecretStr(PRIVACY_KEY)),
+            telemetry=telemetry or TelemetrySettings(),
         )
         tasks = Tasks(await stack.enter_async_context(asyncio.TaskGroup()))
         stack.callback(tasks.stop)
@@ -105,6 +108,5 @@ async def features_process(
         stack.callback(server.tracing.close)
         await server.start()
         stack.push_async_callback(server.drain)
-        address = wrap(server.address)
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-        yield FeaturesProcess(address, pb_grpc.FeatureRetrievalServiceStub(channel), registry, dsn, key)
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))
+        yield FeaturesProcess(server, pb_grpc.FeatureRetrievalServiceStub(channel), registry, dsn, key)

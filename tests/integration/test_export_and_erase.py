@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
+import prometheus_client
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import pytest
 import pytest_asyncio
 from tests.fakes.features_process import PRIVACY_KEY, FeaturesProcess, features_process
+from tests.fakes.otlp_collector import OtlpCollector
 
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.registry.records import Entity, Feature, FeatureSet, FeatureView, ModelInput
+from plait.settings import TelemetrySettings
 
 VIEW = FeatureView(
     name="stats",
@@ -83,3 +90,34 @@ async def test_erasing_asks_first(process: FeaturesProcess, tmp_path: Path) -> N
     asked = await process.plait("erase", "item", "--ids", "ann", "--reason", "asked", "--certificate", tmp_path / "c.json")
     assert asked.exit_code == 1
     assert await process.read("home", ["ann"]) == [1]
+
+
+async def test_no_id_is_in_a_log_a_span_or_a_metric(
+    redis_url: str, postgres_dsn: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    marked, number, value = "marked-needle-marked", 4_815_162_342, 48151.625
+    people = FeatureView(name="people", entity=Entity(type="user", key="int64"), features=(Feature(name="a"),))
+    with OtlpCollector() as collector:
+        telemetry = TelemetrySettings(log_level="debug", trace_exporter="otlp", otlp_endpoint=collector.address, trace_sample_ratio=1)
+        async with features_process(redis_url, postgres_dsn, [VIEW, PRIVATE, SET, people], telemetry=telemetry) as process:
+            await process.write("stats", [(marked, NOW_US, value), (marked, NOW_US + 10**12, 1)])
+            await process.read("home", [marked])
+            with pytest.raises(grpc.aio.AioRpcError):
+                await process.write("people", [(marked, NOW_US, 1)])
+            with pytest.raises(grpc.aio.AioRpcError):
+                await process.read("home", [marked, ""])
+            request = pb.EraseEntityRequest(entities={"entity_type": "item", "ids": {"string_ids": [marked]}}, reason="asked")  # type: ignore[arg-type]
+            await process.stub.EraseEntity(request, metadata=process.metadata, timeout=20)
+            request = pb.EraseEntityRequest(entities={"entity_type": "user", "ids": {"int64_ids": [number]}})  # type: ignore[arg-type]
+            await process.stub.EraseEntity(request, metadata=process.metadata, timeout=20)
+            await process.write("stats", [(marked, NOW_US, 1)])
+            await process.good("export", "stats", "--to", tmp_path / "out.parquet")
+            metrics = prometheus_client.generate_latest(process.server.metrics.registry).decode()
+            sent = await asyncio.to_thread(collector.wait, lambda spans: any("EraseEntity" in span.name for _, span in spans))
+        spans = "\n".join(str(span) for _, span in [*sent, *collector.spans])
+    captured = capfd.readouterr()
+    logs = captured.out + captured.err
+    assert "entity erased" in logs
+    assert "EraseEntity" in metrics
+    for told in (logs, metrics, spans):
+        assert not [secret for secret in ("needle", str(number), str(value)) if secret in told]

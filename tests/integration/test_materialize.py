@@ -18,11 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import pytest_asyncio
+from tests.fakes.calls import call_of
 from tests.fakes.features_process import FeaturesProcess, features_process
 
+from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.row_codec import KeySpace
 from feature_retrieval.store.redis import RedisStore
-from plait.registry.records import Entity, Feature, FeatureSet, FeatureView, ModelInput
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
+from plait.registry.records import Entity, Feature, FeatureSet, FeatureView, ModelInput, Snapshot
 
 VIEW = FeatureView(name="stats", entity=Entity(type="item"), features=(Feature(name="a", default=-1),))
 SET = FeatureSet(name="home", inputs=(ModelInput(name="item", entity="item", features=("stats:a",)),))
@@ -99,6 +102,22 @@ async def test_without_a_flip_nobody_reads_it_until_it_is_flipped(process: Featu
     assert "[EPOCH_IN_USE]" in in_use.stderr
     assert (await process.good("purge", "stats", "--epoch", 0))["removed"] == 1
     assert await process.read("home", ["i", "streamed"]) == [1, 3]
+
+
+async def test_a_writer_that_was_cut_off_during_a_flip_is_carried_over_later(
+    process: FeaturesProcess, tmp_path: Path, redis_url: str
+) -> None:
+    await process.good("materialize", "stats", "--from", file_of(tmp_path, [("i", NOW_US - 5, 1)]), "--settle", 0)
+    await eventually(process, ["i"], [1])
+    store = RedisStore(redis_url, ack="applied")
+    late = Ingestion(store, lambda: Snapshot(feature_views={"stats": VIEW}))  # it knows epoch 0 only
+    batch = pb.FeatureBatch(feature_view="stats", event_times_us=[NOW_US], ids={"string_ids": ["i"]})  # type: ignore[arg-type]
+    batch.columns.add(features=["a"], dtype=11, data=np.float32(2).tobytes())  # type: ignore[arg-type]
+    await late.write(batch, pb.WriteFeaturesResponse(), call_of())
+    await store.close()
+    assert await process.read("home", ["i"]) == [1]
+    assert (await process.good("carry-over", "stats"))["carried_over"] == 1
+    await eventually(process, ["i"], [2])
 
 
 async def test_into_the_current_epochs_rows_are_added(process: FeaturesProcess, tmp_path: Path) -> None:

@@ -153,9 +153,9 @@ class Ingestion:
             bad |= dict.fromkeys(np.flatnonzero(times < now_us - int(view.retention_s * 1e6)).tolist(), old)
         invalid = ("EVENT_TIME_INVALID", "the event time must be after 1970, in microseconds since the epoch")
         bad |= dict.fromkeys(np.flatnonzero(times <= 0).tolist(), invalid)
-        for at, entity_id in enumerate(ids):
-            if _impossible(entity_id):
-                bad[at] = ("ID_INVALID", f"an id has 1 to {MAX_ID_BYTES} bytes of UTF-8, and so has each text of a composite one, or none")
+        if not _all_possible(ids):
+            invalid = ("ID_INVALID", f"an id has 1 to {MAX_ID_BYTES} bytes of UTF-8, and so has each text of a composite one, or none")
+            bad |= {at: invalid for at, entity_id in enumerate(ids) if _impossible(entity_id)}
         return bad
 
 
@@ -208,6 +208,13 @@ def _checked_ids(batch: Any, view: FeatureView) -> Sequence[Id]:
     if problem and problem != "an id is empty":  # an empty id is that row's error only
         raise InvalidArgument("the batch's ids cannot be used", violations=[Violation("ids", problem)])
     return ids
+
+
+def _all_possible(ids: Sequence[Id]) -> bool:
+    """Say at a glance whether all ids are surely good: numbers, or texts so short that no UTF-8 of theirs is too long."""
+    if isinstance(ids[0], str):
+        return "" not in ids and max(map(len, ids)) <= MAX_ID_BYTES // 4  # type: ignore[arg-type]  # all are of one kind
+    return isinstance(ids[0], int)
 
 
 def _impossible(entity_id: Id) -> bool:

@@ -14,6 +14,8 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fakes.calls import ADMIN, call_of
+from tests.fakes.redis_cluster import RedisCluster
+from tests.fakes.redis_places import Place
 from tests.fakes.upkeep import NOBODY, nothing_was_erased
 
 from feature_retrieval.epochs import EpochUpkeep
@@ -21,6 +23,7 @@ from feature_retrieval.erasing import FOR_EVER_US, Erasing
 from feature_retrieval.erasure_guard import LOADED_KEY, ErasureGuard
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.row_codec import KeySpace, encode_id
+from feature_retrieval.settings import RedisSettings
 from feature_retrieval.store.redis import RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, PlaitError, Unavailable
@@ -271,12 +274,29 @@ async def test_who_may_not_and_what_is_not_there(world: World) -> None:
 
 
 async def test_no_id_is_in_a_log(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    await world.write("stats", "marked-4711-marked")
-    await world.erase("marked-4711-marked", reason="asked")
-    await world.write("stats", "marked-4711-marked")
+    await world.write("stats", "marked-needle-marked")
+    await world.erase("marked-needle-marked", reason="asked")
+    await world.write("stats", "marked-needle-marked")
     captured = capsys.readouterr()
     assert "entity erased" in captured.out + captured.err
-    assert "4711" not in captured.out + captured.err
+    assert "needle" not in captured.out + captured.err
+
+
+async def test_of_a_cluster_one_node_that_was_lost_is_told_again(postgres_dsn: str) -> None:
+    ids = [f"e{n}" for n in range(30)]
+    async with RedisCluster() as cluster, await Store.open(postgres_dsn) as registry:
+        await registry.migrate()
+        await registry.apply([Manifest(record=VIEW)], actor="test")
+        store = Place(RedisSettings.model_validate({"mode": "cluster", "url": cluster.url}), cluster.flush).open(ack="applied")
+        world = World(store, registry)
+        for entity in ids:
+            assert await world.write("stats", entity) == []
+        certificates = await world.erase(*ids)
+        assert all(next(v.rows for v in c.views if v.feature_view == "stats") == 1 for c in certificates)
+        with cluster.client(1) as client:
+            client.flushall()
+        assert [await world.write("stats", entity) for entity in ids] == [["ENTITY_ERASED"]] * 30
+        await store.close()
 
 
 OPERATIONS = st.one_of(

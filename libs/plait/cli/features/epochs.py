@@ -42,7 +42,7 @@ TenantOption = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("epochs")(show)
-    for command in (flip, rollback, retire, abandon, purge):
+    for command in (flip, rollback, carry_over, retire, abandon, purge):
         app.command()(command)
 
 
@@ -85,6 +85,30 @@ def flip(
     """
     where = target(address, api_key, tls, ca, insecure, state)
     _tell(view, run(_flip(view, version, reason, settle_s, where, registry_dsn(dsn, state))), as_json)
+
+
+def carry_over(
+    view: ViewArgument,
+    version: VersionOption = 0,
+    address: AddressOption = None,
+    api_key: ApiKeyOption = None,
+    tls: TlsOption = False,
+    ca: CaOption = None,
+    insecure: InsecureOption = False,
+    dsn: DsnOption = None,
+    state: StateOption = DEFAULT_STATE,
+    as_json: JsonOption = False,
+) -> None:
+    """Carry over again what was streamed into the kept epoch, where it is newer: for a writer that was cut off during a flip.
+
+    Example:  plait features carry-over item-stats
+    """
+    where = target(address, api_key, tls, ca, insecure, state)
+    copied = run(_carry_over(view, version, where, registry_dsn(dsn, state)))
+    if as_json:
+        write_json({"view": view, "carried_over": copied})
+    else:
+        write_line(f"{copied:,} streamed rows were carried over to the epoch of {view} that is served")
 
 
 def rollback(
@@ -161,6 +185,14 @@ def purge(
         write_json({"view": view, "epoch": epoch, "removed": removed})
     else:
         write_line(f"{removed:,} rows of epoch {epoch} of {view} are removed")
+
+
+async def _carry_over(view: str, version: int, where: Target, dsn: str) -> int:
+    from plait.cli.features.flipping import Flip  # noqa: PLC0415
+    from plait.registry.store import Store  # noqa: PLC0415
+
+    async with await Store.open(dsn, max_connections=1) as store, stub(where) as service:
+        return await Flip(store, service, where.metadata, await tenant_of(store, where.api_key), view, version).complete(settle_s=0)
 
 
 async def _purge(view: str, version: int, epoch: int, where: Target) -> int:

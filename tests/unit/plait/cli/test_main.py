@@ -20,6 +20,7 @@ def features_commands() -> list[str]:
     return sorted(f"{name} {leaf}".strip() for name, command in group.commands.items() for leaf in getattr(command, "commands", ("",)))
 
 
+YAML = ("features import-feast",)  # its answer is manifests, which programs read as they are
 COMMANDS = ("up", "demo", "bench", "apply", "get", "describe", "rank", "migrate", "version", "features")
 
 Plait = Callable[..., Result]
@@ -40,7 +41,7 @@ def test_each_command_has_an_example_and_json(plait: Plait, command: str) -> Non
         result = plait(*command.split(), option)
         assert result.exit_code == 0
         assert f"Example:  plait {command}" in result.stdout
-        assert "--json" in result.stdout
+        assert "--json" in result.stdout or command in YAML
 
 
 @pytest.mark.parametrize("words", [["rnk"], ["--nope"], ["rank", "--nope"], ["rank"], ["describe", "model"]])
