@@ -12,10 +12,13 @@ import pytest
 import pytest_asyncio
 import redis
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tests.fakes.calls import call_of
 from tests.fakes.event_service import MALL, SHOP, EventService, consuming, event_service
 from tests.fakes.event_world import LISTINGS, NOW_S, NOW_US, PLANS, SNAPSHOT, USERS, event, feature
 
 from feature_retrieval.aggregation.events import Refusal
+from feature_retrieval.erasing import Erasing
+from feature_retrieval.erasure_guard import ErasureGuard
 from feature_retrieval.row_codec import KeySpace, tenant_key
 from feature_retrieval.sources import Message
 from feature_retrieval.store.commands import pack
@@ -23,7 +26,10 @@ from plait.api.events.v1 import events_pb2
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import from_rpc_error
+from plait.registry.certificates import Signer
+from plait.registry.manifests import Manifest
 from plait.registry.records import Epochs, Feature, FeatureView, Snapshot
+from plait.registry.store import Store
 from plait.settings import TelemetrySettings
 from plait.telemetry.tracing import Tracing
 
@@ -301,3 +307,39 @@ async def test_a_view_that_callers_write_is_as_fresh_as_its_newest_row(redis_url
         told = await status(service, "stats")
         assert (told.newest_event_time_us, told.lag_events, told.watermark_us) == (NOW_US - 7_000_000, -1, 0)
         assert service.metric("plait_features_freshness_seconds", view="stats") == 7
+
+
+async def test_who_was_erased_is_counted_from_zero_whatever_is_delivered_again(service: EventService, postgres_dsn: str) -> None:
+    old = [event(f"e{n}", at_s=NOW_S - 60 + n) for n in range(5)]
+    async with consuming(service.consumer()), await Store.open(postgres_dsn) as registry:
+        await registry.migrate()
+        await registry.apply([Manifest(record=view) for view in (LISTINGS, USERS)], actor="test")
+        await service.publish(old)
+        await settled(service)
+        assert await value(service) == 5
+        guard = ErasureGuard(service.store, registry)
+        erasing = Erasing(service.store, registry, Signer(bytes(32)), guard.catch_up, service.clock)
+        request, erased = pb.EraseEntityRequest(reason="asked for it"), pb.EraseEntityResponse()
+        request.entities.entity_type = "listing"
+        request.entities.ids.string_ids.append("l1")
+        await erasing.erase(request, erased, call_of("shop", scopes=("features", "admin")))
+        assert [(view.feature_view, view.rows) for view in erased.certificates[0].views if view.rows] == [(LISTINGS.name, 1)]
+        assert await value(service) is None
+        service.now_s += 400  # an erasure reaches as far as an event may be ahead
+        await service.publish([*old, event("late", at_s=NOW_S - 1), event("new", at_s=service.now_s)])
+        await settled(service)
+        assert await value(service) == 1
+        assert {letter.reason for letter in (await letters(service)).dead_letters} == {"ENTITY_ERASED"}
+
+
+async def test_explain_shows_what_a_window_is_worth(service: EventService) -> None:
+    async with consuming(service.consumer()):
+        await service.publish([event(f"e{n}", at_s=NOW_S - n) for n in range(3)])
+        await settled(service)
+    request = pb.ExplainFeaturesRequest(feature_set="home")
+    request.entities.add(entity_type="listing").ids.string_ids.append("l1")
+    answer = await service.stub.ExplainFeatures(request, metadata=SHOP, timeout=20)
+    told = {column.reference.partition(":")[2]: (column.value, column.stored_value, column.defaulted) for column in answer.columns}
+    assert told["views_1h"][0] == 3
+    assert not told["views_1h"][2]
+    assert (told["rating"][0], told["rating"][2]) == (-1, True)

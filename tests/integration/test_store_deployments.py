@@ -25,7 +25,7 @@ from plait.rpc.process import Tasks
 from plait.settings import RegistrySettings, RpcSettings
 
 IDS = [f"i{n}" for n in range(60)]
-RECORDS = [
+RECORDS: list[FeatureView | FeatureSet] = [
     FeatureView(name="stats", entity=Entity(type="item"), features=(Feature(name="a", default=0.5),), durable="before"),
     FeatureSet(name="home", inputs=(ModelInput(name="item", entity="item", features=("stats:a",)),)),
 ]
@@ -57,7 +57,8 @@ async def running(url: str, dsn: str) -> AsyncIterator[tuple[Any, Any]]:
 
 
 async def read(stub: Any) -> Any:
-    request = pb.GetFeaturesRequest(feature_set="home", entities=[{"entity_type": "item", "ids": {"string_ids": IDS}}])
+    request = pb.GetFeaturesRequest(feature_set="home")
+    request.entities.add(entity_type="item").ids.string_ids.extend(IDS)
     return await stub.GetFeatures(request, metadata=TOKEN, timeout=20)
 
 
@@ -69,7 +70,9 @@ async def test_a_cluster_that_was_lost_is_built_again(postgres_dsn: str) -> None
         batch = make_batch("stats", IDS, {"a": range(60)})
         written = await stub.WriteFeatures(pb.WriteFeaturesRequest(batch=batch), metadata=TOKEN, timeout=20)
         assert (written.applied, written.durability) == (60, pb.DURABILITY_COMMITTED)
-        erase = pb.EraseEntityRequest(entities={"entity_type": "item", "ids": {"string_ids": IDS[:1]}}, reason="asked")
+        erase = pb.EraseEntityRequest(reason="asked")
+        erase.entities.entity_type = "item"
+        erase.entities.ids.string_ids.append(IDS[0])
         [certificate] = (await stub.EraseEntity(erase, metadata=TOKEN, timeout=20)).certificates
         assert [(view.rows, view.durable_rows) for view in certificate.views] == [(1, 1)]
         expected = [[0.5], *([float(n)] for n in range(1, 60))]

@@ -19,10 +19,11 @@ ACTOR: Final = "plait up"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
-    """`api_key`: for callers, with every scope; `service_token`: for the services among themselves."""
+    """`api_key`: for callers, with every scope; `service_token`: for the services among themselves; `privacy_key`: signs erasures."""
 
     api_key: str = ""
     service_token: str = ""
+    privacy_key: str = ""
 
 
 async def prepare(store: Store, state: StateFolder) -> Keys:
@@ -30,7 +31,11 @@ async def prepare(store: Store, state: StateFolder) -> Keys:
     await store.migrate()
     await store.apply([Manifest(record=Tenant(name=TENANT))], actor=ACTOR, reason="the tenant of a local mesh")
     known = _read(state)
-    keys = Keys(api_key=await _api_key(store, known.api_key), service_token=known.service_token or secrets.token_urlsafe(32))
+    keys = Keys(
+        api_key=await _api_key(store, known.api_key),
+        service_token=known.service_token or secrets.token_urlsafe(32),
+        privacy_key=known.privacy_key or secrets.token_urlsafe(32),
+    )
     if keys != known:
         write_private(state.credentials, asdict(keys))
     return keys
@@ -49,6 +54,7 @@ def _read(state: StateFolder) -> Keys:
     """Return the keys of the last time; what cannot be read is made anew."""
     try:
         document = json.loads(state.credentials.read_text(encoding="utf-8"))
-        return Keys(api_key=str(document["api_key"]), service_token=str(document["service_token"]))
+        made_later = str(document.get("privacy_key", ""))
+        return Keys(api_key=str(document["api_key"]), service_token=str(document["service_token"]), privacy_key=made_later)
     except (OSError, ValueError, KeyError, TypeError):
         return Keys()

@@ -121,6 +121,7 @@ class Mesh:
             postgres_dsn=dsn,
             redis_url=url,
             service_token=self._keys.service_token,
+            privacy_key=self._keys.privacy_key,
             feature_retrieval=self._services[FEATURE_RETRIEVAL].address,
             model_worker=self._services[MODEL_WORKER].address,
             artifact_cache=str(self._state.artifact_cache),

@@ -38,11 +38,12 @@ SERVICES: Final[Mapping[str, Service]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ties:
-    """What the services must agree on. Addresses are "host:port"; the DSN, the URL and the token are secrets. `artifact_cache` is a folder."""
+    """What the services must agree on. Addresses are "host:port"; the DSN, the URL, the token and the key are secrets. `artifact_cache` is a folder."""
 
     postgres_dsn: str
     redis_url: str
     service_token: str
+    privacy_key: str
     feature_retrieval: str
     model_worker: str
     artifact_cache: str
@@ -52,7 +53,7 @@ def settings(service: Service, ties: Ties) -> dict[str, str]:
     """Return the environment that ties one service to the others and to its stores."""
     common = {"RPC__SERVICE_TOKEN": ties.service_token, "REGISTRY__DSN": ties.postgres_dsn}
     own: dict[str, dict[str, str]] = {
-        FEATURE_RETRIEVAL: {"REDIS__URL": ties.redis_url},
+        FEATURE_RETRIEVAL: {"REDIS__URL": ties.redis_url, "PRIVACY__KEY": ties.privacy_key},
         MODEL_WORKER: {"ARTIFACTS__CACHE": ties.artifact_cache},
         ROUTER: {
             "FEATURES__ADDRESSES": ties.feature_retrieval,

@@ -67,25 +67,30 @@ def readers(snapshot: Snapshot, view: str) -> tuple[str, ...]:
     found = []
     for feature_set in snapshot.feature_sets.values():
         if any(r.view == view and r.version is None for r in set_checks.views_read(feature_set)):
-            behind = [*_models_of(snapshot, feature_set), *_routes_of(snapshot, feature_set)]
+            behind = behind_set(snapshot, feature_set.name)
             found.append(f"FeatureSet {feature_set.name}" + (f" ({', '.join(behind)})" if behind else ""))
     return tuple(found)
 
 
-def _models_of(snapshot: Snapshot, feature_set: FeatureSet) -> list[str]:
+def behind_set(snapshot: Snapshot, name: str) -> tuple[str, ...]:
+    """Return the model versions that are fed by a feature set, and the routes that use one of them."""
+    return (*_models_of(snapshot, name), *_routes_of(snapshot, name))
+
+
+def _models_of(snapshot: Snapshot, set_name: str) -> list[str]:
     return [
         f"Model {model.name} version {version.version}"
         for model in snapshot.models.values()
         for version in model.versions
-        if version.signature is not None and version.signature.feature_set == feature_set.name
+        if version.signature is not None and version.signature.feature_set == set_name
     ]
 
 
-def _routes_of(snapshot: Snapshot, feature_set: FeatureSet) -> list[str]:
+def _routes_of(snapshot: Snapshot, set_name: str) -> list[str]:
     found = []
     for route in snapshot.routes.values():
         used = [model.resolve(v.use) for v in route.variants if (model := snapshot.models.get(v.model)) is not None]
-        if any(version and version.signature and version.signature.feature_set == feature_set.name for version in used):
+        if any(version and version.signature and version.signature.feature_set == set_name for version in used):
             found.append(f"Route {route.name}")
     return found
 

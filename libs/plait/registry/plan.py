@@ -44,7 +44,7 @@ def apply(manifests: Sequence[Manifest], current: Mapping[Key, Resource], snapsh
     problems = _for_whom(problems, snapshot)
     after = _after(snapshot, steps)
     problems += _emptied(steps, past, after)
-    problems += _brought_about(snapshot, after, steps)
+    problems += _for_whom(_brought_about(snapshot, after, steps), after)
     if problems:
         located = _located(problems, manifests)
         raise refusal(FailedPrecondition, located, "the registry stays as it is", reason="CROSS_CHECK_FAILED")
@@ -111,13 +111,17 @@ def _step(manifest: Manifest, stored: Resource | None, past: Past, pinned: Colle
 
 
 def _for_whom(problems: Sequence[Problem], snapshot: Snapshot) -> list[Problem]:
-    """Add to what forbids a change of a view who reads it."""
-    told = []
-    for problem in problems:
-        readers = crosschecks.readers(snapshot, problem.where.removeprefix("FeatureView "))
-        read_by = f"; it is read by {_listed(readers)}" if readers and problem.where.startswith("FeatureView ") else ""
-        told.append(dataclasses.replace(problem, message=problem.message + read_by))
-    return told
+    """Add to what is wrong with a view who reads it, and to what is wrong with a set whom it feeds."""
+    return [dataclasses.replace(problem, message=problem.message + _whom(problem.where, snapshot)) for problem in problems]
+
+
+def _whom(where: str, snapshot: Snapshot) -> str:
+    kind, _, name = where.partition(" ")
+    if kind == "FeatureView" and (readers := crosschecks.readers(snapshot, name)):
+        return f"; it is read by {_listed(readers)}"
+    if kind == "FeatureSet" and (behind := crosschecks.behind_set(snapshot, name)):
+        return f"; it feeds {_listed(behind)}"
+    return ""
 
 
 def _emptied(steps: Sequence[Step], past: Past, after: Snapshot) -> list[Problem]:

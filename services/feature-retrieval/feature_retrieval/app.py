@@ -26,18 +26,22 @@ from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.publishing import Publishing
+from feature_retrieval.read_metrics import ReadCounts, ReadMetrics
+from feature_retrieval.read_through import Budget, ReadThrough
 from feature_retrieval.rebuilding import Rebuilding
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
 from feature_retrieval.servicing.events import EventParts
 from feature_retrieval.servicing.upkeep import UpkeepParts
-from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings
+from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings, SkewLogSettings
+from feature_retrieval.skew_log import SkewLog
 from feature_retrieval.sources import EventSource
 from feature_retrieval.sources.redis_stream import RedisStreamSource
 from feature_retrieval.store.opening import open_store, topology_of
 from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.store.rows import Rows
 from feature_retrieval.store.topologies import Topology
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
@@ -70,20 +74,22 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     store = open_store(settings.redis, settings.ingestion, metrics)
     stack.push_async_callback(store.close)
     cache = NearCache(settings.near_cache.max_bytes, settings.near_cache.max_age_s)
-    metrics.gauge("plait_features_near_cache_bytes", "memory held by the near cache, bytes").set_function(lambda: cache.size_bytes)
 
-    reads = CoalescedReads(FeastRows(store, _feast(settings.feast, stack), lambda: watcher.snapshot))
-    stack.push_async_callback(reads.close)
     current = CurrentPlans(await watcher.first(settings.registry.first_snapshot_timeout_s))
     watcher.subscribe(current.swap)
-    if settings.near_cache.max_bytes:
-        tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
 
     registry = await Store.open(settings.registry.dsn.get_secret_value(), max_connections=2, lazy=True)
     stack.push_async_callback(registry.close)
     guard = ErasureGuard(store, registry, poll_s=settings.privacy.poll_s)
     tasks.start(guard.run(), "erasures")
     durable_rows, durable = await _durable_copy(settings, metrics, watcher, stack, tasks)
+    behind: Rows = store
+    if settings.durable.read_through_rows_per_s:
+        behind = _read_through(settings, metrics, watcher, stack, store, durable_rows, guard)
+    reads = CoalescedReads(FeastRows(behind, _feast(settings.feast, stack), lambda: watcher.snapshot))
+    stack.push_async_callback(reads.close)
+    if settings.near_cache.max_bytes:
+        tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
     privacy_key = settings.privacy.key.get_secret_value().encode()
     future_s = settings.ingestion.max_future_s
     freshness = Freshness(metrics)
@@ -93,7 +99,10 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         service_token=settings.rpc.service_token.get_secret_value(),
         required=settings.rpc.require_auth,
     )
-    retrieval = Retrieval(reads, cache, current.plans)
+    counts = ReadCounts()
+    skew_log = open_skew_log(settings.skew_log, stack, tasks)
+    ReadMetrics(metrics, counts, cache, reads, skew_log.outcomes if skew_log else {})
+    retrieval = Retrieval(reads, cache, current.plans, counts=counts, note=skew_log.note if skew_log else None)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(
         retrieval,
@@ -102,7 +111,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         ),
         current.plans,
         explanation=Explanation(retrieval, current.plans, store.times_to_live),
-        events=_open_events(settings, store, watcher, guard, freshness, stack, tasks),
+        events=_open_events(settings, store, watcher, guard, durable, freshness, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
         upkeep=UpkeepParts(
@@ -137,6 +146,30 @@ async def _durable_copy(
     return rows, copy
 
 
+def _read_through(
+    settings: FeatureRetrievalSettings,
+    metrics: Metrics,
+    watcher: Watcher,
+    stack: AsyncExitStack,
+    store: RedisStore,
+    rows: DurableRows,
+    guard: ErasureGuard,
+) -> ReadThrough:
+    """Look in the durable copy for what Redis does not have."""
+    counted = metrics.counter("plait_features_read_through_rows", "rows looked for in the durable copy", ["result"])
+    through = ReadThrough(
+        store,
+        rows,
+        lambda: watcher.snapshot,
+        guard.loaded,
+        lambda result, count: counted.labels(result).inc(count),
+        budget=Budget(settings.durable.read_through_rows_per_s),
+        max_future_s=settings.ingestion.max_future_s,
+    )
+    stack.push_async_callback(through.close)
+    return through
+
+
 def _feast(settings: FeastSettings, stack: AsyncExitStack) -> Topology | None:
     """Return where Feast's rows are, if anywhere."""
     if not settings.enabled:
@@ -144,6 +177,22 @@ def _feast(settings: FeastSettings, stack: AsyncExitStack) -> Topology | None:
     topology = topology_of(settings.redis)
     stack.push_async_callback(topology.close)
     return topology
+
+
+def open_skew_log(settings: SkewLogSettings, stack: AsyncExitStack, tasks: Tasks) -> SkewLog | None:
+    """Return the skew log where one is kept; it is written until the process ends."""
+    if not settings.share:
+        return None
+    made = SkewLog(
+        settings.folder,
+        share=settings.share,
+        max_file_bytes=settings.max_file_bytes,
+        max_file_s=settings.max_file_s,
+        queue_rows=settings.queue_rows,
+    )
+    tasks.start(made.run(), "skew log")
+    stack.callback(made.close)
+    return made
 
 
 def _serve_feast(server: RpcServer, retrieval: Retrieval, current: CurrentPlans) -> None:
@@ -195,6 +244,7 @@ def _open_events(
     store: RedisStore,
     watcher: Watcher,
     guard: ErasureGuard,
+    durable: DurableCopy,
     freshness: Freshness,
     stack: AsyncExitStack,
     tasks: Tasks,
@@ -214,7 +264,7 @@ def _open_events(
         from feature_retrieval.sources.kafka import KafkaSource  # noqa: PLC0415  (aiokafka is an extra)
 
         sources.append(KafkaSource(wanted, dead_letters))
-    applying = Applying(store, plans.plans, max_future_s=max_future_s, erasures_loaded=guard.loaded)
+    applying = Applying(store, plans.plans, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=max_future_s)
     for source in sources:
         consumer = Consumer(source, applying, store, freshness, batch=wanted.batch)
         stack.push_async_callback(consumer.drain)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Final
 
 from feature_retrieval.store.postgres import DurableRows, newer
-from plait.errors import PlaitError, ResourceExhausted
+from plait.errors import PlaitError, Unavailable
 from plait.registry.records import FeatureView, Snapshot
 from plait.telemetry.logging import get_logger
 
@@ -64,7 +64,7 @@ class DurableCopy:
     async def keep(self, view: FeatureView, keys: Sequence[bytes], rows: Sequence[bytes]) -> bool:
         """Take rows that were written to Redis; return whether they are committed.
 
-        Raises Unavailable (REGISTRY_UNAVAILABLE), ResourceExhausted (DURABLE_COPY_BEHIND): the write is to be repeated.
+        Raises Unavailable (DURABLE_COPY_BEHIND, or why Postgres did not take them): the write is to be repeated.
         """
         if view.durable == "off" or not keys:
             return False
@@ -73,10 +73,10 @@ class DurableCopy:
             for key, row in zip(keys, rows, strict=True):
                 if key not in newest or newer(row, newest[key]):
                     newest[key] = row
-            await self._rows.keep(newest)
+            await self._commit(newest)
             return True
         if self.queued + len(keys) > self._queue_rows:
-            raise ResourceExhausted(
+            raise Unavailable(
                 "the durable copy in Postgres is too far behind, so nothing more is taken: see that Postgres is up and keeps pace, or raise "
                 "PLAIT_FEATURE_RETRIEVAL_DURABLE__QUEUE_ROWS",
                 reason="DURABLE_COPY_BEHIND",
@@ -91,6 +91,15 @@ class DurableCopy:
                 self._waiting[key] = row, held[1]
         self._some.set()
         return False
+
+    async def _commit(self, rows: Mapping[bytes, bytes]) -> None:
+        try:
+            await self._rows.keep(rows)
+        except Unavailable:
+            raise
+        except PlaitError as error:
+            message = f"the rows are not in the durable copy, and the write is to be repeated: {error.message}"
+            raise Unavailable(message, reason=error.reason, retry_after_s=_RETRY_S) from error
 
     async def run(self) -> None:
         """Commit what waits, over every outage of Postgres; now and then drop what is past its view's retention. Runs until cancelled."""

@@ -27,6 +27,7 @@ from plait.rpc.call import Call
 
 TimesToLive = Callable[[Sequence[bytes]], Awaitable[Sequence[int]]]  # ms by key, -1 = for ever, -2 = no such key
 _FOR_EVER_OR_NONE: Final = -1
+_NOT_THERE: Final = -2
 
 
 class Explanation:
@@ -93,7 +94,7 @@ class _Row:
         told.stored = self.stored
         told.age_us = self.age_us
         told.time_to_live_s = left_ms / 1000 if left_ms >= 0 else -1
-        told.source = self._source()
+        told.source = self._source(left_ms)
         if len(self.stored) >= HEADER_BYTES:
             head = header(np.frombuffer(self.stored, np.uint8)[None, :])[0]
             told.schema_id, told.event_time_us = int(head["schema"]), int(head["event_time_us"])
@@ -116,11 +117,13 @@ class _Row:
             return state.tobytes().hex(), known is not None and not known[0]
         return self._text(feature, column, block, element), False
 
-    def _source(self) -> int:
+    def _source(self, left_ms: int) -> int:
         if not self.stored:
             return pb.ROW_SOURCE_NONE
         if self.view.feast is not None:
             return pb.ROW_SOURCE_FEAST
+        if left_ms == _NOT_THERE and not self.cached and self.view.durable != "off":
+            return pb.ROW_SOURCE_DURABLE
         return pb.ROW_SOURCE_NEAR_CACHE if self.cached else pb.ROW_SOURCE_REDIS
 
     def _picture(self) -> Picture | None:

@@ -33,7 +33,7 @@ _Bad = dict[int, tuple[str, str]]  # row → reason, message
 Keep = Callable[[FeatureView, Sequence[bytes], Sequence[bytes]], Awaitable[bool]]
 
 
-async def _nothing_was_erased() -> None:
+async def nothing_was_erased() -> None:
     """For who keeps no erasures."""
 
 
@@ -57,7 +57,7 @@ class Ingestion:
         snapshot: Callable[[], Snapshot],
         clock: Callable[[], float] = time.time,
         *,
-        erasures_loaded: Callable[[], Awaitable[None]] = _nothing_was_erased,
+        erasures_loaded: Callable[[], Awaitable[None]] = nothing_was_erased,
         keep: Keep = kept_nowhere,
         wrote: Callable[[str, str, int], None] = _told_nobody,
         max_future_s: float = MAX_FUTURE_S,

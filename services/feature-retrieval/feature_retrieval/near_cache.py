@@ -3,11 +3,14 @@
 It holds rows only while client-side tracking is on: every change of a tracked key is pushed to us and removes the row. When the tracking
 connection drops, everything is forgotten and nothing is kept until it is back. A read and a change that cross are told apart: changes are
 numbered, a read remembers the number it began at, and a row whose key changed since is not kept. Misses are kept too.
+
+When it is full, ids that were not asked for lately make room, some at a time, so that the others stay and nobody waits for a clean-up.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,14 +18,20 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from feature_retrieval.row_codec import Bytes2D, Id, KeySpace, RowCodec
+from feature_retrieval.row_codec import Bytes2D, Id, KeySpace, RowCodec, decode_id
 from feature_retrieval.store.tracking import Listener
 
 UNKNOWN: Final = -2  # nothing is known of the id
 MISS: Final = -1  # the id is known to have no row
 _CLEAN_FOR_EVER: Final = np.iinfo(np.int64).max
+_FREE: Final = np.iinfo(np.int64).max  # when a slot without an id was last used: never the longest ago
 _GROWTH: Final = 1024  # slots
-_INDEX_BYTES: Final = 150  # of an id in the index, roughly
+_SMALLEST_GROWTH: Final = 64
+_ID_BYTES: Final = 166  # of an id in the index and of its slot, roughly
+_CHANGE_BYTES: Final = 150  # of an id that changed while reads are under way, roughly
+_SLOT_BYTES: Final = 16  # of a slot in a view, besides its row
+_EVICTED_SHARE: Final = 32  # of all slots, one in so many makes room at a time
+_SAMPLED: Final = 8  # of so many slots, the one not used for the longest makes room
 _SWEEP_S: Final = 1.0  # rows leave this much before they are too old, so that looking for such costs nothing per read
 
 Slots = npt.NDArray[np.intp]
@@ -47,9 +56,9 @@ class ViewCache:
         self._oldest = np.inf
 
     @property
-    def size_bytes(self) -> int:
-        """Memory held, roughly."""
-        return self.rows.nbytes + self.codes.nbytes + self.read_at.nbytes + _INDEX_BYTES * len(self.changed_at)
+    def slot_bytes(self) -> int:
+        """Memory a slot takes."""
+        return self.codec.row_bytes + _SLOT_BYTES
 
     def put(self, slots: Slots, block: Bytes2D, now: float) -> None:
         """Keep rows [slots, row_bytes]."""
@@ -63,16 +72,15 @@ class ViewCache:
         self._read(slots, now)
 
     def reserve(self, count: int) -> None:
-        """Have room for that many slots."""
+        """Have exactly that many slots, where there are fewer."""
         before = len(self.codes)
         if count <= before:
             return
-        after = max(_GROWTH, before * 2, -(-count // _GROWTH) * _GROWTH)
-        rows = np.empty((after, self.rows.shape[1]), np.uint8)
+        rows = np.empty((count, self.rows.shape[1]), np.uint8)
         rows[:before] = self.rows
-        codes = np.full(after, UNKNOWN, np.int64)
+        codes = np.full(count, UNKNOWN, np.int64)
         codes[:before] = self.codes
-        read_at = np.zeros(after, np.float64)
+        read_at = np.zeros(count, np.float64)
         read_at[:before] = self.read_at
         self.rows, self.codes, self.read_at = rows, codes, read_at
 
@@ -95,16 +103,90 @@ class EntityCache:
     def __init__(self) -> None:
         self.index: dict[Id, int] = {}
         self.views: dict[tuple[KeySpace, bytes, int], ViewCache] = {}
+        self.by_suffix: dict[bytes, list[ViewCache]] = {}  # of keys
+        self._ids: list[Id | None] = []  # by slot
+        self._used: npt.NDArray[np.int64] = np.empty(0, np.int64)  # by slot: when it was last asked for, in look-ups
+        self._free: list[int] = []
+        self._hand = 0
+
+    @property
+    def capacity(self) -> int:
+        """How many slots there are."""
+        return len(self._ids)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory a slot takes in all views."""
+        return _ID_BYTES + sum(view.slot_bytes for view in self.views.values())
 
     @property
     def size_bytes(self) -> int:
         """Memory held, roughly."""
-        return _INDEX_BYTES * len(self.index) + sum(view.size_bytes for view in self.views.values())
+        changed = sum(len(view.changed_at) for view in self.views.values())
+        return self.capacity * self.slot_bytes + changed * _CHANGE_BYTES
 
-    def slots(self, ids: Sequence[Id]) -> Slots:
-        """Return the slot of each id, a new one where it has none."""
+    def view(self, space: KeySpace, codec: RowCodec) -> ViewCache:
+        """Return the rows of a key space and schema, none yet where it is new."""
+        key = (space, codec.head, codec.row_bytes)
+        view = self.views.get(key)
+        if view is None:
+            view = self.views[key] = ViewCache(space, codec)
+            self.by_suffix.setdefault(space.suffix, []).append(view)
+        return view
+
+    def touch(self, slots: Slots, now: int) -> None:
+        """Note that slots were asked for."""
+        self._used[slots] = now
+
+    def unknown(self, ids: Sequence[Id]) -> int:
+        """Return how many of the ids have no slot."""
         index = self.index
-        return np.fromiter((index.setdefault(entity_id, len(index)) for entity_id in ids), np.intp, len(ids))
+        return sum(entity_id not in index for entity_id in ids)
+
+    def grow(self, count: int) -> None:
+        """Add slots."""
+        before = self.capacity
+        self._ids += [None] * count
+        self._free += range(before + count - 1, before - 1, -1)
+        self._used = np.concatenate((self._used, np.full(count, _FREE)))
+
+    def lacks(self, count: int) -> int:
+        """Return how many free slots are missing to that many."""
+        return max(0, count - len(self._free))
+
+    def evict(self, count: int) -> None:
+        """Take slots from ids not asked for lately: of so many slots from where it ended last, those least recently used.
+
+        A sampled LRU as in Redis ("Approximated LRU algorithm", https://redis.io/docs/latest/develop/reference/eviction/).
+        """
+        window = min(self.capacity, count * _SAMPLED)
+        slots = np.arange(self._hand, self._hand + window) % self.capacity
+        self._hand = (self._hand + window) % self.capacity
+        oldest = slots if count >= window else slots[np.argpartition(self._used[slots], count - 1)[:count]]
+        victims = oldest[self._used[oldest] != _FREE]
+        for slot in victims.tolist():
+            entity_id = self._ids[slot]
+            assert entity_id is not None  # noqa: S101  (it is used)
+            del self.index[entity_id]
+            self._ids[slot] = None
+            self._free.append(slot)
+        self._used[victims] = _FREE
+        for view in self.views.values():
+            view.codes[victims[victims < len(view.codes)]] = UNKNOWN
+
+    def slots(self, ids: Sequence[Id], now: int) -> Slots:
+        """Return the slot of each id, a free one where it has none, -1 where there is none left."""
+        slots = np.fromiter(map(self._slot, ids), np.intp, len(ids))
+        self._used[slots[slots >= 0]] = now
+        return slots
+
+    def _slot(self, entity_id: Id) -> int:
+        slot = self.index.get(entity_id, -1)
+        if slot < 0 and self._free:
+            slot = self._free.pop()
+            self.index[entity_id] = slot
+            self._ids[slot] = entity_id
+        return slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +222,11 @@ class Reading:
 
 
 class NearCache(Listener):
-    """Bounded in bytes over all views; when full it starts anew, which costs one read per hot entity and nothing per hit.
+    """Bounded in bytes over all views.
 
     `max_age_s` is a backstop only: rows are kept true by `changed`, not by their age. `max_bytes` 0 turns it off.
+    `lookups` counts what was found of (id, view) pairs: "hit", "miss" (known to have no row) or "unknown"; `invalidations` keys that were told
+    to have changed; `resets` how often everything of an entity type, or at all, was forgotten, and why.
     """
 
     def __init__(self, max_bytes: int, max_age_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -154,6 +238,10 @@ class NearCache(Listener):
         self._on = False
         self._changes = 0
         self._era = 0
+        self._looked_up = 0
+        self.lookups: Counter[str] = Counter()
+        self.resets: Counter[str] = Counter()
+        self.invalidations = 0
 
     def __repr__(self) -> str:
         ids = sum(len(entity.index) for entity in self._entities.values())
@@ -178,31 +266,49 @@ class NearCache(Listener):
 
     def disconnected(self) -> None:
         """Forget everything: changes are missed from now on."""
+        if self.on:
+            self.resets["disconnected"] += 1
         self._on = False
         self._forget_all()
 
     def changed(self, keys: Sequence[bytes] | None) -> None:
         """Forget the rows of these keys (None = all), and do not keep what reads under way bring for them."""
         if keys is None:
+            self.resets["flushed"] += 1
             self._forget_all()
             return
         self._changes += 1
-        for entity in self._entities.values():
-            for view in entity.views.values():
-                for entity_id in map(view.space.id_of, keys):
-                    if entity_id is not None:
-                        self._change(entity, view, entity_id)
+        self.invalidations += len(keys)
+        for key in keys:
+            prefix = _prefix_of(key)
+            entity = self._entities.get(prefix)
+            if entity is None:
+                continue
+            try:
+                entity_id, size = decode_id(key[len(prefix) :])
+            except ValueError:  # not a key of ours, whoever wrote it
+                continue
+            for view in entity.by_suffix.get(key[len(prefix) + size :], ()):
+                self._change(entity, view, entity_id)
 
     def places(self, prefix: bytes, ids: Sequence[Id]) -> Places | None:
-        """Return where ids stand in every view whose keys begin with `prefix`; None when none of the kind is held."""
+        """Return where ids stand in every view whose keys begin with `prefix`; None when none of the kind is held.
+
+        Slots are good until the caller waits for anything: then they may have been given to others.
+        """
         entity = self._entities.get(prefix) if self.on else None
         if entity is None or not entity.index:
             return None
+        self._looked_up += 1
         index = entity.index
         try:
-            return Places(entity, np.fromiter(map(index.__getitem__, ids), np.intp, len(ids)), complete=True)
+            slots = np.fromiter(map(index.__getitem__, ids), np.intp, len(ids))
         except KeyError:
-            return Places(entity, np.fromiter((index.get(i, -1) for i in ids), np.intp, len(ids)), complete=False)
+            slots = np.fromiter((index.get(i, -1) for i in ids), np.intp, len(ids))
+            entity.touch(slots[slots >= 0], self._looked_up)
+            return Places(entity, slots, complete=False)
+        entity.touch(slots, self._looked_up)
+        return Places(entity, slots, complete=True)
 
     def find(self, space: KeySpace, codec: RowCodec, places: Places, now_us: int) -> Found | None:
         """Return what is held of one view; None when nothing is. `now_us`: microseconds since the epoch, for expiry."""
@@ -210,7 +316,7 @@ class NearCache(Listener):
         if view is None:
             return None
         view.sweep(self._clock() - self._max_age_s)
-        view.reserve(len(places.entity.index))
+        view.reserve(places.entity.capacity)
         slots = places.slots
         codes = view.codes[slots]
         until_us = int(codes.min(initial=_CLEAN_FOR_EVER))
@@ -220,27 +326,37 @@ class NearCache(Listener):
             codes[slots < 0] = UNKNOWN
         return Found(view.rows[slots[codes >= 0]], codes, clean=False, until_us=0)
 
+    def count(self, found: Found | None, ids: int) -> None:
+        """Count a look-up of some ids in one view."""
+        if not self.on:
+            return
+        if found is not None and found.clean:
+            self.lookups["hit"] += ids
+            return
+        hits = 0 if found is None else len(found.rows)
+        misses = 0 if found is None else int(np.count_nonzero(found.codes == MISS))
+        for word, number in (("hit", hits), ("miss", misses), ("unknown", ids - hits - misses)):
+            self.lookups[word] += number
+
     def begin(self, space: KeySpace, codec: RowCodec) -> Reading | None:
         """Note that a read begins, to be ended by `end`; None while nothing may be kept."""
         if not self.on or space.prefix not in self._tracked:
             return None
         entity = self._entities.setdefault(space.prefix, EntityCache())
-        key = (space, codec.head, codec.row_bytes)
-        view = entity.views.get(key)
-        if view is None:
-            view = entity.views[key] = ViewCache(space, codec)
+        view = entity.view(space, codec)
         view.readings += 1
         return Reading(entity, view, self._changes, self._era)
 
     def end(self, reading: Reading, ids: Sequence[Id], rows: Sequence[bytes | None]) -> None:
         """Keep what a read brought (`rows` parallel to `ids`; both empty where it failed), as far as it is still true."""
         view = reading.view
-        if reading.era == self._era and self.on:
+        if reading.era == self._era and self.on and self._entities.get(view.space.prefix) is reading.entity:
             self._keep(reading, ids, rows)
         view.readings -= 1
         if not view.readings:
             view.changed_at.clear()
-        if self.size_bytes > self._max_bytes:
+        if self.size_bytes > self._max_bytes:  # another view, or many changes while reads are under way
+            self.resets["full"] += 1
             self._forget_all()
 
     def _keep(self, reading: Reading, ids: Sequence[Id], rows: Sequence[bytes | None]) -> None:
@@ -250,16 +366,47 @@ class NearCache(Listener):
         good = [at for at in unchanged if codec.is_current(rows[at])]
         misses = [at for at in unchanged if rows[at] is None]
         for chosen in (good, misses):
-            if not chosen:
+            slots = self._slots(reading.entity, [ids[at] for at in chosen])
+            view.reserve(reading.entity.capacity)
+            kept = slots >= 0
+            if not kept.any():
                 continue
-            slots = reading.entity.slots([ids[at] for at in chosen])
-            view.reserve(len(reading.entity.index))
-            if chosen is good:
-                block = codec.widen([rows[at] or b"" for at in good])
-                assert block is not None  # noqa: S101  (each row is a current one)
-                view.put(slots, block, now)
-            else:
-                view.put_misses(slots, now)
+            if chosen is misses:
+                view.put_misses(slots[kept], now)
+                continue
+            block = codec.widen([rows[at] or b"" for at in good])
+            assert block is not None  # noqa: S101  (each row is a current one)
+            view.put(*((slots, block) if kept.all() else (slots[kept], block[kept])), now)
+
+    def _slots(self, entity: EntityCache, ids: Sequence[Id]) -> Slots:
+        """Return a slot for each id, after others made room where that is needed; -1 for those that find none."""
+        lacking = entity.lacks(entity.unknown(ids))
+        if lacking:
+            lacking = max(0, lacking - self._grown(entity, lacking))
+        if lacking and entity.capacity:
+            self._looked_up += 1
+            entity.touch(
+                np.array([slot for entity_id in ids if (slot := entity.index.get(entity_id)) is not None], np.intp), self._looked_up
+            )
+            entity.evict(min(entity.capacity, max(lacking, entity.capacity // _EVICTED_SHARE)))
+        return entity.slots(ids, self._looked_up)
+
+    def _grown(self, entity: EntityCache, lacking: int) -> int:
+        """Add slots to an entity type as far as there is memory; return how many."""
+        wanted = max(entity.capacity, _GROWTH, -(-lacking // _GROWTH) * _GROWTH)
+        affordable = (self._max_bytes - self.size_bytes) // entity.slot_bytes
+        if affordable < _SMALLEST_GROWTH:
+            largest = max(self._entities, key=lambda prefix: self._entities[prefix].size_bytes)
+            fair = self._max_bytes // len(self._entities)
+            if self._entities[largest] is not entity and entity.size_bytes < fair // 2:
+                del self._entities[largest]  # it has taken what others need
+                self.resets["rebalanced"] += 1
+                affordable = (self._max_bytes - self.size_bytes) // entity.slot_bytes
+        if affordable < _SMALLEST_GROWTH:
+            return 0
+        count = int(min(wanted, max(lacking, affordable // 2, _SMALLEST_GROWTH), affordable))  # other types want some, too
+        entity.grow(count)
+        return count
 
     def _change(self, entity: EntityCache, view: ViewCache, entity_id: Id) -> None:
         slot = entity.index.get(entity_id)
@@ -271,3 +418,11 @@ class NearCache(Listener):
     def _forget_all(self) -> None:
         self._entities.clear()
         self._era += 1
+
+
+def _prefix_of(key: bytes) -> bytes:
+    """Return what the keys of a key's tenant and entity type begin with; of what is no key of ours, something that no key begins with."""
+    at = 3
+    for _ in range(2):
+        at += 1 + (key[at] if at < len(key) else 0)
+    return key[:at]

@@ -20,6 +20,7 @@ from feature_retrieval.near_cache import UNKNOWN, NearCache, Places
 from feature_retrieval.permissions import check_readable
 from feature_retrieval.placing import Index, Placed, Tensor, place
 from feature_retrieval.policies import STATUSES, enforce
+from feature_retrieval.read_metrics import ReadCounts
 from feature_retrieval.row_codec import Id
 from feature_retrieval.store.rows import NONE, Positions, Read, Rows
 from feature_retrieval.view_read import ViewRead
@@ -52,14 +53,28 @@ class Answer:
     store_us: int
 
 
-class Retrieval:
-    """Answers GetFeatures. `plans` gives the compiled feature sets of the newest snapshot."""
+Note = Callable[[Answer, int, Call], None]
 
-    def __init__(self, store: Rows, cache: NearCache, plans: Callable[[], Plans], clock: Callable[[], float] = time.time) -> None:
+
+class Retrieval:
+    """Answers GetFeatures. `plans` gives the compiled feature sets of the newest snapshot; `note` is told every answer, and its revision."""
+
+    def __init__(
+        self,
+        store: Rows,
+        cache: NearCache,
+        plans: Callable[[], Plans],
+        clock: Callable[[], float] = time.time,
+        *,
+        counts: ReadCounts | None = None,
+        note: Note | None = None,
+    ) -> None:
         self._store = store
         self._cache = cache
         self._plans = plans
         self._clock = clock
+        self._counts = counts or ReadCounts()
+        self._note = note
 
     async def get_features(self, request: Any, response: Any, call: Call) -> None:
         """Fill a GetFeaturesResponse for a GetFeaturesRequest; errors as the contract says."""
@@ -67,13 +82,17 @@ class Retrieval:
         answer = await self.answer(plans.get(request.feature_set, request.inputs), request, call)
         counts = [0] * STATUSES
         for read, placed in zip(answer.reads, answer.placed, strict=True):
-            for status, count in enumerate(_report(response, read.view, placed, request, answer.now_us)):
+            by_status, defaulted_cells = _report(response, read.view, placed, request, answer.now_us)
+            self._counts.add(read.view.view.name, by_status, defaulted_cells)
+            for status, count in enumerate(by_status):
                 counts[status] += count
         enforce(request, counts, answer.defaulted_cells, sum(tensor.size for tensor in answer.tensors[: answer.plan.answered]))
         for tensor_plan, tensor in zip(answer.plan.tensors[: answer.plan.answered], answer.tensors, strict=False):
             add_tensor(response, tensor_plan.name, tensor_plan.number, tensor)
         response.store_us = answer.store_us
         response.registry_revision = plans.snapshot.revision
+        if self._note is not None:
+            self._note(answer, plans.snapshot.revision, call)
 
     async def answer(self, plan: Plan, request: Any, call: Call) -> Answer:
         """Read all a plan needs for a request's `entities` and `request_features`. Raises PermissionDenied, InvalidArgument, DeadlineExceeded."""
@@ -111,15 +130,17 @@ class Retrieval:
     def _look_up(self, entity: EntityPlan, ids: Sequence[Id], tenant: str, now_us: int) -> tuple[list[ViewRead], Index | None]:
         """Find what the near cache knows of an entity type's rows, and which keys to ask for; where each caller's row is, if repeated."""
         reads = self._find(entity, ids, tenant, now_us)
-        if all(read.found is not None and read.found.clean for read in reads):
-            return reads, None
-        once, inverse = unique(ids)
-        if inverse is not None:
-            reads = self._find(entity, once, tenant, now_us)
+        inverse: Index | None = None
+        if not all(read.found is not None and read.found.clean for read in reads):
+            once, inverse = unique(ids)
+            if inverse is not None:
+                reads = self._find(entity, once, tenant, now_us)
+            for read in reads:
+                read.wanted = None if read.found is None else np.flatnonzero(read.found.codes == UNKNOWN)
+                if read.wanted is None or read.wanted.size:
+                    read.keys = read.space.keys(read.wanted_ids())
         for read in reads:
-            read.wanted = None if read.found is None else np.flatnonzero(read.found.codes == UNKNOWN)
-            if read.wanted is None or read.wanted.size:
-                read.keys = read.space.keys(read.wanted_ids())
+            self._cache.count(read.found, len(read.ids))
         return reads, inverse
 
     def _find(self, entity: EntityPlan, ids: Sequence[Id], tenant: str, now_us: int) -> list[ViewRead]:
@@ -176,8 +197,8 @@ def _expanded(tensor: Tensor, inverse: Index | None) -> Tensor:
     return tensor if inverse is None else tensor[inverse]
 
 
-def _report(response: Any, view: ViewPlan, placed: Placed, request: Any, now_us: int) -> list[int]:
-    """Add the view's report to the answer; return its counts by status."""
+def _report(response: Any, view: ViewPlan, placed: Placed, request: Any, now_us: int) -> tuple[list[int], int]:
+    """Add the view's report to the answer; return its counts by status, and its defaulted cells."""
     times = placed.times
     if placed.statuses is None:
         counts = [0] * STATUSES
@@ -194,7 +215,7 @@ def _report(response: Any, view: ViewPlan, placed: Placed, request: Any, now_us:
         report.event_times_us = times.astype("<i8").tobytes()
     if request.include_ages:
         report.ages_us = ages_us(times, now_us).astype("<i8").tobytes()
-    return counts
+    return counts, report.defaulted_cells
 
 
 def ages_us(times: npt.NDArray[np.int64], now_us: int) -> npt.NDArray[np.int64]:

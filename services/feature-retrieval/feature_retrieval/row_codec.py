@@ -331,7 +331,6 @@ def split(block: Bytes2D) -> list[bytes]:
 
 def join(rows: Sequence[bytes], row_bytes: int) -> Bytes2D | None:
     """Return rows as one [rows, row_bytes] block, or None when they are not all of that length (another schema is among them)."""
-    data = b"".join(rows)
-    if len(data) != len(rows) * row_bytes or any(len(row) != row_bytes for row in rows):
+    if rows and set(map(len, rows)) != {row_bytes}:
         return None
-    return np.frombuffer(data, np.uint8).reshape(len(rows), row_bytes)
+    return np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), row_bytes)

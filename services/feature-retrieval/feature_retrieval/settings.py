@@ -160,6 +160,11 @@ class DurableSettings(Group):
     queue_rows: int = Field(100_000, ge=1, description="rows that may wait to be copied behind their writes; more writes are refused")
     batch_rows: int = Field(1000, ge=1, le=10_000, description="rows copied by one statement")
     connections: int = Field(4, ge=1, le=64, description="connections to Postgres at most")
+    read_through_rows_per_s: float = Field(
+        0.0,
+        ge=0,
+        description="rows a second that are looked for in Postgres where Redis has none or is away; others are UNAVAILABLE; 0 = off",
+    )
 
 
 class FeastSettings(Group):
@@ -168,6 +173,16 @@ class FeastSettings(Group):
     enabled: bool = Field(False, description="read such views' rows from Feast's Redis; off: they are answered as unavailable")
     redis: RedisSettings = Field(default_factory=RedisSettings, description="Feast's Redis")
     serving: bool = Field(False, description="also answer feast.serving.ServingService, for Feast's own clients")
+
+
+class SkewLogSettings(Group):
+    """The rows that were served, for a sample of entities."""
+
+    folder: Path = Field(Path("skew-log"), description="where files of served rows are written; they hold ids and feature values")
+    share: float = Field(0.0, ge=0, le=1, description="share of all entity ids whose rows are logged, in every answer; 0 = none")
+    max_file_bytes: int = Field(64 * 1024 * 1024, ge=1024, description="a file is finished at this size, bytes")
+    max_file_s: float = Field(3600.0, gt=0, description="a file is finished after this time, seconds")
+    queue_rows: int = Field(10_000, ge=1, description="rows that may wait to be written; more are dropped and counted")
 
 
 class FeatureRetrievalSettings(ServiceSettings):
@@ -182,3 +197,4 @@ class FeatureRetrievalSettings(ServiceSettings):
     events: EventSettings = Field(default_factory=EventSettings, description="events that aggregated views count")
     durable: DurableSettings = Field(default_factory=DurableSettings, description="the copy of rows in Postgres")
     feast: FeastSettings = Field(default_factory=FeastSettings, description="an existing Feast online store")
+    skew_log: SkewLogSettings = Field(default_factory=SkewLogSettings, description="the rows that were served, for a sample of entities")

@@ -20,7 +20,7 @@ from feature_retrieval.row_codec import KeySpace
 from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
-from plait.errors import ResourceExhausted, Unavailable
+from plait.errors import Unavailable
 from plait.registry.database import open_pool
 from plait.registry.records import Entity, Feature, FeatureView, Snapshot
 from plait.registry.store import Store
@@ -99,7 +99,7 @@ async def test_a_full_queue_refuses_instead_of_losing(postgres_dsn: str, door: T
         await door.cut()
         keys = SPACE.keys([f"i{n}" for n in range(50)])
         await copy.keep(view("behind"), keys, [row(5)] * 50)
-        with pytest.raises(ResourceExhausted) as caught:
+        with pytest.raises(Unavailable) as caught:
             await copy.keep(view("behind"), SPACE.keys([f"j{n}" for n in range(11)]), [row(5)] * 11)
         assert caught.value.reason == "DURABLE_COPY_BEHIND"
         with pytest.raises(Unavailable):
@@ -153,3 +153,12 @@ async def test_a_write_is_acknowledged_as_committed_only_where_it_is(postgres_ds
         assert (again.applied, again.ignored, again.durability) == (0, 1, pb.DURABILITY_COMMITTED)
         assert await rows.read(SPACE.keys(["x"])) == (await store.read(SPACE.keys(["x"]), 10)).rows
     await store.close()
+
+
+async def test_a_database_without_its_tables_refuses_the_write_as_one_to_be_repeated(postgres_server: Any, door: TcpProxy) -> None:
+    bare = postgres_server.create_database("without_tables")
+    async with opened(bare, door, Clock()) as (copy, _):
+        with pytest.raises(Unavailable, match="plait migrate") as caught:
+            await copy.keep(view("before"), SPACE.keys(["x"]), [row(5)])
+        assert caught.value.reason == "REGISTRY_NOT_MIGRATED"
+    postgres_server.drop_database("without_tables")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from feature_retrieval.near_cache import NearCache
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import KeySpace, entity_prefix
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.store.rows import Read
 from feature_retrieval.views import Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
@@ -238,3 +240,29 @@ async def test_exactly_one_entity_of_a_type_is_explained(world: World, ids: list
     with pytest.raises(InvalidArgument) as caught:
         await world.explain(request)
     assert [v.description for v in caught.value.violations] == [f"exactly one id is explained, and {len(ids)} are given"]
+
+
+async def test_a_row_that_only_the_durable_copy_had_is_told_as_that(redis_url: str) -> None:
+    kept = dataclasses.replace(VIEW, durable="behind")
+    plans = Plans(dataclasses.replace(SNAPSHOT, feature_views={"stats": kept}))
+    store = RedisStore(redis_url)
+
+    class Copy:
+        """Has one row that Redis has lost."""
+
+        def __init__(self, row: bytes) -> None:
+            self.row = row
+
+        async def read(self, keys: Sequence[bytes], timeout_s: float) -> Read:
+            return Read([self.row] * len(keys))
+
+    await write(store, batch_of(2.5, "red", [1]))
+    [row] = (await store.read(KeySpace.of("shop", "item", "stats", 3, 4).keys(["i"]), 10)).rows
+    assert row is not None
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+    page = Retrieval(Copy(row), NearCache(0, 60), lambda: plans, clock=lambda: NOW_S)
+    told = pb.ExplainFeaturesResponse()
+    await Explanation(page, lambda: plans, store.times_to_live).explain(request_of("i"), told, call())
+    assert (told.views[0].source, told.views[0].stored) == (pb.ROW_SOURCE_DURABLE, row)
+    await store.close()

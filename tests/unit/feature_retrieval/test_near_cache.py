@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
@@ -284,17 +284,115 @@ def test_rows_and_misses_grow_old() -> None:
     assert look(cache, ["a"]) == [3]
 
 
-def test_it_is_bounded_in_bytes() -> None:
+def test_it_is_bounded_in_bytes_and_keeps_what_is_asked_for() -> None:
     limit = 400_000
     cache = cache_of(max_bytes=limit)
-    largest, forgotten = 0, 0
+    fill(cache, {"hot": row(7)})
     for start in range(0, 40_000, 500):
         fill(cache, {f"i{start + n}": row(n) for n in range(500)})
-        assert cache.size_bytes <= limit
-        forgotten += cache.size_bytes < largest
-        largest = max(largest, cache.size_bytes)
-    assert largest > limit / 4
-    assert forgotten > 1
+        assert limit / 4 < cache.size_bytes <= limit
+        assert look(cache, ["hot", f"i{start + 499}"]) == [7, 499]
+    assert not cache.resets  # nothing was forgotten but what had to go
+
+
+def test_more_than_fits_at_once_is_kept_in_part() -> None:
+    cache = cache_of(max_bytes=50_000)
+    fill(cache, {f"i{n}": row(n) for n in range(10_000)})
+    held = look(cache, [f"i{n}" for n in range(10_000)])
+    assert {told for n, told in enumerate(held) if told != n} == {"unknown"}
+    assert 64 < sum(told != "unknown" for told in held) < 500
+    assert cache.size_bytes <= 50_000
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("read"), st.integers(0, 299), st.integers(1, 90), st.booleans()),
+            st.tuples(st.just("write"), st.integers(0, 299), st.integers(1, 40), st.booleans()),
+        ),
+        max_size=60,
+    ),
+    st.integers(16_000, 60_000),
+)
+def test_whoever_makes_room_for_whom_no_row_is_another_s(steps: list[tuple[str, int, int, bool]], max_bytes: int) -> None:
+    """Two views of one entity type share slots, and all of them together hold a part of the ids only."""
+    cache = cache_of(max_bytes=max_bytes)
+    stored: dict[KeySpace, dict[str, int]] = {SPACE: {}, OTHER_VIEW: {}}
+    for version, (what, first, count, other) in enumerate(steps, start=1):
+        ids, space = [f"i{n % 300}" for n in range(first, first + count)], OTHER_VIEW if other else SPACE
+        if what == "write":
+            stored[space].update(dict.fromkeys(ids, version))
+            cache.changed(space.keys(ids))
+        else:
+            fill(cache, {i: row(stored[space][i]) if i in stored[space] else None for i in ids}, space)
+            assert (
+                "unknown" not in look(cache, ids[-1:], space) or cache.resets or count > 8
+            )  # of a batch as large as all of it, some make room for others
+        assert cache.size_bytes <= max_bytes
+        for looked, rows in stored.items():
+            everybody = [f"i{n}" for n in range(300)]
+            for entity_id, told in zip(everybody, look(cache, everybody, looked), strict=True):
+                assert told in ("unknown", rows.get(entity_id, "miss"))
+
+
+@pytest.mark.parametrize("skew", [1.0, 1.2])
+def test_on_a_skewed_stream_it_hits_about_as_often_as_an_lru_of_its_size(skew: float) -> None:
+    keys, reads, batch = 20_000, 60_000, 100
+    weights = np.arange(1, keys + 1) ** -skew
+    asked = np.random.default_rng(5).choice(keys, reads, p=weights / weights.sum())
+    cache = cache_of(max_bytes=500_000)
+    lru: OrderedDict[str, None] = OrderedDict()
+    hits = lru_hits = 0
+    for start in range(0, reads, batch):
+        ids = list(dict.fromkeys(f"i{n}" for n in asked[start : start + batch].tolist()))
+        missing = [i for i, told in zip(ids, look(cache, ids), strict=True) if told == "unknown"]
+        hits += len(ids) - len(missing)
+        fill(cache, {i: row(1) for i in missing})
+        [entity] = cache._entities.values()
+        for entity_id in ids:
+            lru_hits += entity_id in lru
+            lru[entity_id] = None
+            lru.move_to_end(entity_id)
+            if len(lru) > entity.capacity:
+                lru.popitem(last=False)
+    assert len(lru) < keys / 4
+    assert (lru_hits - hits) / reads < 0.05
+
+
+def test_an_entity_type_that_took_everything_gives_way_to_another() -> None:
+    users = KeySpace.of("default", "user", "profile", 1)
+    cache = cache_of(max_bytes=200_000)
+    cache.connected([SPACE.prefix, users.prefix])
+    fill(cache, {f"i{n}": row(n) for n in range(5_000)})
+    assert cache.size_bytes > 190_000
+    fill(cache, {"u": row(3)}, users)
+    assert look(cache, ["u"], users) == [3]
+    assert cache.resets["rebalanced"] == 1
+    fill(cache, {"i": row(4)})
+    assert (look(cache, ["i"]), look(cache, ["u"], users)) == ([4], [3])
+    assert cache.size_bytes <= 200_000
+    assert cache.resets["rebalanced"] == 1  # they do not push each other out
+
+
+def test_what_is_found_is_counted() -> None:
+    cache = cache_of()
+    fill(cache, {"a": blank(), "none": None})
+    for ids in (["a"], ["a", "none", "b"]):
+        cache.count(find(cache, ids), len(ids))
+    cache.count(find(cache, ["x"], OTHER_VIEW), 1)
+    assert cache.lookups == {"hit": 2, "miss": 1, "unknown": 2}
+    cache.changed(SPACE.keys(["a", "b"]))
+    cache.changed(None)
+    assert (cache.invalidations, cache.resets) == (2, {"flushed": 1})
+
+
+@pytest.mark.parametrize("key", [b"", b"p1{", b"p1{\xff", SPACE.prefix, SPACE.prefix + b"s", SPACE.prefix + b"s\0\1a", b"\xff" * 9])
+def test_keys_that_are_none_of_ours_change_nothing(key: bytes) -> None:
+    cache = cache_of()
+    fill(cache, {"a": row(1)})
+    cache.changed([key])
+    assert look(cache, ["a"]) == [1]
 
 
 def test_misses_count_towards_the_bound() -> None:

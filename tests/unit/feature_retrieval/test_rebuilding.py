@@ -26,6 +26,7 @@ from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from plait.registry.certificates import Signer
 from plait.registry.database import Pool, open_pool
 from plait.registry.manifests import Manifest
 from plait.registry.records import Entity, Epochs, Feature, FeatureView, Snapshot

@@ -54,12 +54,14 @@ def test_every_own_setting_is_read_from_the_environment(monkeypatch: pytest.Monk
 
 def test_every_setting_has_a_meaning() -> None:
     named = dict(fields(FeatureRetrievalSettings))
-    own = {name.removeprefix(PREFIX) for name in named if name.startswith((f"{PREFIX}REDIS__", f"{PREFIX}NEAR_CACHE__"))}
+    own = {name.removeprefix(PREFIX) for name in named}
+    own = {name for name in own if name.startswith(("REDIS__", "NEAR_CACHE__", "DURABLE__"))}
     assert own == {
         *("REDIS__URL", "REDIS__CONNECTIONS", "REDIS__CONNECT_TIMEOUT_S", "REDIS__WRITE_TIMEOUT_S"),
         *("REDIS__MODE", "REDIS__NODES", "REDIS__SENTINEL_SERVICE", "REDIS__SENTINEL_PASSWORD", "REDIS__TTL_JITTER"),
         *("REDIS__TLS_CA", "REDIS__TLS_CERT", "REDIS__TLS_KEY"),
         *("NEAR_CACHE__MAX_BYTES", "NEAR_CACHE__MAX_AGE_S"),
+        *("DURABLE__QUEUE_ROWS", "DURABLE__BATCH_ROWS", "DURABLE__CONNECTIONS", "DURABLE__READ_THROUGH_ROWS_PER_S"),
     }
     feasts = {name.removeprefix(f"{PREFIX}FEAST__") for name in named if name.startswith(f"{PREFIX}FEAST__")}
     assert feasts == {"ENABLED", "SERVING", *(name for name in own if name.startswith("REDIS__"))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from plait.cli.features import epochs, erase, events, explain, export, import_feast, materialize
+from plait.cli.features import epochs, erase, events, explain, export, import_feast, materialize, rebuild, skew
 
 _HELP = """Fill, flip, look at and clean up the online features, and take them over from Feast.
 
@@ -16,6 +16,8 @@ _HELP = """Fill, flip, look at and clean up the online features, and take them o
 
   plait features rollback item-stats --reason "wrong prices"
 
+  plait features rebuild
+
   plait features import-feast feature_repo/ --out manifests/
 """
 
@@ -23,6 +25,6 @@ _HELP = """Fill, flip, look at and clean up the online features, and take them o
 def register(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(name="features", help=_HELP, no_args_is_help=True)
-    for command in (materialize, epochs, events, explain, export, erase, import_feast):
+    for command in (materialize, epochs, rebuild, events, explain, skew, export, erase, import_feast):
         command.register(group)
     app.add_typer(group)

@@ -158,14 +158,22 @@ class Sentinel:
                 found = await sentinel.ask(b"SENTINEL", [b"get-master-addr-by-name", self._service.encode()])
                 if found is None:
                     continue
-                address = found[0].decode(), int(found[1])
-                node = self._node if self._node is not None and self._node.address == address else self._access.node(address)
-                if (await node.ask(b"ROLE"))[0] != b"master":  # this Sentinel has not heard of the failover
-                    continue
-                self._sentinels.insert(0, self._sentinels.pop(at))
-                await self._take(node)
-                return
+                if await self._try((found[0].decode(), int(found[1]))):
+                    self._sentinels.insert(0, self._sentinels.pop(at))  # it is asked first from now on
+                    return
         raise unavailable()
+
+    async def _try(self, address: Address) -> bool:
+        """Take the server at an address if it says itself that it is a primary: a Sentinel may not have heard of the failover yet."""
+        node = self._node if self._node is not None and self._node.address == address else self._access.node(address)
+        try:
+            primary: bool = (await node.ask(b"ROLE"))[0] == b"master"
+            if primary:
+                await self._take(node)
+        finally:
+            if node is not self._node:
+                await node.close()
+        return primary
 
     async def _take(self, node: Node) -> None:
         old, self._node = self._node, node

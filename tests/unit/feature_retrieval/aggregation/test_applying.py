@@ -359,3 +359,24 @@ async def test_fingerprints_outlive_the_time_in_which_a_duplicate_is_taken(redis
         lives: Any = {bytes(key)[:3]: client.pttl(key) for key in client.scan_iter("s1*")}  # type: ignore[union-attr]
         assert len(lives) == 1
         assert all(client.pttl(key) > (2 * DAY_S + 290) * 1000 for key in client.scan_iter("s1*"))  # type: ignore[operator,union-attr]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), chance=st.randoms(use_true_random=False))
+async def test_whatever_the_bytes_the_good_events_beside_them_count(
+    redis_server: EmbeddedRedis, data: st.DataObject, chance: random.Random
+) -> None:
+    """One that passes every check and then breaks something would stop all consumers, again and again."""
+    made = event("e", chance.choice(KINDS), value=1.5, values={"price": 2.0})
+    made.subject.ids.composite_ids.add().parts.add(int64_part=data.draw(st.integers(-(1 << 63), (1 << 63) - 1)))
+    made.event_time.seconds = data.draw(st.integers(-(1 << 63), (1 << 63) - 1) | st.just(int(NOW_S)))
+    made.value = data.draw(st.floats())
+    payload = bytearray(made.SerializeToString())
+    for _ in range(data.draw(st.integers(0, 6))):
+        payload[chance.randrange(len(payload))] = chance.randrange(256)
+    flush(redis_server.url)
+    async with opened(redis_server.url) as store:
+        await applying(store).apply(messages([event("good1", listing="l9"), bytes(payload), event("good2", listing="l9")]))
+        (row,) = (await store.read(space(LISTINGS).keys(["l9"]), 10)).rows
+        assert row is not None
+        assert values_of(LISTINGS, row)["views_1h"] == 2

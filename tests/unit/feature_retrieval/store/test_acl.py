@@ -34,7 +34,7 @@ def admin(redis_url: str) -> Iterator[redis.Redis]:
 def keys_of(tenant: str) -> list[bytes]:
     space = KeySpace.of(tenant, "item", "stats", 1, 2)
     ids = ["x", "}", "*"]
-    name = tenant.encode()
+    name = bytes([len(tenant)]) + tenant.encode()
     return [*space.keys(ids), *space.mark_keys(ids), space.applied_key("x", 3), b"e1{" + name + b"}", b"d1{" + name + b"}"]
 
 

@@ -57,6 +57,7 @@ def test_a_misfit_brought_about_elsewhere_is_refused_too() -> None:
         plan.apply(manifests(narrower), *FULL)
     fields = [v.field for v in caught.value.violations]
     assert fields == ["FeatureView item-stats spec.version", "FeatureSet home spec.inputs[1].features[1]"]
+    assert caught.value.violations[1].description == "view 'item-stats' has no feature 'views'; it feeds Model ranker version 1; Route home"
 
 
 def test_old_problems_of_others_do_not_stand_in_the_way() -> None:
