@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import redis
-from feature_retrieval.certificates import Signer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fakes.calls import ADMIN, call_of
