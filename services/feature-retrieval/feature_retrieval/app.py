@@ -126,7 +126,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
     server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
     if settings.feast.serving:
-        _serve_feast(server, Retrieval(reads, NearCache(0, settings.near_cache.max_age_s), current.plans), current)
+        _serve_feast(server, Retrieval(reads, NearCache(0, settings.near_cache.max_age_s), current.plans, counts=counts), current)
     return server
 
 

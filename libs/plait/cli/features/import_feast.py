@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from plait.cli.output import write_line, write_note
+from plait.cli.options import JsonOption
+from plait.cli.output import write_json, write_line, write_note
 
 if TYPE_CHECKING:
     from plait.cli.features.feast_mapping import Mapped
@@ -47,6 +49,7 @@ def import_feast(
     ] = False,
     max_length: Annotated[int, typer.Option(min=1, max=1024, help="Of lists: as many values as the model will see.")] = 32,
     hash_buckets: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Of strings without a vocabulary.")] = 1 << 20,
+    as_json: JsonOption = False,
 ) -> None:
     """Turn the entities, feature views and feature services of an applied Feast repository into manifests.
 
@@ -62,10 +65,13 @@ def import_feast(
     found = mapped(read_repository(repo, python), Options(max_length=max_length, hash_buckets=hash_buckets, in_place=in_place))
     _refuse_nothing(found)
     texts = {VIEWS_FILE: _documents(found.views), SETS_FILE: _documents(found.sets, found.transforms)}
+    if out is not None:
+        _write(texts, out, replace=replace)
+    if as_json:
+        write_json({"manifests": _manifests([*found.views, *found.sets]), "left_out": found.left_out, "transforms": found.transforms})
+        return
     if out is None:
         write_line("---\n".join(text for text in texts.values() if text))
-    else:
-        _write(texts, out, replace=replace)
     for sentence in found.left_out:
         write_note(f"left out: {sentence}")
     write_note(f"{len(found.views)} feature view(s), {len(found.sets)} feature set(s); {len(found.left_out)} thing(s) left out")
@@ -111,17 +117,21 @@ def _refuse_nothing(found: Mapped) -> None:
     raise FailedPrecondition(f"nothing of the repository can be taken over\n{reasons}", reason="FEAST_UNSUPPORTED")
 
 
-def _documents(records: list[FeatureView] | list[FeatureSet], comments: dict[str, list[str]] | None = None) -> str:
+def _documents(records: Sequence[FeatureView | FeatureSet], comments: dict[str, list[str]] | None = None) -> str:
     """Return the manifests as YAML, each after its comments."""
     import yaml  # noqa: PLC0415
 
+    texts = []
+    for record, manifest in zip(records, _manifests(records), strict=True):
+        said = "".join(f"# {line}".rstrip() + "\n" for line in (comments or {}).get(record.name, ()))
+        texts.append(said + str(yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True, width=120)))
+    return "---\n".join(texts)
+
+
+def _manifests(records: Sequence[FeatureView | FeatureSet]) -> list[dict[str, Any]]:
     from plait.registry.specs import to_manifest  # noqa: PLC0415
 
-    texts = []
-    for record in records:
-        said = "".join(f"# {line}".rstrip() + "\n" for line in (comments or {}).get(record.name, ()))
-        texts.append(said + str(yaml.safe_dump(to_manifest(record), sort_keys=False, allow_unicode=True, width=120)))
-    return "---\n".join(texts)
+    return [to_manifest(record) for record in records]
 
 
 def _write(texts: dict[str, str], out: Path, *, replace: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,14 @@ def test_what_is_printed_can_be_applied(plait: Plait, repo: Path, dumped: dict[s
     assert "# on-demand view plus" in result.stdout
     assert "left out: FeatureView 'v', feature 'odd' (Map)" in result.stderr
     assert "1 feature view(s), 1 feature set(s); 2 thing(s) left out" in result.stderr
+
+
+def test_programs_get_one_document(plait: Plait, repo: Path, dumped: dict[str, Any]) -> None:
+    result = plait("features", "import-feast", str(repo), "--json")
+    told = json.loads(result.stdout)
+    assert [m["metadata"]["name"] for m in told["manifests"]] == ["v", "s"]
+    assert len(told["left_out"]) == 2
+    assert told["transforms"]["s"][0].startswith("on-demand view plus")
 
 
 def test_files_are_written_and_not_written_over(plait: Plait, repo: Path, dumped: dict[str, Any], tmp_path: Path) -> None:
