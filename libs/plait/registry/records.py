@@ -261,7 +261,7 @@ class Batching:
 
     max_rows: int = 4096
     max_queue_rows: int = 32768
-    max_queue_delay_ms: float = 2.0
+    max_queue_delay_ms: float = 10.0
     row_splits: str = ""
     max_bytes: int = 64 * 1024 * 1024
     preferred_rows: tuple[int, ...] = ()

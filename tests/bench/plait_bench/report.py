@@ -67,7 +67,7 @@ def remarks(facts: Figures) -> Iterator[str]:
     for case, over in facts["overload"].items():
         yield (
             f"overload, {case} a call: of {over['begun_per_s']:.0f} calls/s ({over['begun_per_s'] / over['sustainable_per_s']:.0f} × what is sustainable) "
-            f"{over['answered_share']:.0%} were answered ({over['answered_to_sustainable']:.2f} × of the sustainable rate), p99 {over['answered_p99_ms']:.0f} ms "
+            f"{over['answered_share']:.0%} were answered in time ({over['answered_to_sustainable']:.2f} × of the sustainable rate), p99 {over['answered_p99_ms']:.0f} ms "
             f"of a budget of {over['budget_ms']} ms; RESOURCE_EXHAUSTED {over['resource_exhausted']}, DEADLINE_EXCEEDED {over['deadline_exceeded']}"
         )
     for skipped in facts["skipped"]:

@@ -327,17 +327,20 @@ def _overload(bench: Bench, worker: OwnWorker, network: Network, rows: int, call
     except (Closed, OSError) as error:
         bench.skip(f"overload, {rows} rows a call", f"the server broke off: {error}")
         return {}
-    bench.say(f"overload: {per_s:.0f} calls/s begun, {tally.per_s:.0f} answered", seconds)
     begun = int(per_s * seconds)
+    # The generator waits for late answers, a caller does not; and what lies unread in the socket is late before the server knows of it.
+    in_time = [taken_s for taken_s in tally.taken_s if taken_s * 1e3 <= _OVERLOAD_BUDGET_MS]
+    bench.say(f"overload: {per_s:.0f} calls/s begun, {len(in_time) / seconds:.0f} answered in time", seconds)
     return {
         "sustainable_per_s": sustainable.rate,
         "begun_per_s": per_s,
         "budget_ms": _OVERLOAD_BUDGET_MS,
-        "answered_share": len(tally.taken_s) / begun,
-        "answered_per_s": tally.per_s,
-        "answered_to_sustainable": tally.per_s / sustainable.rate,
-        "answered_p50_ms": percentile_ms(tally.taken_s, 50),
-        "answered_p99_ms": percentile_ms(tally.taken_s, 99),
+        "answered_share": len(in_time) / begun,
+        "answered_per_s": len(in_time) / seconds,
+        "answered_to_sustainable": len(in_time) / seconds / sustainable.rate,
+        "answered_p50_ms": percentile_ms(in_time, 50),
+        "answered_p99_ms": percentile_ms(in_time, 99),
+        "answered_late_per_s": (len(tally.taken_s) - len(in_time)) / seconds,
         "resource_exhausted": tally.statuses[_RESOURCE_EXHAUSTED],
         "deadline_exceeded": tally.statuses[_DEADLINE_EXCEEDED],
         "statuses": {str(status): count for status, count in sorted(tally.statuses.items())},

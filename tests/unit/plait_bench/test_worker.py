@@ -32,7 +32,7 @@ FIGURES = {
     "calls": int,
     "other_statuses": dict,
 }
-OVERLOAD = dict.fromkeys(("sustainable_per_s", "begun_per_s", "budget_ms", "answered_share", "answered_per_s", "answered_to_sustainable", "answered_p50_ms", "answered_p99_ms", "resource_exhausted", "deadline_exceeded", "never_answered"), NUMBER) | {"statuses": dict}  # fmt: skip
+OVERLOAD = dict.fromkeys(("sustainable_per_s", "begun_per_s", "budget_ms", "answered_share", "answered_per_s", "answered_to_sustainable", "answered_p50_ms", "answered_p99_ms", "answered_late_per_s", "resource_exhausted", "deadline_exceeded", "never_answered"), NUMBER) | {"statuses": dict}  # fmt: skip
 LOADS = ("1 caller", "16 callers, a connection each", "16 callers, one connection")
 
 
