@@ -69,6 +69,13 @@ def test_waiting_stops_where_it_costs_more_than_it_saves_and_is_tried_again() ->
     assert not waits(delay, 2.1, 1 * MS, 0.0)
 
 
+def test_one_try_that_was_cheap_is_enough_to_wait_again() -> None:
+    delay = used_to(16)
+    for i in range(20):
+        waits(delay, i * 10 * MS, 1 * MS, 0.0)
+    assert all(waits(delay, 2.0 + i * 10 * MS, 1 * MS, 1 * MS) for i in range(20))
+
+
 def test_waiting_goes_on_where_the_time_is_used() -> None:
     delay = used_to(16)
     assert all(waits(delay, i * 10 * MS, 3 * MS, 2.9 * MS) for i in range(50))
