@@ -117,7 +117,14 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         upkeep=UpkeepParts(
             epochs=EpochUpkeep(store, lambda: watcher.snapshot, guard.loaded, keep=durable.keep, max_future_s=future_s),
             exporting=Exporting(store, lambda: watcher.snapshot),
-            erasing=Erasing(store, registry, Signer(privacy_key) if privacy_key else None, guard.catch_up, max_future_s=future_s),
+            erasing=Erasing(
+                store,
+                registry,
+                Signer(privacy_key) if privacy_key else None,
+                guard.catch_up,
+                max_future_s=future_s,
+                snapshot=lambda: watcher.snapshot,
+            ),
             rebuilding=Rebuilding(store, durable_rows, lambda: watcher.snapshot, guard.loaded, max_future_s=future_s),
         ),
         max_batches=settings.ingestion.max_batches,

@@ -20,8 +20,9 @@ from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import RedisStore
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, Violation
 from plait.registry.certificates import Signer
-from plait.registry.entity_ids import composites
+from plait.registry.entity_ids import composites, read_ids
 from plait.registry.erasures import Erasure
+from plait.registry.records import Snapshot
 from plait.rpc.call import Call
 from plait.telemetry.logging import get_logger
 
@@ -63,7 +64,10 @@ class Removed:
 
 
 class Erasing:
-    """Answers EraseEntity. `signer` is None where no privacy key is set; `complete` has Redis note up to which erasure it knows all."""
+    """Answers EraseEntity. `signer` is None where no privacy key is set; `complete` has Redis note up to which erasure it knows all.
+
+    With `snapshot`, ids of a kind that no view of the type has are refused: erasing what cannot be there would look as if it had worked.
+    """
 
     def __init__(
         self,
@@ -74,7 +78,9 @@ class Erasing:
         clock: Callable[[], float] = time.time,
         *,
         max_future_s: float = MAX_FUTURE_S,
+        snapshot: Callable[[], Snapshot] = Snapshot,
     ) -> None:
+        self._snapshot = snapshot
         self._store = store
         self._registry = registry
         self._signer = signer
@@ -95,6 +101,7 @@ class Erasing:
             )
         entity_type = request.entities.entity_type
         ids = _checked(request)
+        _check_kind(request, self._snapshot())
         if not await self._registry.views_that_held(call.tenant, entity_type):
             raise NotFound(f"no view ever held an entity type {entity_type!r}", reason="ENTITY_TYPE_NOT_FOUND")
         now_us = int(self._clock() * 1e6)
@@ -192,6 +199,14 @@ def _counted(held: HeldViews, views: Any) -> dict[str, int]:
     for view in views:
         counts[view] += 1
     return counts
+
+
+def _check_kind(request: Any, snapshot: Snapshot) -> None:
+    views = [view for view in snapshot.feature_views.values() if view.entity.type == request.entities.entity_type]
+    entities = [entity for view in views for entity in (view.entity, *(past.entity for past in view.versions))]
+    problems = [read_ids(request.entities.ids, entity)[1] for entity in entities]
+    if problems and all(problems):
+        raise InvalidArgument("the entities cannot be erased", violations=[Violation("entities.ids", problems[0])])
 
 
 def _checked(request: Any) -> list[Id]:

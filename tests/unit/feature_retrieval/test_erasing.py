@@ -248,6 +248,18 @@ async def test_ids_of_every_kind_are_erased_as_what_they_are(world: World) -> No
     assert await world.write("profile", 7) == ["ENTITY_ERASED"]
 
 
+async def test_ids_of_a_kind_that_cannot_be_there_are_refused(world: World) -> None:
+    snapshot = await world.registry.snapshot()
+    world.erasing = Erasing(world.store, world.registry, SIGNER, world.guard.catch_up, snapshot=lambda: snapshot)
+    await world.write("profile", 7)
+    with pytest.raises(InvalidArgument) as caught:
+        await world.erase("7", entity_type="user")
+    assert [(v.field, "set int64_ids" in v.description) for v in caught.value.violations] == [("entities.ids", True)]
+    assert await world.there("profile", 7)
+    await world.erase(7, entity_type="user")
+    assert not await world.there("profile", 7)
+
+
 @pytest.mark.parametrize(
     ("ids", "words"),
     [

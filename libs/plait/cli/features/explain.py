@@ -18,6 +18,7 @@ _FORMATS: Final = {
 }  # fmt: skip
 _INT: Final = "int:"
 _TEXT: Final = "text:"
+_SHOWN_BYTES: Final = 32  # of a stored row, in a table
 
 
 def register(app: typer.Typer) -> None:
@@ -129,6 +130,11 @@ def _tensor(name: str, value: str, declared: Any) -> Any:
     return types_pb2.Tensor(name=name, dtype=declared.dtype, shape=[1] if declared.entity_type else [], data=data)
 
 
+def _beginning(stored: bytes) -> str:
+    """Return what fits in a line; `--json` has all of it."""
+    return stored[:_SHOWN_BYTES].hex() + (f"… {len(stored)} bytes" if len(stored) > _SHOWN_BYTES else "")
+
+
 def _show(answer: Any) -> None:
     from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb  # noqa: PLC0415
     from plait.api.types.v1 import types_pb2  # noqa: PLC0415
@@ -149,7 +155,7 @@ def _show(answer: Any) -> None:
                 view.schema_id or "",
                 view.sequence or "",
                 " ".join(word for word, on in (("deleted", view.deleted), ("backfilled", view.backfilled)) if on),
-                view.stored.hex(),
+                _beginning(view.stored),
             )
             for view in answer.views
         ],
