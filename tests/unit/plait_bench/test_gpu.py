@@ -19,7 +19,7 @@ from plait_bench.gpu import Candidate
 from plait_bench.measure import Plan
 from plait_bench.models import MLP
 
-TINY = Plan(rounds=2, seconds=0.05, warm_up_s=0.02, trial_s=0.05)
+TINY = Plan(rounds=2, seconds=0.15, warm_up_s=0.02, trial_s=0.15)
 FIGURES = {"rows_per_call", "threads", "rows_per_s", "rows_per_s_rounds", "p50_ms", "p99_ms", "calls", "to_eager"}
 
 

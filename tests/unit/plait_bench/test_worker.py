@@ -17,7 +17,7 @@ from plait_bench import live_load, report, worker
 from plait_bench.measure import QUICK, Plan
 from plait_bench.models import HEAVY
 
-TINY = Plan(rounds=2, seconds=0.05, warm_up_s=0.02, trial_s=0.05)
+TINY = Plan(rounds=2, seconds=0.15, warm_up_s=0.02, trial_s=0.15)
 NUMBER = (int, float)
 FIGURES = {
     "callers": int,
