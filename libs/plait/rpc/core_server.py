@@ -1,9 +1,9 @@
 """An asyncio gRPC server that waits for gRPC's core in one thread instead of once per operation: several times the calls per core of `grpc.aio`.
 
 `grpc.aio` takes every operation of a call (arrival, message, end, answer) through a future, a task switch and a hop between threads, about
-210 us of CPU for a call that does nothing. Here a thread waits for the first event of a burst and wakes the loop, which takes the rest itself
-without waiting, starts what comes next in the core, and gives the turn back when there is nothing left: a call costs the loop one task, and
-under load no hop at all; two threads that take turns at every event would fight for the interpreter's lock. The operations are those of
+210 us of CPU for a call that does nothing. Here a thread takes events off the completion queue, starts what comes next in the core itself,
+and wakes the loop once for whatever has gathered. With `loop_polls` it waits for the first event of a burst only, and the loop takes the rest
+itself without waiting: under many callers two threads that take turns at every event fight for the interpreter's lock. The operations are those of
 grpcio's own synchronous server (`grpc/_server.py`), on grpcio's own binding `grpc._cython.cygrpc`, which is private but has had this shape
 since 2018; `RpcSettings.server` names `grpc.aio` as the way back, and one contract test runs against both.
 
@@ -76,7 +76,10 @@ class CoreServer:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         options: Sequence[tuple[str, Any]] = (),
         refusal: Refusal | None = None,
+        loop_polls: bool = False,
     ) -> None:
+        """With `loop_polls` the event loop takes all but the first event of a burst: for servers whose callers are many and work is short."""
+        self._loop_polls = loop_polls
         self._refusal = refusal
         self._arrived = 0  # unary calls; written by whoever has the turn
         self._left = 0  # and written by the event loop
@@ -159,11 +162,13 @@ class CoreServer:
     # --- taking events
 
     def _poll(self) -> None:
-        """In the polling thread: wait for the first event of a burst, and leave the rest of it to the loop."""
+        """In the polling thread: wait for events; with `loop_polls` for the first one of a burst, whose rest is the loop's."""
         while not self._stopped:
             self._take(self._queue.poll())
             if self._stopped:
                 break
+            if not self._loop_polls:
+                continue
             try:
                 self._loop.call_soon_threadsafe(self._pump)
             except RuntimeError:  # the loop was closed under us

@@ -29,8 +29,15 @@ class RpcServer:
     """Built by a service's `app`, run by `plait.rpc.process`. Add services, `start`, then `drain`."""
 
     def __init__(
-        self, settings: RpcSettings, *, authenticator: Authenticator, metrics: Metrics | None = None, tracing: Tracing | None = None
+        self,
+        settings: RpcSettings,
+        *,
+        authenticator: Authenticator,
+        metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
+        loop_polls: bool = False,
     ) -> None:
+        """`loop_polls` as `CoreServer` has it."""
         self._settings = settings
         self._scopes: dict[str, str] = {}
         self.metrics = metrics or Metrics()
@@ -54,7 +61,7 @@ class RpcServer:
             ("grpc.keepalive_permit_without_calls", 1),
         ]
         self._server: Any = (
-            CoreServer(interceptors=interceptors, options=options, refusal=self._interceptor.refusal())
+            CoreServer(interceptors=interceptors, options=options, refusal=self._interceptor.refusal(), loop_polls=loop_polls)
             if settings.server == "core"
             else grpc.aio.server(interceptors=interceptors, options=options)
         )

@@ -58,7 +58,7 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
         service_token=settings.rpc.service_token.get_secret_value(),
         required=settings.rpc.require_auth,
     )
-    server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
+    server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing, loop_polls=True)
     inference = Inference(models, instruments.statistics, instruments.failed)
     report = LoadReport(available_cpus(), lambda: instruments.statistics.busy_s, lambda: models.queued_rows)
     load = report if settings.protocol.trailers else None

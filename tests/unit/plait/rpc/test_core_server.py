@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import threading
 import time
@@ -15,7 +16,11 @@ import pytest
 
 from plait.rpc.core_server import CoreServer, Refusal
 
-SERVERS: dict[str, Callable[..., Any]] = {"core": CoreServer, "aio": grpc.aio.server}
+SERVERS: dict[str, Callable[..., Any]] = {
+    "core": CoreServer,
+    "core, loop polls": functools.partial(CoreServer, loop_polls=True),
+    "aio": grpc.aio.server,
+}
 
 
 class Echo:
