@@ -6,6 +6,7 @@ what was sent along → transforms → statuses → policy
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ class Retrieval:
 
     async def _fetch(self, reads: list[ViewRead], timeout_s: float) -> int:
         """Read every wanted key of every view in one round trip; return the microseconds waited. Failures become statuses."""
-        keys = [key for read in reads for key in read.keys]
+        keys = reads[0].keys if len(reads) == 1 else [key for read in reads for key in read.keys]
         if not keys:
             return 0
         for read in reads:
@@ -170,6 +171,7 @@ class Retrieval:
             answer = Read([None] * len(keys), failed=np.arange(len(keys)))
         finally:  # a cancelled read must end in the near cache, too
             at = 0
+            asyncio.get_running_loop().call_soon(self._cache.settle)  # nobody should wait for that
             for read in reads:
                 if not read.keys:
                     continue
@@ -177,7 +179,7 @@ class Retrieval:
                 if answer is not None:
                     read.take(answer.rows[at:until], _within(answer.late, at, until), _within(answer.failed, at, until))
                 if read.reading is not None:
-                    self._cache.end(read.reading, *(((), ()) if answer is None else read.answered()))
+                    self._cache.end(read.reading, *(((), ()) if answer is None else read.answered()), read.block)
                 at = until
         return int((time.perf_counter() - began) * 1e6)
 
