@@ -15,12 +15,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from feature_retrieval import request_features, transforming
+from feature_retrieval import policies, request_features, transforming
 from feature_retrieval.entity_ids import ids_by_type, unique
 from feature_retrieval.near_cache import UNKNOWN, NearCache, Places
 from feature_retrieval.permissions import check_readable
 from feature_retrieval.placing import Index, Placed, Tensor, place
-from feature_retrieval.policies import STATUSES, enforce
 from feature_retrieval.read_metrics import ReadCounts
 from feature_retrieval.row_codec import Id
 from feature_retrieval.store.rows import NONE, Positions, Read, Rows
@@ -79,15 +78,16 @@ class Retrieval:
 
     async def get_features(self, request: Any, response: Any, call: Call) -> None:
         """Fill a GetFeaturesResponse for a GetFeaturesRequest; errors as the contract says."""
+        policies.check(request)
         plans = self._plans()
         answer = await self.answer(plans.get(request.feature_set, request.inputs), request, call)
-        counts = [0] * STATUSES
+        counts = [0] * policies.STATUSES
         for read, placed in zip(answer.reads, answer.placed, strict=True):
             by_status, defaulted_cells = _report(response, read.view, placed, request, answer.now_us)
             self._counts.add(read.view.view.name, by_status, defaulted_cells)
             for status, count in enumerate(by_status):
                 counts[status] += count
-        enforce(request, counts, answer.defaulted_cells, sum(tensor.size for tensor in answer.tensors[: answer.plan.answered]))
+        policies.enforce(request, counts, answer.defaulted_cells, sum(tensor.size for tensor in answer.tensors[: answer.plan.answered]))
         for tensor_plan, tensor in zip(answer.plan.tensors[: answer.plan.answered], answer.tensors, strict=False):
             add_tensor(response, tensor_plan.name, tensor_plan.number, tensor)
         response.store_us = answer.store_us
@@ -203,11 +203,11 @@ def _report(response: Any, view: ViewPlan, placed: Placed, request: Any, now_us:
     """Add the view's report to the answer; return its counts by status, and its defaulted cells."""
     times = placed.times
     if placed.statuses is None:
-        counts = [0] * STATUSES
+        counts = [0] * policies.STATUSES
         counts[types_pb2.ROW_STATUS_PRESENT] = len(times)
         told = _PRESENT_BYTE * len(times)
     else:
-        counts = np.bincount(placed.statuses, minlength=STATUSES).tolist()
+        counts = np.bincount(placed.statuses, minlength=policies.STATUSES).tolist()
         told = placed.statuses.tobytes()
     report = response.views.add(feature_view=view.view.name, entity_type=view.view.entity.type, statuses=told)
     report.status_counts.extend(counts)
