@@ -216,12 +216,11 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A read under way: what it brings is kept unless its key changed after `since`, or everything was forgotten after `era`."""
+    """A read under way: what it brings is kept unless its key changed after `since`, or `entity` was forgotten."""
 
     entity: EntityCache
     view: ViewCache
     since: int
-    era: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +250,6 @@ class NearCache(Listener):
         self._tracked: frozenset[bytes] = frozenset()
         self._on = False
         self._changes = 0
-        self._era = 0
         self._looked_up = 0
         self._brought: deque[_Brought] = deque()
         self.lookups: Counter[str] = Counter()
@@ -359,7 +357,7 @@ class NearCache(Listener):
         entity = self._entities.setdefault(space.prefix, EntityCache())
         view = entity.view(space, codec)
         view.readings += 1
-        return Reading(entity, view, self._changes, self._era)
+        return Reading(entity, view, self._changes)
 
     def end(self, reading: Reading, ids: Sequence[Id], rows: Sequence[bytes | None], block: Bytes2D | None = None) -> None:
         """Keep what a read brought (`rows` parallel to `ids`; both empty where it failed), as far as it is still true.
@@ -374,7 +372,7 @@ class NearCache(Listener):
         while self._brought:
             brought = self._brought.popleft()
             reading, view = brought.reading, brought.reading.view
-            if reading.era == self._era and self.on and self._entities.get(view.space.prefix) is reading.entity:
+            if self._entities.get(view.space.prefix) is reading.entity:  # else it was forgotten while the read was under way
                 self._keep(brought)
             view.readings -= 1
             if not view.readings:
@@ -455,7 +453,6 @@ class NearCache(Listener):
 
     def _forget_all(self) -> None:
         self._entities.clear()
-        self._era += 1
 
 
 def _prefix_of(key: bytes) -> bytes:
