@@ -199,6 +199,12 @@ class Places:
     slots: Slots
     complete: bool  # no -1
 
+    def once(self, inverse: Slots) -> Places:
+        """Return the same for each id once: `inverse` tells where among those each id is."""
+        slots = np.empty(int(inverse.max()) + 1, np.intp)
+        slots[inverse] = self.slots  # one id's are all the same
+        return Places(self.entity, slots, self.complete)
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -322,8 +328,11 @@ class NearCache(Listener):
         entity.touch(slots if complete else slots[slots >= 0], self._looked_up)
         return Places(entity, slots, complete)
 
-    def find(self, space: KeySpace, codec: RowCodec, places: Places, now_us: int) -> Found | None:
-        """Return what is held of one view; None when nothing is. `now_us`: microseconds since the epoch, for expiry."""
+    def find(self, space: KeySpace, codec: RowCodec, places: Places, now_us: int, *, clean: bool = False) -> Found | None:
+        """Return what is held of one view; None when nothing is. `now_us`: microseconds since the epoch, for expiry.
+
+        `clean`: also None where not every row is simply good, so that none is copied in vain.
+        """
         view = places.entity.views.get((space, codec.head, codec.row_bytes))
         if view is None:
             return None
@@ -334,6 +343,8 @@ class NearCache(Listener):
         until_us = int(codes.min(initial=_CLEAN_FOR_EVER))
         if places.complete and until_us > now_us:
             return Found(view.rows[slots], codes, clean=True, until_us=until_us)
+        if clean:
+            return None
         if not places.complete:
             codes[slots < 0] = UNKNOWN
         return Found(view.rows[slots], codes, clean=False, until_us=0)
