@@ -43,7 +43,7 @@ for i = 1, #ARGV do
     local given = found[1][2]
     for at = 1, #given, 2 do fields[given[at]] = given[at + 1] end
     local redrives = tostring(tonumber(fields['n'] or '0') + 1)
-    redis.call('XADD', KEYS[2], '*', 'e', fields['e'], 't', fields['t'] or '', 'n', redrives)
+    redis.call('XADD', KEYS[2], '*', 'e', fields['e'], 't', fields['t'] or '', 'n', redrives, 'w', fields['w'] or '')
     redis.call('XDEL', KEYS[1], ARGV[i])
     moved = moved + 1
   end
@@ -142,6 +142,7 @@ def _fields(message: Message, refusal: Refusal) -> dict[bytes, bytes]:
         b"t": message.traceparent.encode(),
         b"o": message.origin.encode(),
         b"n": b"%d" % message.redrives,
+        b"w": message.publisher.encode(),
     }
 
 

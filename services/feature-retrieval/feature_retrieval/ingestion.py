@@ -20,6 +20,7 @@ from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, RowCodec, he
 from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import APPLIED, ERASED, RedisStore
 from feature_retrieval.views import schemas_of
+from feature_retrieval.write_metrics import WriteMetrics
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, Violation
 from plait.registry.entity_ids import read_ids
@@ -60,12 +61,14 @@ class Ingestion:
         erasures_loaded: Callable[[], Awaitable[None]] = nothing_was_erased,
         keep: Keep = kept_nowhere,
         wrote: Callable[[str, str, int], None] = _told_nobody,
+        metrics: WriteMetrics | None = None,
         max_future_s: float = MAX_FUTURE_S,
     ) -> None:
         self._store = store
         self._snapshot = snapshot
         self._clock = clock
         self._wrote = wrote
+        self._metrics = metrics
         self._erasures_loaded = erasures_loaded
         self._keep = keep
         self._max_future_s = max_future_s
@@ -76,6 +79,7 @@ class Ingestion:
 
         Raises NotFound, InvalidArgument, PermissionDenied, FailedPrecondition and Unavailable as the contract says.
         """
+        began = time.perf_counter()
         snapshot = self._snapshot()
         view = view_of(snapshot, batch.feature_view, batch.view_version)
         check_writable(view, call)
@@ -107,6 +111,9 @@ class Ingestion:
             result.durability = pb.DURABILITY_COMMITTED if committed else safe
         for at in sorted(bad):
             result.errors.add(row=at, reason=bad[at][0], message=bad[at][1])
+        if self._metrics is not None:
+            took_s = time.perf_counter() - began
+            self._metrics.wrote(view.name, applied=result.applied, ignored=result.ignored, refused=len(bad), took_s=took_s)
 
     async def _write(
         self, view: FeatureView, epochs: Sequence[int], tenant: str, ids: Sequence[Id], rows: Sequence[bytes], receipt: Receipt

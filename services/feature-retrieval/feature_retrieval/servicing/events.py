@@ -53,7 +53,7 @@ class Events(pb_grpc.FeatureRetrievalServiceServicer):
     async def PublishEvents(self, request: Any, context: Any) -> Any:
         """Append events to the caller's tenant's stream."""
         response = pb.PublishEventsResponse()
-        await self._events.publishing.publish(request.events, response, current().tenant, self._traced.traceparent())
+        await self._events.publishing.publish(request.events, response, current(), self._traced.traceparent())
         return response
 
     async def ListDeadLetters(self, request: Any, context: Any) -> Any:
