@@ -229,6 +229,18 @@ def refusal_of(reason: str) -> Refusal:
     return Refusal(reason, "")
 
 
+@pytest.mark.parametrize("word", ["", "x", "1", "-1-1", "0-0", f"{1 << 64}-0", f"1-{1 << 64}", "9" * 5000 + "-1"])
+async def test_what_is_no_dead_letter_s_id_blames_the_caller(service: EventService, word: str) -> None:
+    def redrive() -> Any:
+        return service.stub.RedriveDeadLetters(pb.RedriveDeadLettersRequest(ids=[word]), metadata=SHOP, timeout=20)
+
+    assert (await refused(redrive)).reason == "INVALID_ARGUMENT"
+    if word:
+        assert (await refused(lambda: letters(service, page_token=word))).reason == "INVALID_ARGUMENT"
+    long = "n" * 50_000  # what is said of it must fit into a trailer
+    assert (await refused(lambda: status(service, long))).reason == "FEATURE_VIEW_NOT_FOUND"
+
+
 async def test_status_and_metrics_tell_lag_watermark_and_freshness(service: EventService, redis_url: str) -> None:
     empty = await status(service)
     assert (empty.lag_events, empty.newest_event_time_us, empty.dead_letters, empty.serving_epoch) == (0, 0, 0, 0)

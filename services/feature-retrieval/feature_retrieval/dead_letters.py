@@ -152,6 +152,6 @@ def _order(entry_id: bytes) -> tuple[int, int]:
 
 
 def _checked_id(field: str, text: str) -> bytes:
-    if not _ID.fullmatch(text):
+    if not _ID.fullmatch(text) or not _order(text.encode()) > (0, 0) or max(_order(text.encode())) >= 1 << 64:
         raise InvalidArgument("this is not the id of a dead letter", violations=[Violation(field, "expected <milliseconds>-<number>")])
     return text.encode()

@@ -174,7 +174,9 @@ def view_of(snapshot: Snapshot, name: str, version: int) -> FeatureView:
     view = snapshot.feature_views.get(name)
     if view is None:
         hint = suggestion(name, list(snapshot.feature_views))
-        raise NotFound(f"no feature view {name!r}{hint}: see 'plait get featureview' for what there is", reason="FEATURE_VIEW_NOT_FOUND")
+        raise NotFound(
+            f"no feature view {name[:80]!r}{hint}: see 'plait get featureview' for what there is", reason="FEATURE_VIEW_NOT_FOUND"
+        )
     found = view.at(version)
     if found is None:
         kept = ", ".join(str(past.version) for past in view.versions) or "none"
