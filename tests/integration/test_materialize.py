@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,9 +23,11 @@ from tests.fakes.calls import call_of
 from tests.fakes.features_process import FeaturesProcess, features_process
 
 from feature_retrieval.ingestion import Ingestion
+from feature_retrieval.replicas import Replicas
 from feature_retrieval.row_codec import KeySpace
 from feature_retrieval.store.redis import RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
+from plait.errors import from_rpc_error
 from plait.registry.records import Entity, Feature, FeatureSet, FeatureView, ModelInput, Snapshot
 
 VIEW = FeatureView(name="stats", entity=Entity(type="item"), features=(Feature(name="a", default=-1),))
@@ -48,7 +51,7 @@ def file_of(folder: Path, rows: list[tuple[str, int, float]], name: str = "rows.
 async def test_a_file_is_served_after_one_flip_and_what_was_streamed_stays(process: FeaturesProcess, tmp_path: Path) -> None:
     await process.write("stats", [("newer", NOW_US, 1), ("older", NOW_US - 10, 2), ("streamed only", NOW_US, 3)])
     file = file_of(tmp_path, [("newer", NOW_US - 5, 10), ("older", NOW_US - 5, 20), ("file only", NOW_US - 5, 30)])
-    outcome = await process.good("materialize", "stats", "--from", file, "--settle", 0)
+    outcome = await process.good("materialize", "stats", "--from", file)
     assert (outcome["epoch"], outcome["flipped"], outcome["rows"], outcome["applied"]) == (1, True, 3, 3)
     assert outcome["carried_over"] >= 2
     ids = ["newer", "older", "streamed only", "file only"]
@@ -71,7 +74,7 @@ async def eventually(process: FeaturesProcess, ids: list[str], expected: list[fl
 
 async def test_no_request_sees_half_of_a_flip(process: FeaturesProcess, tmp_path: Path) -> None:
     ids = [f"i{n}" for n in range(200)]
-    await process.good("materialize", "stats", "--from", file_of(tmp_path, [(i, NOW_US - 9, 1) for i in ids]), "--settle", 0)
+    await process.good("materialize", "stats", "--from", file_of(tmp_path, [(i, NOW_US - 9, 1) for i in ids]))
     await eventually(process, ids, [1.0] * 200)
     seen: set[frozenset[float]] = set()
 
@@ -80,7 +83,7 @@ async def test_no_request_sees_half_of_a_flip(process: FeaturesProcess, tmp_path
             seen.add(frozenset(await process.read("home", ids)))
 
     readers = [asyncio.create_task(read()) for _ in range(4)]
-    await process.good("materialize", "stats", "--from", file_of(tmp_path, [(i, NOW_US - 5, 2) for i in ids], "new.parquet"), "--settle", 0)
+    await process.good("materialize", "stats", "--from", file_of(tmp_path, [(i, NOW_US - 5, 2) for i in ids], "new.parquet"))
     await eventually(process, ids, [2.0] * 200)
     for reader in readers:
         reader.cancel()
@@ -95,7 +98,7 @@ async def test_without_a_flip_nobody_reads_it_until_it_is_flipped(process: Featu
     assert await process.read("home", ["i"]) == [-1]
     again = await process.plait("materialize", "stats", "--from", file)
     assert "[EPOCH_BUSY]" in again.stderr
-    assert (await process.good("flip", "stats", "--settle", 0))["serving"] == 1
+    assert (await process.good("flip", "stats"))["serving"] == 1
     await eventually(process, ["i", "streamed"], [1, 3])
     assert (await process.good("retire", "stats"))["previous"] is None
     in_use = await process.plait("purge", "stats", "--epoch", 1)
@@ -107,7 +110,7 @@ async def test_without_a_flip_nobody_reads_it_until_it_is_flipped(process: Featu
 async def test_a_writer_that_was_cut_off_during_a_flip_is_carried_over_later(
     process: FeaturesProcess, tmp_path: Path, redis_url: str
 ) -> None:
-    await process.good("materialize", "stats", "--from", file_of(tmp_path, [("i", NOW_US - 5, 1)]), "--settle", 0)
+    await process.good("materialize", "stats", "--from", file_of(tmp_path, [("i", NOW_US - 5, 1)]))
     await eventually(process, ["i"], [1])
     store = RedisStore(redis_url, ack="applied")
     late = Ingestion(store, lambda: Snapshot(feature_views={"stats": VIEW}))  # it knows epoch 0 only
@@ -118,6 +121,64 @@ async def test_a_writer_that_was_cut_off_during_a_flip_is_carried_over_later(
     assert await process.read("home", ["i"]) == [1]
     assert (await process.good("carry-over", "stats"))["carried_over"] == 1
     await eventually(process, ["i"], [2])
+
+
+async def test_nothing_is_flipped_or_purged_behind_the_back_of_a_replica(process: FeaturesProcess, tmp_path: Path, redis_url: str) -> None:
+    store = RedisStore(redis_url, ack="applied")
+    cut_off = Replicas(store.dispatch, "cut off from Postgres", lambda: known)
+    known = (await process.registry.snapshot()).revision
+    announcing = asyncio.create_task(cut_off.run())
+    late = Ingestion(store, lambda: Snapshot(feature_views={"stats": VIEW}))  # what it goes on doing: it knows epoch 0 only
+    file = file_of(tmp_path, [("i", NOW_US - 5, 1)])
+    command = asyncio.create_task(process.good("materialize", "stats", "--from", file))
+    async with asyncio.timeout(60):
+        while not (epochs := await process.registry.epochs("default", "stats")).built:
+            await asyncio.sleep(0.01)
+    assert epochs.serving == 0
+    request = pb.CarryOverEpochRequest(feature_view="stats", from_epoch=0, to_epoch=1)
+    async with asyncio.timeout(20):
+        while (reason := await _reason_of(process.stub.CarryOverEpoch(request, metadata=process.metadata))) == "EPOCH_NOT_FOUND":
+            await asyncio.sleep(0.01)  # not heard here
+    assert reason == "REPLICA_BEHIND"
+    batch = pb.FeatureBatch(feature_view="stats", event_times_us=[NOW_US], ids={"string_ids": ["i"]})  # type: ignore[arg-type]
+    batch.columns.add(features=["a"], dtype=11, data=np.float32(2).tobytes())  # type: ignore[arg-type]
+    await late.write(batch, pb.WriteFeaturesResponse(), call_of())
+    assert not command.done()
+    known += 100  # it has heard
+    assert (await command)["flipped"]
+    await eventually(process, ["i"], [2])
+    known = 0
+    await cut_off.announce()
+    await process.good("retire", "stats")
+    purge = pb.PurgeEpochRequest(feature_view="stats", epoch=0)
+    async with asyncio.timeout(20):
+        while (reason := await _reason_of(process.stub.PurgeEpoch(purge, metadata=process.metadata))) == "EPOCH_IN_USE":  # not heard here
+            await asyncio.sleep(0.01)
+    assert reason == "REPLICA_BEHIND"
+    announcing.cancel()
+    await store.close()
+
+
+async def _reason_of(stream: Any) -> str:
+    try:
+        _ = [answer async for answer in stream]
+    except grpc.aio.AioRpcError as error:
+        return from_rpc_error(error).reason
+    return ""
+
+
+async def test_what_is_half_built_is_not_flipped(process: FeaturesProcess, tmp_path: Path) -> None:
+    await process.registry.begin_epoch("default", "stats", actor="test")
+    half = await process.plait("flip", "stats")
+    assert "[EPOCH_INCOMPLETE]" in half.stderr
+    assert "is being built" in (await process.plait("epochs", "stats")).stdout
+    assert (await process.good("flip", "stats", "--incomplete"))["serving"] == 1
+    file = file_of(tmp_path, [("i", NOW_US, 1), ("", NOW_US, 1)])
+    assert "[ROWS_REFUSED]" in (await process.plait("materialize", "stats", "--from", file, "--no-flip")).stderr
+    assert "[EPOCH_INCOMPLETE]" in (await process.plait("flip", "stats")).stderr
+    assert not (await process.good("materialize", "stats", "--from", file, "--no-flip", "--resume", "--max-refused", 1))["flipped"]
+    assert "is complete" in (await process.plait("epochs", "stats")).stdout
+    assert (await process.good("flip", "stats"))["serving"] == 2
 
 
 async def test_into_the_current_epochs_rows_are_added(process: FeaturesProcess, tmp_path: Path) -> None:
@@ -137,7 +198,7 @@ async def test_refused_rows_stop_the_flip_and_are_told_by_row(process: FeaturesP
     assert "1 ID_INVALID (first: row 2)" in refused.stderr
     assert "future" not in refused.stdout  # an id
     assert await process.read("home", ["i"]) == [-1]
-    outcome = await process.good("materialize", "stats", "--from", file, "--resume", "--max-refused", 2, "--settle", 0)
+    outcome = await process.good("materialize", "stats", "--from", file, "--resume", "--max-refused", 2)
     assert (outcome["flipped"], outcome["rows"], outcome["skipped"]) == (True, 0, 3)
     await eventually(process, ["i"], [1])
 
@@ -183,7 +244,7 @@ async def test_a_file_that_changed_is_not_resumed(process: FeaturesProcess, tmp_
 async def test_a_run_that_is_killed_anywhere_goes_on_and_ends_the_same(process: FeaturesProcess, tmp_path: Path, redis_url: str) -> None:
     rows = [(f"i{n}", NOW_US - 5, float(n % 97)) for n in range(100_000)]
     file = file_of(tmp_path, rows, row_group_size=7_000)
-    command = [sys.executable, "-m", "plait.cli", "features", "materialize", "stats", "--from", str(file), "--settle", "0", "--json"]
+    command = [sys.executable, "-m", "plait.cli", "features", "materialize", "stats", "--from", str(file), "--json"]
     env = {**os.environ, **process.env}
     progress = tmp_path / "rows.parquet.plait-progress"
     for kill in range(2):
@@ -197,7 +258,7 @@ async def test_a_run_that_is_killed_anywhere_goes_on_and_ends_the_same(process: 
                 await asyncio.sleep(0.01)
         child.send_signal(signal.SIGKILL)
         await child.wait()
-    outcome = await process.good("materialize", "stats", "--from", file, "--settle", 0, "--resume")
+    outcome = await process.good("materialize", "stats", "--from", file, "--resume")
     assert outcome["flipped"]
     assert 0 < outcome["skipped"] < len(rows)
     assert outcome["skipped"] + outcome["rows"] == len(rows)

@@ -45,7 +45,7 @@ async def test_a_flip_reaches_the_snapshot_and_the_audit_log(store: Store) -> No
         (f"shop/{VIEW}@{ITEMS.version}", "updated", 2, "anna"),
         (f"shop/{VIEW}@{ITEMS.version}", "created", 1, "anna"),
     ]
-    assert log[0].after == {"serving": 1, "building": None, "previous": 0, "newest": 1}
+    assert log[0].after == {"serving": 1, "building": None, "previous": 0, "newest": 1, "built": False}
 
 
 async def test_of_many_who_begin_at_once_one_wins(store: Store) -> None:

@@ -101,10 +101,10 @@ async def snapshot(connection: Connection, known: Known | None = None, since: in
 
 async def epochs(connection: Connection) -> dict[tuple[str, str, int], Epochs]:
     """Return the epochs of every view that was ever backfilled, by (tenant, view, version)."""
-    rows = await connection.fetch("select tenant, view, version, serving, building, previous, newest from plait.view_epoch")
+    rows = await connection.fetch("select tenant, view, version, serving, building, previous, newest, built from plait.view_epoch")
     return {
         (row["tenant"], row["view"], row["version"]): Epochs(
-            serving=row["serving"], building=row["building"], previous=row["previous"], newest=row["newest"]
+            serving=row["serving"], building=row["building"], previous=row["previous"], newest=row["newest"], built=row["built"]
         )
         for row in rows
     }

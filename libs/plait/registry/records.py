@@ -401,12 +401,14 @@ Kind = Literal["Model", "FeatureView", "FeatureSet", "Route", "Tenant"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epochs:
     """Which generations of a view's rows there are for one tenant: the one that is read, the one a backfill builds beside it, and the one
-    kept for a rollback. All of them are written. `newest` is the highest there ever was: a number is never given twice."""
+    kept for a rollback. All of them are written. `newest` is the highest there ever was: a number is never given twice. `built`: the one
+    that is being built holds all it shall."""
 
     serving: int = 0
     building: int | None = None
     previous: int | None = None
     newest: int = 0
+    built: bool = False
 
     @property
     def in_use(self) -> tuple[int, ...]:

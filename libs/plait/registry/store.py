@@ -185,18 +185,27 @@ class Store:
     async def begin_epoch(self, tenant: str, view: str, *, version: int = 0, actor: str, reason: str = "") -> Epochs:
         """Begin to build a new epoch of a view (`version` 0 = the current one) for a tenant; from now on writers write it, too.
 
-        This and the four below return the epochs as they are then, and raise NotFound (RESOURCE_NOT_FOUND, VIEW_VERSION_NOT_FOUND) and
+        This and the five below return the epochs as they are then, and raise NotFound (RESOURCE_NOT_FOUND, VIEW_VERSION_NOT_FOUND) and
         FailedPrecondition (EPOCH_BUSY, EPOCH_NOT_FOUND).
         """
         return await self._move_epochs(epoch_rules.begin, tenant, view, version, actor, reason)
 
-    async def flip_epoch(self, tenant: str, view: str, *, version: int = 0, actor: str, reason: str = "") -> Epochs:
-        """Serve the epoch that was built; the one served until now is kept, and written, for a rollback."""
-        return await self._move_epochs(epoch_rules.flip, tenant, view, version, actor, reason)
+    async def complete_epoch(self, tenant: str, view: str, epoch: int, *, version: int = 0, actor: str, reason: str = "") -> Epochs:
+        """Note that the epoch being built holds all it shall."""
+        return await self._move_epochs(lambda epochs: epoch_rules.complete(epochs, epoch), tenant, view, version, actor, reason)
+
+    async def flip_epoch(
+        self, tenant: str, view: str, *, epoch: int | None = None, version: int = 0, actor: str, reason: str = ""
+    ) -> Epochs:
+        """Serve the epoch that was built; the one served until now is kept, and written, for a rollback.
+
+        `epoch` says which one is meant: whoever built it and was overtaken must not serve what another has half built since.
+        """
+        return await self._move_epochs(lambda epochs: epoch_rules.flip(epochs, epoch), tenant, view, version, actor, reason, flips=True)
 
     async def rollback_epoch(self, tenant: str, view: str, *, version: int = 0, actor: str, reason: str = "") -> Epochs:
         """Serve the kept epoch again; the one served until now is kept in its place."""
-        return await self._move_epochs(epoch_rules.rollback, tenant, view, version, actor, reason)
+        return await self._move_epochs(epoch_rules.rollback, tenant, view, version, actor, reason, flips=True)
 
     async def retire_epoch(self, tenant: str, view: str, *, version: int = 0, actor: str, reason: str = "") -> Epochs:
         """Write the kept epoch no more; there is no rollback after it."""
@@ -242,14 +251,15 @@ class Store:
         async with self._pool.connection() as connection:
             return [await erasures.forget_rows(connection, erasure) for erasure in forgotten]
 
-    async def _move_epochs(self, move: Callable[[Epochs], Epochs], tenant: str, view: str, version: int, actor: str, reason: str) -> Epochs:
+    async def _move_epochs(
+        self, move: Callable[[Epochs], Epochs], tenant: str, view: str, version: int, actor: str, reason: str, *, flips: bool = False
+    ) -> Epochs:
         _check_author(actor, reason)
         async with self._writing() as (connection, revision):
             key = await _epoch_key(connection, tenant, view, version)
             before = await epoch_rules.read(connection, key)
             after = move(before or Epochs())
-            begun, flipped = move is epoch_rules.begin, move in (epoch_rules.flip, epoch_rules.rollback)
-            await epoch_rules.write(connection, key, after, begun=begun, flipped=flipped)
+            await epoch_rules.write(connection, key, after, begun=move is epoch_rules.begin, flipped=flips)
             logged = (epoch_rules.KIND, epoch_rules.name_of(key))
             last = await queries.generations(connection, [logged])
             change = Change(

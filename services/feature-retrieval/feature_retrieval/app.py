@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 from feature_retrieval.aggregation.applying import Applying
 from feature_retrieval.aggregation.plan import AggregationPlans
@@ -29,6 +29,7 @@ from feature_retrieval.publishing import Publishing
 from feature_retrieval.read_metrics import ReadCounts, ReadMetrics
 from feature_retrieval.read_through import Budget, ReadThrough
 from feature_retrieval.rebuilding import Rebuilding
+from feature_retrieval.replicas import Replicas
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
 from feature_retrieval.servicer import FeatureRetrievalServicer
@@ -104,25 +105,29 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     skew_log = open_skew_log(settings.skew_log, stack, tasks)
     ReadMetrics(metrics, counts, cache, reads, skew_log.outcomes if skew_log else {})
     retrieval = Retrieval(reads, cache, current.plans, counts=counts, note=skew_log.note if skew_log else None)
+    ingestion = Ingestion(
+        store,
+        lambda: watcher.snapshot,
+        erasures_loaded=guard.loaded,
+        keep=durable.keep,
+        wrote=freshness.wrote,
+        metrics=writes,
+        max_future_s=future_s,
+    )
+    replicas = await _replicas(store, ingestion, watcher, stack, tasks)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(
         retrieval,
-        Ingestion(
-            store,
-            lambda: watcher.snapshot,
-            erasures_loaded=guard.loaded,
-            keep=durable.keep,
-            wrote=freshness.wrote,
-            metrics=writes,
-            max_future_s=future_s,
-        ),
+        ingestion,
         current.plans,
         explanation=Explanation(retrieval, current.plans, store.times_to_live),
         events=_open_events(settings, store, watcher, guard, freshness, tracing, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
         upkeep=UpkeepParts(
-            epochs=EpochUpkeep(store, lambda: watcher.snapshot, guard.loaded, keep=durable.keep, max_future_s=future_s),
+            epochs=EpochUpkeep(
+                store, lambda: watcher.snapshot, guard.loaded, keep=durable.keep, heard=replicas.check_heard, max_future_s=future_s
+            ),
             exporting=Exporting(store, lambda: watcher.snapshot),
             erasing=Erasing(
                 store,
@@ -143,6 +148,22 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     if settings.feast.serving:
         _serve_feast(server, Retrieval(reads, NearCache(0, settings.near_cache.max_age_s), current.plans, counts=counts), current)
     return server
+
+
+async def _replicas(store: RedisStore, ingestion: Ingestion, watcher: Watcher, stack: AsyncExitStack, tasks: Tasks) -> Replicas:
+    """Announce this replica, the first time before it takes a write, where Redis is there."""
+    replicas = Replicas(store.dispatch, _name_of_process(), lambda: ingestion.snapshots.oldest)
+    with suppress(Unavailable):
+        await replicas.announce()
+    stack.push_async_callback(replicas.close)
+    watcher.subscribe(replicas.changed)
+    tasks.start(replicas.run(), "replicas")
+    return replicas
+
+
+def _name_of_process() -> str:
+    """Return a name no other process has, nor this one after a restart."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 async def _durable_copy(
@@ -271,7 +292,7 @@ def _open_events(
     watcher.subscribe(plans.swap)
     sources: list[EventSource] = []
     if wanted.source != "none":
-        name = wanted.consumer or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        name = wanted.consumer or _name_of_process()
         sources.append(
             RedisStreamSource(streams, dead_letters, plans.tenants, consumer=name, claim_after_s=wanted.claim_after_s, keep_s=wanted.keep_s)
         )

@@ -1,8 +1,8 @@
 """Moving rows between the epochs of a view: what was streamed is carried over to a new one, what is left of an old one is removed.
 
 A backfill writes epoch E+1 beside E. Rows streamed since it began are in both; those from before, and those of a writer that had not heard
-of E+1 yet, are only in E. Carrying over copies them where they are newer, before the flip and once more after it, so that nothing streamed
-is ever lost. Rows that a backfill wrote into E stay behind: the new file is there to replace them.
+of E+1 yet, are only in E. Carrying over begins when every replica has heard and copies them where they are newer, so that nothing streamed
+is ever lost. An epoch is removed only when no replica takes it for one in use. Rows that a backfill wrote into E stay behind: the new file is there to replace them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,13 @@ READ_TIMEOUT_S: Final = 10.0
 _PAGES_SETTLED_AT_ONCE: Final = 50  # one wait for the disk may take a second
 
 
+async def heard_by_all(revision: int) -> None:
+    """For who has no other replicas."""
+
+
 class EpochUpkeep:
-    """Answers CarryOverEpoch and PurgeEpoch. Parameters as those of `Ingestion`."""
+    """Answers CarryOverEpoch and PurgeEpoch. Parameters as those of `Ingestion`; `heard` returns once no replica writes by less than a
+    revision of the registry, or raises."""
 
     def __init__(
         self,
@@ -37,10 +42,12 @@ class EpochUpkeep:
         clock: Callable[[], float] = time.time,
         *,
         keep: Keep = kept_nowhere,
+        heard: Callable[[int], Awaitable[None]] = heard_by_all,
         max_future_s: float = MAX_FUTURE_S,
     ) -> None:
         self._store = store
         self._keep = keep
+        self._heard = heard
         self._snapshot = snapshot
         self._erasures_loaded = erasures_loaded
         self._clock = clock
@@ -48,14 +55,19 @@ class EpochUpkeep:
 
     async def carry_over(self, request: Any, call: Call) -> AsyncIterator[Any]:
         """Copy what was streamed into one epoch to another, where it is newer; yield how far it is after each page; what is
-        before the cursor is durable."""
+        before the cursor is durable.
+
+        Raises also Unavailable (REPLICA_BEHIND): a replica may still stream into the one epoch only, behind the walk.
+        """
         check_admin(call)
-        view = view_of(self._snapshot(), request.feature_view, request.view_version)
+        snapshot = self._snapshot()
+        view = view_of(snapshot, request.feature_view, request.view_version)
         check_writable(view, call)
         if view.aggregation is not None:
             message = f"the rows of {view.name!r} are sums of events, not events: replay the events into the new epoch"
             raise FailedPrecondition(message, reason="VIEW_IS_AGGREGATED")
-        self._check_in_use(view, call.tenant, request.from_epoch, request.to_epoch)
+        _check_in_use(snapshot, view, call.tenant, request.from_epoch, request.to_epoch)
+        await self._heard(snapshot.revision)
         source, target = (self._space(view, call.tenant, epoch) for epoch in (request.from_epoch, request.to_epoch))
         copied, unsettled, receipt, cursor = 0, 0, Receipt(), request.cursor
         async for page in self._store.scan(source.prefix, source.suffix, cursor=request.cursor, count=PAGE_KEYS):
@@ -67,29 +79,22 @@ class EpochUpkeep:
             yield pb.CarryOverEpochResponse(scanned=page.scanned, total=page.total, copied=copied, cursor=cursor)
 
     async def purge(self, request: Any, call: Call) -> AsyncIterator[Any]:
-        """Remove every row of an epoch that is no longer in use; yield how far it is."""
+        """Remove every row of an epoch that is no longer in use, to no replica; yield how far it is. Raises as `carry_over` does."""
         check_admin(call)
-        view = view_of(self._snapshot(), request.feature_view, request.view_version)
+        snapshot = self._snapshot()
+        view = view_of(snapshot, request.feature_view, request.view_version)
         check_writable(view, call)
-        epochs = self._snapshot().epochs_of(call.tenant, view.name, view.version)
+        epochs = snapshot.epochs_of(call.tenant, view.name, view.version)
         if request.epoch in epochs.in_use:
             raise FailedPrecondition(f"epoch {request.epoch} of {view.name!r} is in use: retire or abandon it first", reason="EPOCH_IN_USE")
         if request.epoch > epochs.newest:
             raise NotFound(f"there never was an epoch {request.epoch} of {view.name!r}", reason="EPOCH_NOT_FOUND")
+        await self._heard(snapshot.revision)
         space = self._space(view, call.tenant, request.epoch)
         removed = 0
         async for page in self._store.scan(space.prefix, space.suffix, count=PAGE_KEYS):
             removed += await self._store.remove([key for key in page.keys if space.id_of(key) is not None])
             yield pb.PurgeEpochResponse(scanned=page.scanned, total=page.total, removed=removed)
-
-    def _check_in_use(self, view: FeatureView, tenant: str, *epochs: int) -> None:
-        in_use = self._snapshot().epochs_of(tenant, view.name, view.version).in_use
-        missing = sorted(set(epochs) - set(in_use))
-        if missing or len(set(epochs)) < len(epochs):
-            raise NotFound(
-                f"epochs {list(epochs)} of {view.name!r} must be two that are in use here; in use are {list(in_use)}",
-                reason="EPOCH_NOT_FOUND",
-            )
 
     def _space(self, view: FeatureView, tenant: str, epoch: int) -> KeySpace:
         return KeySpace.of(tenant, view.entity.type, view.name, view.version, epoch)
@@ -114,6 +119,16 @@ class EpochUpkeep:
         verdicts = await self._store.write(keys, target.mark_keys(ids), rows, ttl_ms, receipt)
         await self._keep(view, keys, rows)  # refuses erased ones by itself
         return verdicts.count(APPLIED)
+
+
+def _check_in_use(snapshot: Snapshot, view: FeatureView, tenant: str, *epochs: int) -> None:
+    in_use = snapshot.epochs_of(tenant, view.name, view.version).in_use
+    missing = sorted(set(epochs) - set(in_use))
+    if missing or len(set(epochs)) < len(epochs):
+        raise NotFound(
+            f"epochs {list(epochs)} of {view.name!r} must be two that are in use here; in use are {list(in_use)}",
+            reason="EPOCH_NOT_FOUND",
+        )
 
 
 def event_time_us(row: bytes) -> int:

@@ -17,6 +17,7 @@ from feature_retrieval.batch_encoding import Encoded, Encoder
 from feature_retrieval.entity_ids import MAX_ROWS
 from feature_retrieval.permissions import check_admin, check_writable
 from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, RowCodec, header
+from feature_retrieval.snapshots_in_use import SnapshotsInUse
 from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import APPLIED, ERASED, RedisStore
 from feature_retrieval.views import schemas_of
@@ -65,7 +66,7 @@ class Ingestion:
         max_future_s: float = MAX_FUTURE_S,
     ) -> None:
         self._store = store
-        self._snapshot = snapshot
+        self.snapshots = SnapshotsInUse(snapshot)
         self._clock = clock
         self._wrote = wrote
         self._metrics = metrics
@@ -80,7 +81,15 @@ class Ingestion:
         Raises NotFound, InvalidArgument, PermissionDenied, FailedPrecondition and Unavailable as the contract says.
         """
         began = time.perf_counter()
-        snapshot = self._snapshot()
+        with self.snapshots.held() as snapshot:
+            await self._write_by(snapshot, batch, result, call)
+        if self._metrics is not None:
+            took_s = time.perf_counter() - began
+            self._metrics.wrote(
+                batch.feature_view, applied=result.applied, ignored=result.ignored, refused=len(result.errors), took_s=took_s
+            )
+
+    async def _write_by(self, snapshot: Snapshot, batch: Any, result: Any, call: Call) -> None:
         view = view_of(snapshot, batch.feature_view, batch.view_version)
         check_writable(view, call)
         _check_written_by_callers(view)
@@ -111,9 +120,6 @@ class Ingestion:
             result.durability = pb.DURABILITY_COMMITTED if committed else safe
         for at in sorted(bad):
             result.errors.add(row=at, reason=bad[at][0], message=bad[at][1])
-        if self._metrics is not None:
-            took_s = time.perf_counter() - began
-            self._metrics.wrote(view.name, applied=result.applied, ignored=result.ignored, refused=len(bad), took_s=took_s)
 
     async def _write(
         self, view: FeatureView, epochs: Sequence[int], tenant: str, ids: Sequence[Id], rows: Sequence[bytes], receipt: Receipt

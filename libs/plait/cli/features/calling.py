@@ -20,10 +20,6 @@ _MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 ViewArgument = Annotated[str, typer.Argument(metavar="VIEW", help="Name of the feature view.", show_default=False)]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the audit log.", show_default=False)]
 VersionOption = Annotated[int, typer.Option("--view-version", min=0, help="Version of the view; 0 = the current one.")]
-# The default is a little over how often a service compares revisions (registry.poll_s), in case a notification was lost.
-SettleOption = Annotated[
-    float, typer.Option("--settle", min=0, help="How long to wait after the flip until every writer has heard of it, seconds.")
-]
 AddressOption = Annotated[
     str | None,
     typer.Option(

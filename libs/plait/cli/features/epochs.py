@@ -16,7 +16,6 @@ from plait.cli.features.calling import (
     CaOption,
     InsecureOption,
     ReasonOption,
-    SettleOption,
     Target,
     TlsOption,
     VersionOption,
@@ -66,8 +65,8 @@ def show(
 def flip(
     view: ViewArgument,
     version: VersionOption = 0,
+    incomplete: Annotated[bool, typer.Option("--incomplete", help="Serve it although its materialize did not come to its end.")] = False,
     reason: ReasonOption = "",
-    settle_s: SettleOption = 35.0,
     address: AddressOption = None,
     api_key: ApiKeyOption = None,
     tls: TlsOption = False,
@@ -79,12 +78,12 @@ def flip(
 ) -> None:
     """Serve the epoch that a materialize with --no-flip has built. The one served until now is kept for a rollback.
 
-    What was streamed meanwhile is carried over first, and once more when every writer has heard of the flip.
+    What was streamed before it was begun is carried over first, once every replica of the service writes what is streamed to it, too.
 
     Example:  plait features flip item-stats --reason "checked"
     """
     where = target(address, api_key, tls, ca, insecure, state)
-    _tell(view, run(_flip(view, version, reason, settle_s, where, registry_dsn(dsn, state))), as_json)
+    _tell(view, run(_flip(view, version, incomplete, reason, where, registry_dsn(dsn, state))), as_json)
 
 
 def carry_over(
@@ -192,7 +191,7 @@ async def _carry_over(view: str, version: int, where: Target, dsn: str) -> int:
     from plait.registry.store import Store  # noqa: PLC0415
 
     async with await Store.open(dsn, max_connections=1) as store, stub(where) as service:
-        return await Flip(store, service, where.metadata, await tenant_of(store, where.api_key), view, version).complete(settle_s=0)
+        return await Flip(store, service, where.metadata, await tenant_of(store, where.api_key), view, version).carry_over_again()
 
 
 async def _purge(view: str, version: int, epoch: int, where: Target) -> int:
@@ -213,13 +212,13 @@ async def _purge(view: str, version: int, epoch: int, where: Target) -> int:
     return removed
 
 
-async def _flip(view: str, version: int, reason: str, settle_s: float, where: Target, dsn: str) -> Epochs:
+async def _flip(view: str, version: int, incomplete: bool, reason: str, where: Target, dsn: str) -> Epochs:
     from plait.cli.features.flipping import Flip  # noqa: PLC0415
     from plait.registry.store import Store  # noqa: PLC0415
 
     async with await Store.open(dsn, max_connections=1) as store, stub(where) as service:
         flip = Flip(store, service, where.metadata, await tenant_of(store, where.api_key), view, version)
-        await flip.flip(settle_s=settle_s, reason=reason)
+        await flip.flip(await flip.complete_epoch(incomplete=incomplete), reason=reason)
         return await flip.epochs()
 
 
@@ -245,7 +244,8 @@ def _tell(view: str, epochs: Epochs, as_json: bool) -> None:
         return
     write_line(f"{view}: epoch {epochs.serving} is served")
     if epochs.building is not None:
-        write_line(f"epoch {epochs.building} is being built: 'plait features flip {view}' serves it, 'abandon' gives it up")
+        state = f"is complete: 'plait features flip {view}' serves it" if epochs.built else "is being built"
+        write_line(f"epoch {epochs.building} {state}; 'plait features abandon {view}' gives it up")
     if epochs.previous is not None:
         write_line(f"epoch {epochs.previous} is kept for a rollback")
         write_note(f"every write goes to it, too: run 'plait features retire {view}' once a rollback is out of the question")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
@@ -29,21 +28,35 @@ class Flip:
         """Return the epochs as they are now."""
         return await self._store.epochs(self._tenant, self._view, version=self._version)
 
-    async def flip(self, *, settle_s: float, reason: str) -> int:
-        """Carry over what was streamed, flip, wait until every writer has heard of it, and carry over what they streamed until then.
+    async def complete_epoch(self, *, incomplete: bool) -> int:
+        """Return which epoch may be flipped to; `incomplete`: also one whose materialize did not come to its end.
 
-        Returns how many rows were carried over. Raises FailedPrecondition (EPOCH_NOT_FOUND) where nothing was built.
+        Raises FailedPrecondition (EPOCH_NOT_FOUND, EPOCH_INCOMPLETE).
         """
         epochs = await self.epochs()
         if epochs.building is None:
             raise FailedPrecondition("no epoch is being built: there is nothing to flip to", reason="EPOCH_NOT_FOUND")
-        copied = await self._carry_over(epochs.serving, epochs.building)
-        await self._store.flip_epoch(self._tenant, self._view, version=self._version, actor=author(), reason=reason)
-        return copied + await self.complete(settle_s=settle_s)
+        if not (epochs.built or incomplete):
+            raise FailedPrecondition(
+                f"the materialize of epoch {epochs.building} runs still, or was cut off: let it end, or finish it with --resume; "
+                "'plait features flip --incomplete' serves what there is",
+                reason="EPOCH_INCOMPLETE",
+            )
+        return epochs.building
 
-    async def complete(self, *, settle_s: float) -> int:
-        """Do what is left after the flip; return how many rows were carried over. May be repeated."""
-        await asyncio.sleep(settle_s)
+    async def flip(self, epoch: int, *, reason: str) -> int:
+        """Carry over what was streamed, flip to an epoch, and carry over once more; return how many rows were carried over.
+
+        The service carries over once every replica writes what is streamed to both epochs, so that the first time is enough. The second one
+        is for a replica that stood still, and went on after it had been taken for gone.
+        Raises FailedPrecondition (EPOCH_NOT_FOUND) where another epoch is built by now, Unavailable (REPLICA_BEHIND).
+        """
+        copied = await self._carry_over((await self.epochs()).serving, epoch)
+        await self._store.flip_epoch(self._tenant, self._view, epoch=epoch, version=self._version, actor=author(), reason=reason)
+        return copied + await self.carry_over_again()
+
+    async def carry_over_again(self) -> int:
+        """Carry over what was streamed into the kept epoch only; return how many rows. May be repeated."""
         epochs = await self.epochs()
         return 0 if epochs.previous is None else await self._carry_over(epochs.previous, epochs.serving)
 

@@ -20,7 +20,6 @@ from plait.cli.features.calling import (
     CaOption,
     InsecureOption,
     ReasonOption,
-    SettleOption,
     Target,
     TlsOption,
     VersionOption,
@@ -57,7 +56,6 @@ class Wanted:
     rate: float
     resume: bool
     flip: bool
-    settle_s: float
     max_refused: int
     names: dict[str, str]
     reason: str
@@ -105,8 +103,9 @@ def materialize(
             "--map", metavar="NAME=COLUMN", help="The column of a feature, of id or of event_time; may be repeated.", show_default=False
         ),
     ] = None,
-    max_refused: Annotated[int, typer.Option("--max-refused", min=0, help="Flip although so many rows were refused.")] = 0,
-    settle_s: SettleOption = 35.0,
+    max_refused: Annotated[
+        int, typer.Option("--max-refused", min=0, help="Take the epoch as complete although so many rows were refused.")
+    ] = 0,
     version: VersionOption = 0,
     reason: ReasonOption = "",
     address: AddressOption = None,
@@ -135,7 +134,6 @@ def materialize(
         rate=rate,
         resume=resume,
         flip=flip,
-        settle_s=settle_s,
         max_refused=max_refused,
         names=_names(names or []),
         reason=reason,
@@ -216,7 +214,7 @@ class _Work:
         return self._outcome(None, flipped=False, skipped=0, carried_over=0)
 
     async def into_new_epoch(self) -> Outcome:
-        """Build an epoch, carry over what was streamed, flip, and carry over what writers streamed that heard late."""
+        """Build an epoch, carry over what was streamed, and flip."""
         from plait.cli.features.flipping import Flip  # noqa: PLC0415
         from plait.cli.features.resuming import Progress  # noqa: PLC0415
 
@@ -229,12 +227,15 @@ class _Work:
         flip = Flip(self._store, self._service, self._metadata, self._tenant, self._view.name, self._view.version)
         if at.epoch == (await flip.epochs()).building:
             await self._fill(at)
+            self._check_refused(at)
+            await self._store.complete_epoch(
+                self._tenant, self._view.name, at.epoch, version=self._view.version, actor=author(), reason=wanted.reason
+            )
             if not wanted.flip:
                 return self._outcome(at.epoch, flipped=False, skipped=skipped, carried_over=0)
-            self._check_refused(at)
-            copied = await flip.flip(settle_s=wanted.settle_s, reason=wanted.reason)
+            copied = await flip.flip(at.epoch, reason=wanted.reason)
         else:  # an earlier run ended after its flip
-            copied = await flip.complete(settle_s=wanted.settle_s)
+            copied = await flip.carry_over_again()
         Progress.forget(wanted.file)
         return self._outcome(at.epoch, flipped=True, skipped=skipped, carried_over=copied)
 
@@ -323,7 +324,7 @@ class _Work:
             for reason, count in sorted(refused.items())
         )
         raise FailedPrecondition(
-            f"rows were refused, so nothing was flipped: {told}; serve it all the same with --resume --max-refused {sum(refused.values())}, "
+            f"rows were refused, so the epoch is not complete: {told}; take it all the same with --resume --max-refused {sum(refused.values())}, "
             f"or give it up with 'plait features abandon {self._view.name}'",
             reason="ROWS_REFUSED",
         )

@@ -122,6 +122,15 @@ end
 return 1
 """)
 
+# KEYS: the names of all replicas, a key that is there while these may not be complete, what one replica says. ARGV: its name, what it says;
+# how long that stays, and how long names are not complete where there were none, ms.
+ANNOUNCE: Final = Script(b"""
+if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('SET', KEYS[2], '', 'PX', ARGV[4]) end
+redis.call('SADD', KEYS[1], ARGV[1])
+redis.call('SET', KEYS[3], ARGV[2], 'PX', ARGV[3])
+return 1
+""")
+
 # KEYS: an erasure mark, then every key of the entity. ARGV: until when events are refused (i64 LE, microseconds).
 # Answers how many keys were removed. An older erasure never lowers a mark.
 ERASE: Final = Script(b"""

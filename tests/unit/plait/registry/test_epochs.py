@@ -13,7 +13,14 @@ from plait.registry import epochs as rules
 from plait.registry.records import Epochs
 
 Move = Callable[[Epochs], Epochs]
-MOVES: tuple[Move, ...] = (rules.begin, rules.flip, rules.rollback, rules.retire, rules.abandon)
+MOVES: tuple[Move, ...] = (
+    rules.begin,
+    lambda epochs: rules.complete(epochs, epochs.newest),
+    rules.flip,
+    rules.rollback,
+    rules.retire,
+    rules.abandon,
+)
 
 
 def test_a_backfill_from_begin_to_retire() -> None:
@@ -39,12 +46,23 @@ def test_a_second_build_flips_over_the_first() -> None:
         (rules.rollback, Epochs(), "EPOCH_NOT_FOUND"),
         (rules.retire, Epochs(building=1, newest=1), "EPOCH_NOT_FOUND"),
         (rules.abandon, Epochs(), "EPOCH_NOT_FOUND"),
+        (lambda epochs: rules.flip(epochs, 1), Epochs(building=2, newest=2), "EPOCH_NOT_FOUND"),  # 1 was given up, 2 is half built
+        (lambda epochs: rules.complete(epochs, 1), Epochs(building=2, newest=2), "EPOCH_NOT_FOUND"),
+        (lambda epochs: rules.complete(epochs, 1), Epochs(serving=1, newest=1), "EPOCH_NOT_FOUND"),
     ],
 )
 def test_moves_that_make_no_sense_are_refused(move: Move, epochs: Epochs, reason: str) -> None:
     with pytest.raises(FailedPrecondition) as caught:
         move(epochs)
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("move", [rules.flip, rules.abandon])
+def test_only_what_is_being_built_is_complete(move: Move) -> None:
+    complete = rules.complete(rules.begin(Epochs()), 1)
+    assert complete == Epochs(building=1, newest=1, built=True)
+    assert not move(complete).built
+    assert not rules.begin(move(complete)).built
 
 
 @given(st.lists(st.sampled_from(MOVES), max_size=30))

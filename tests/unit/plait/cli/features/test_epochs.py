@@ -60,7 +60,7 @@ def test_from_build_to_retirement(plait: Plait, dsn: str) -> None:
     assert "epoch 1 is being built" in plait("features", "epochs", VIEW, env=env).stdout
     flip(dsn)
     assert told(plait("features", "epochs", VIEW, "--json", env=env)) == {
-        "view": VIEW, "serving": 1, "building": None, "previous": 0, "newest": 1,
+        "view": VIEW, "serving": 1, "building": None, "previous": 0, "newest": 1, "built": False,
     }  # fmt: skip
     shown = plait("features", "epochs", VIEW, env=env)
     assert "epoch 1 is served" in shown.stdout
