@@ -45,6 +45,7 @@ from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.store.rows import Rows
 from feature_retrieval.store.topologies import Topology
 from feature_retrieval.views import Plans
+from feature_retrieval.write_metrics import WriteMetrics
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.errors import Unavailable
@@ -93,7 +94,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
     privacy_key = settings.privacy.key.get_secret_value().encode()
     future_s = settings.ingestion.max_future_s
-    freshness = Freshness(metrics)
+    freshness, writes = Freshness(metrics), WriteMetrics(metrics)
 
     authenticator = Authenticator(
         lambda sha256: watcher.snapshot.keys.get(sha256),  # noqa: PLW0108  (the snapshot is swapped)
@@ -105,7 +106,13 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     ReadMetrics(metrics, counts, cache, reads, skew_log.outcomes if skew_log else {})
     retrieval = Retrieval(reads, cache, current.plans, counts=counts, note=skew_log.note if skew_log else None)
     ingestion = Ingestion(
-        store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, wrote=freshness.wrote, max_future_s=future_s
+        store,
+        lambda: watcher.snapshot,
+        erasures_loaded=guard.loaded,
+        keep=durable.keep,
+        wrote=freshness.wrote,
+        metrics=writes,
+        max_future_s=future_s,
     )
     replicas = await _replicas(store, ingestion, watcher, stack, tasks)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
@@ -114,7 +121,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         ingestion,
         current.plans,
         explanation=Explanation(retrieval, current.plans, store.times_to_live),
-        events=_open_events(settings, store, watcher, guard, durable, freshness, stack, tasks),
+        events=_open_events(settings, store, watcher, guard, freshness, tracing, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
         upkeep=UpkeepParts(
@@ -129,6 +136,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
                 guard.catch_up,
                 max_future_s=future_s,
                 snapshot=lambda: watcher.snapshot,
+                metrics=writes,
             ),
             rebuilding=Rebuilding(store, durable_rows, lambda: watcher.snapshot, guard.loaded, max_future_s=future_s),
         ),
@@ -272,8 +280,8 @@ def _open_events(
     store: RedisStore,
     watcher: Watcher,
     guard: ErasureGuard,
-    durable: DurableCopy,
     freshness: Freshness,
+    tracing: Tracing,
     stack: AsyncExitStack,
     tasks: Tasks,
 ) -> EventParts:
@@ -292,14 +300,14 @@ def _open_events(
         from feature_retrieval.sources.kafka import KafkaSource  # noqa: PLC0415  (aiokafka is an extra)
 
         sources.append(KafkaSource(wanted, dead_letters))
-    applying = Applying(store, plans.plans, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=max_future_s)
+    applying = Applying(store, plans.plans, erasures_loaded=guard.loaded, max_future_s=max_future_s)
     for source in sources:
-        consumer = Consumer(source, applying, store, freshness, batch=wanted.batch)
+        consumer = Consumer(source, applying, store, freshness, batch=wanted.batch, tracing=tracing)
         stack.push_async_callback(consumer.drain)
         tasks.start(consumer.run(), f"events from {source.name}")
         tasks.start(report(source, plans, freshness), f"lag of {source.name}")
     front = sources[0] if sources else None
-    publishing = Publishing(streams, store, front, max_backlog=wanted.max_backlog, max_future_s=max_future_s)
+    publishing = Publishing(streams, store, front, plans=plans.plans, max_backlog=wanted.max_backlog, max_future_s=max_future_s)
     return EventParts(
         publishing=publishing,
         dead_letters=dead_letters,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -147,10 +147,27 @@ def _compute(picture: Picture, block: Bytes2D, rows: Index | slice, tensors: Seq
     valueless: list[Valueless] = []
     for column in picture.computed:
         values, known = column.computed.evaluate(block[:, column.row_from : column.row_to], now_us)
-        tensors[column.tensor][rows, column.column] = values
+        tensor = tensors[column.tensor]
+        values, fitting = _fitted(values, tensor.dtype)
+        known = fitting if known is None else known if fitting is None else known & fitting
+        tensor[rows, column.column] = values
         if known is not None:
             valueless.append((column.source, ~known))
     return valueless
+
+
+def _fitted(values: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+    """Return values as a tensor of `dtype` holds them, whole numbers rounded half to even, and which of them it can hold (None = all)."""
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            cast = values.astype(dtype)
+        fits = np.isfinite(cast)
+    else:
+        cast, bounds = np.rint(values), np.iinfo(dtype)
+        fits = (cast >= float(bounds.min)) & (cast < float(bounds.max) + 1)
+    if fits.all():
+        return cast, None
+    return np.where(fits, cast, 0), fits
 
 
 def _default_nulls(
