@@ -83,7 +83,7 @@ async def test_behind_its_lag_tells_how_much_is_at_stake_and_all_of_it_arrives(p
         await door.cut()
         assert await copy.keep(view("behind"), keys, [row(5)] * 50) is False
         clock.now_s += 9
-        assert await copy.keep(view("behind"), keys[:10] * 2, [row(4)] * 10 + [row(6)] * 10) is False
+        assert await copy.keep(view("behind"), keys[:10] * 3, [row(4)] * 10 + [row(6)] * 10 + [row(3)] * 10) is False
         assert copy.queued >= 50
         assert copy.lag_s == 9
         assert repr(copy) == f"<DurableCopy waiting={copy.queued} lag_s=9.0>"
