@@ -87,9 +87,9 @@ class AggregatedView:
         """How long a row is kept after its last event, 0 = for ever."""
         return int(self.view.retention_s * 1000)
 
-    def refusal(self, parsed: Parsed, now_us: int) -> Refusal | None:
+    def refusal(self, parsed: Parsed, now_us: int, *, however_late: bool = False) -> Refusal | None:
         """Return why this view cannot take an event of its own, None = it can."""
-        if parsed.time_us < now_us - self.memory_us:
+        if parsed.time_us < now_us - self.memory_us and not however_late:
             return Refusal(
                 "EVENT_TOO_LATE", f"view {self.view.name!r} takes events up to {self.memory_us / MICRO:.0f} s old: see lateness_s"
             )
