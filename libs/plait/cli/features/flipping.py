@@ -9,7 +9,7 @@ from plait.cli import progress
 from plait.cli.author import author
 from plait.cli.features.uploading import follow
 from plait.errors import FailedPrecondition
-from plait.registry.records import Epochs
+from plait.registry.records import Epochs, FeatureView
 from plait.registry.store import Store
 
 
@@ -47,18 +47,23 @@ class Flip:
     async def flip(self, epoch: int, *, reason: str) -> int:
         """Carry over what was streamed, flip to an epoch, and carry over once more; return how many rows were carried over.
 
+        Rows that are counted from events are not carried over: the events are replayed, and live ones counted in every epoch.
         The service carries over once every replica writes what is streamed to both epochs, so that the first time is enough. The second one
         is for a replica that stood still, and went on after it had been taken for gone.
         Raises FailedPrecondition (EPOCH_NOT_FOUND) where another epoch is built by now, Unavailable (REPLICA_BEHIND).
         """
-        copied = await self._carry_over((await self.epochs()).serving, epoch)
+        copied = 0 if await self._is_counted() else await self._carry_over((await self.epochs()).serving, epoch)
         await self._store.flip_epoch(self._tenant, self._view, epoch=epoch, version=self._version, actor=author(), reason=reason)
         return copied + await self.carry_over_again()
 
     async def carry_over_again(self) -> int:
         """Carry over what was streamed into the kept epoch only; return how many rows. May be repeated."""
         epochs = await self.epochs()
-        return 0 if epochs.previous is None else await self._carry_over(epochs.previous, epochs.serving)
+        return 0 if epochs.previous is None or await self._is_counted() else await self._carry_over(epochs.previous, epochs.serving)
+
+    async def _is_counted(self) -> bool:
+        view = (await self._store.get("FeatureView", self._view)).record
+        return isinstance(view, FeatureView) and view.aggregation is not None
 
     async def _carry_over(self, source: int, built: int) -> int:
         request = pb.CarryOverEpochRequest(feature_view=self._view, view_version=self._version, from_epoch=source, to_epoch=built)

@@ -181,7 +181,7 @@ async def _view(store: Store, wanted: Wanted) -> FeatureView:
     if view is None:
         raise NotFound(f"FeatureView {wanted.view} has no version {wanted.version} any more", reason="VIEW_VERSION_NOT_FOUND")
     if view.aggregation is not None:
-        message = f"the rows of {view.name} are computed from events: publish the events instead"
+        message = f"the rows of {view.name} are computed from events: replay the events with 'plait features replay'"
         raise FailedPrecondition(message, reason="VIEW_IS_AGGREGATED")
     if view.feast is not None:
         raise FailedPrecondition(f"the rows of {view.name} are Feast's: materialize with Feast", reason="VIEW_IS_FOREIGN")

@@ -165,6 +165,22 @@ class ParquetRows:
                     key.parts.add(**{kind: value})
 
 
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of any file as Python values by column, times in microseconds. Raises InvalidArgument (PARQUET_UNREADABLE)."""
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            for batch in file.iter_batches(MAX_BATCH_ROWS):
+                yield from pa.RecordBatch.from_arrays([_micros(column) for column in batch.columns], batch.schema.names).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise InvalidArgument(f"{path} cannot be read: it is no whole Parquet file", reason="PARQUET_UNREADABLE") from error
+
+
+def _micros(column: pa.Array) -> pa.Array:
+    if not pa.types.is_timestamp(column.type):
+        return column
+    return pc.cast(column, pa.timestamp("us", "UTC" if column.type.tz is None else column.type.tz), safe=False)
+
+
 # --- which column is what -----------------------------------------------------------------------------------------------------------------
 
 

@@ -179,8 +179,17 @@ class Applying:
         """Return empty works of a view for a tenant, one per epoch in use; or the one that is named."""
         name, version, entity_type = view.view.name, view.view.version, view.view.entity.type
         epochs = plans.epochs(tenant, view.view) if onto is None else [onto.epoch]
-        remembered_us = view.memory_us + self._max_future_us + (0 if onto is None else _REPLAYED_KNOWN_US)
-        return [_Work(view, KeySpace.of(tenant, entity_type, name, version, epoch), tenant, remembered_us) for epoch in epochs]
+        building = plans.snapshot.epochs_of(tenant, name, version).building  # live events of now are in the log that is replayed tomorrow
+        usual_us = view.memory_us + self._max_future_us
+        return [
+            _Work(
+                view,
+                KeySpace.of(tenant, entity_type, name, version, epoch),
+                tenant,
+                usual_us + (_REPLAYED_KNOWN_US if onto is not None or epoch == building else 0),
+            )
+            for epoch in epochs
+        ]
 
     async def _round(self, todo: Sequence[_Rows], outcome: Outcome, receipt: Receipt | None) -> list[_Rows]:
         """Try every row once; return those that somebody else changed meanwhile."""

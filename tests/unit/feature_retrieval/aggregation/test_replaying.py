@@ -88,15 +88,21 @@ async def test_only_the_named_epoch_of_the_named_view_changes(redis_url: str) ->
         assert (again.applied, again.unused, [(e.row, e.reason) for e in again.errors]) == (1, 1, [(2, "EVENT_ID_INVALID")])
 
 
-async def test_what_is_known_of_a_replay_outlives_live_events(redis_url: str) -> None:
+@pytest.mark.parametrize("ways", [["log", "live"], ["live", "log"], ["live"], ["log"], ["log", "later"], ["live", "later"]])
+async def test_what_is_in_an_epoch_that_is_built_is_known_for_longer(redis_url: str, ways: Sequence[str]) -> None:
+    flipped = dataclasses.replace(BUILT, epochs={("default", LISTINGS.name, 1): Epochs(serving=1, previous=0, newest=1)})
     async with opened(redis_url) as store:
-        await replayed(replaying(store), events=[event("replayed")])
-        await applying(store).apply(messages([event("live")]))  # in both epochs
+        for way in ways:
+            if way == "log":
+                await replayed(replaying(store), events=[event(way)])
+            else:
+                await applying(store, flipped if way == "later" else BUILT).apply(messages([event(way)]))
+        await applying(store, SNAPSHOT).apply(messages([event("usual")]))
         built, served = [
             KeySpace.of("default", "listing", LISTINGS.name, 1, epoch).applied_key("l1", NOW_US // 14_400_000_000) for epoch in (1, 0)
         ]
         [longer, usual] = await store.times_to_live([built, served])
-        assert usual < 4 * DAY_S * 1000
+        assert 0 < usual < 4 * DAY_S * 1000
         assert longer > usual + 6 * DAY_S * 1000
 
 
