@@ -79,7 +79,7 @@ class _Row:
         self.status = types_pb2.ROW_STATUS_PRESENT if placed.statuses is None else int(placed.statuses[0])
         self.age_us = int(ages_us(placed.times, now_us)[0])
         self.now_us = now_us
-        self.cached = read.found is not None and len(read.found.rows) > 0
+        self.cached = read.found is not None and int(read.found.codes[0]) >= 0
         stored = read.found.rows[0].tobytes() if read.found is not None and self.cached else (read.rows[0] if read.rows else None)
         self.stored = stored or b""
         self.picture = self._picture()

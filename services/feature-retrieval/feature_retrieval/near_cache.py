@@ -4,15 +4,18 @@ It holds rows only while client-side tracking is on: every change of a tracked k
 connection drops, everything is forgotten and nothing is kept until it is back. A read and a change that cross are told apart: changes are
 numbered, a read remembers the number it began at, and a row whose key changed since is not kept. Misses are kept too.
 
+What a read brought is kept a moment later, when its caller has its answer; whoever looks before that sees to it first.
+
 When it is full, ids that were not asked for lately make room, some at a time, so that the others stay and nobody waits for a clean-up.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Final
 
 import numpy as np
@@ -138,10 +141,9 @@ class EntityCache:
         """Note that slots were asked for."""
         self._used[slots] = now
 
-    def unknown(self, ids: Sequence[Id]) -> int:
-        """Return how many of the ids have no slot."""
-        index = self.index
-        return sum(entity_id not in index for entity_id in ids)
+    def find(self, ids: Sequence[Id]) -> Slots:
+        """Return the slot of each id, -1 where it has none."""
+        return np.fromiter(map(self.index.get, ids, repeat(-1)), np.intp, len(ids))
 
     def grow(self, count: int) -> None:
         """Add slots."""
@@ -174,11 +176,11 @@ class EntityCache:
         for view in self.views.values():
             view.codes[victims[victims < len(view.codes)]] = UNKNOWN
 
-    def slots(self, ids: Sequence[Id], now: int) -> Slots:
-        """Return the slot of each id, a free one where it has none, -1 where there is none left."""
-        slots = np.fromiter(map(self._slot, ids), np.intp, len(ids))
-        self._used[slots[slots >= 0]] = now
-        return slots
+    def fill(self, slots: Slots, ids: Sequence[Id], now: int) -> None:
+        """Give each id that has no slot among `slots` a free one, as long as there are any."""
+        for at in np.flatnonzero(slots < 0).tolist():
+            slots[at] = self._slot(ids[at])
+        self.touch(slots[slots >= 0], now)
 
     def _slot(self, entity_id: Id) -> int:
         slot = self.index.get(entity_id, -1)
@@ -200,9 +202,10 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What is held of some ids. `rows` [hits, row_bytes] are a copy: the caller may wait for others, and meanwhile rows change.
+    """What is held of some ids. `rows` [ids, row_bytes] are a copy: the caller may wait for others, and meanwhile rows change.
 
-    `codes` [ids]: UNKNOWN, MISS, or a hit (0 or more). `clean`: every id is a hit and every row is simply good until `until_us`.
+    `codes` [ids]: UNKNOWN, MISS, or a hit (0 or more); of what is no hit, `rows` holds anything, and the caller may put its own there.
+    `clean`: every id is a hit and every row is simply good until `until_us`.
     """
 
     rows: Bytes2D
@@ -219,6 +222,17 @@ class Reading:
     view: ViewCache
     since: int
     era: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Brought:
+    """What a read brought, yet to be kept; as in `NearCache.end`. `at_s`: clock seconds when it ended."""
+
+    reading: Reading
+    ids: Sequence[Id]
+    rows: Sequence[bytes | None]
+    block: Bytes2D | None
+    at_s: float
 
 
 class NearCache(Listener):
@@ -239,11 +253,13 @@ class NearCache(Listener):
         self._changes = 0
         self._era = 0
         self._looked_up = 0
+        self._brought: deque[_Brought] = deque()
         self.lookups: Counter[str] = Counter()
         self.resets: Counter[str] = Counter()
         self.invalidations = 0
 
     def __repr__(self) -> str:
+        self.settle()
         ids = sum(len(entity.index) for entity in self._entities.values())
         state = "on" if self.on else "off"
         return f"<NearCache {state} entity_types={len(self._entities)} ids={ids} bytes={self.size_bytes}/{self._max_bytes}>"
@@ -256,7 +272,8 @@ class NearCache(Listener):
     @property
     def size_bytes(self) -> int:
         """Memory held by rows and their indexes, roughly."""
-        return sum(entity.size_bytes for entity in self._entities.values())
+        self.settle()
+        return self._held_bytes()
 
     def connected(self, prefixes: Sequence[bytes]) -> None:
         """Begin to keep rows of these prefixes: from now on every change of their keys is told."""
@@ -277,6 +294,7 @@ class NearCache(Listener):
             self.resets["flushed"] += 1
             self._forget_all()
             return
+        self.settle()
         self._changes += 1
         self.invalidations += len(keys)
         for key in keys:
@@ -296,19 +314,15 @@ class NearCache(Listener):
 
         Slots are good until the caller waits for anything: then they may have been given to others.
         """
+        self.settle()
         entity = self._entities.get(prefix) if self.on else None
         if entity is None or not entity.index:
             return None
         self._looked_up += 1
-        index = entity.index
-        try:
-            slots = np.fromiter(map(index.__getitem__, ids), np.intp, len(ids))
-        except KeyError:
-            slots = np.fromiter((index.get(i, -1) for i in ids), np.intp, len(ids))
-            entity.touch(slots[slots >= 0], self._looked_up)
-            return Places(entity, slots, complete=False)
-        entity.touch(slots, self._looked_up)
-        return Places(entity, slots, complete=True)
+        slots = entity.find(ids)
+        complete = int(slots.min(initial=0)) >= 0
+        entity.touch(slots if complete else slots[slots >= 0], self._looked_up)
+        return Places(entity, slots, complete)
 
     def find(self, space: KeySpace, codec: RowCodec, places: Places, now_us: int) -> Found | None:
         """Return what is held of one view; None when nothing is. `now_us`: microseconds since the epoch, for expiry."""
@@ -324,7 +338,7 @@ class NearCache(Listener):
             return Found(view.rows[slots], codes, clean=True, until_us=until_us)
         if not places.complete:
             codes[slots < 0] = UNKNOWN
-        return Found(view.rows[slots[codes >= 0]], codes, clean=False, until_us=0)
+        return Found(view.rows[slots], codes, clean=False, until_us=0)
 
     def count(self, found: Found | None, ids: int) -> None:
         """Count a look-up of some ids in one view."""
@@ -333,7 +347,7 @@ class NearCache(Listener):
         if found is not None and found.clean:
             self.lookups["hit"] += ids
             return
-        hits = 0 if found is None else len(found.rows)
+        hits = 0 if found is None else int(np.count_nonzero(found.codes >= 0))
         misses = 0 if found is None else int(np.count_nonzero(found.codes == MISS))
         for word, number in (("hit", hits), ("miss", misses), ("unknown", ids - hits - misses)):
             self.lookups[word] += number
@@ -347,61 +361,85 @@ class NearCache(Listener):
         view.readings += 1
         return Reading(entity, view, self._changes, self._era)
 
-    def end(self, reading: Reading, ids: Sequence[Id], rows: Sequence[bytes | None]) -> None:
-        """Keep what a read brought (`rows` parallel to `ids`; both empty where it failed), as far as it is still true."""
-        view = reading.view
-        if reading.era == self._era and self.on and self._entities.get(view.space.prefix) is reading.entity:
-            self._keep(reading, ids, rows)
-        view.readings -= 1
-        if not view.readings:
-            view.changed_at.clear()
-        if self.size_bytes > self._max_bytes:  # another view, or many changes while reads are under way
-            self.resets["full"] += 1
-            self._forget_all()
+    def end(self, reading: Reading, ids: Sequence[Id], rows: Sequence[bytes | None], block: Bytes2D | None = None) -> None:
+        """Keep what a read brought (`rows` parallel to `ids`; both empty where it failed), as far as it is still true.
 
-    def _keep(self, reading: Reading, ids: Sequence[Id], rows: Sequence[bytes | None]) -> None:
-        view, now = reading.view, self._clock()
-        changed_at, codec = view.changed_at, view.codec
-        unchanged = [at for at, entity_id in enumerate(ids) if changed_at.get(entity_id, 0) <= reading.since]
-        good = [at for at in unchanged if codec.is_current(rows[at])]
-        misses = [at for at in unchanged if rows[at] is None]
-        for chosen in (good, misses):
-            slots = self._slots(reading.entity, [ids[at] for at in chosen])
-            view.reserve(reading.entity.capacity)
+        `block`: the same rows as `RowCodec.widen` returns them, where the caller has that; else what is no row of the schema is left out.
+        It is done at the latest when somebody looks; call `settle` once there is time, so that the memory is not held twice for long.
+        """
+        self._brought.append(_Brought(reading, ids, rows, block, self._clock()))
+
+    def settle(self) -> None:
+        """Keep what reads have brought."""
+        while self._brought:
+            brought = self._brought.popleft()
+            reading, view = brought.reading, brought.reading.view
+            if reading.era == self._era and self.on and self._entities.get(view.space.prefix) is reading.entity:
+                self._keep(brought)
+            view.readings -= 1
+            if not view.readings:
+                view.changed_at.clear()
+            if self._held_bytes() > self._max_bytes:  # another view, or many changes while reads are under way
+                self.resets["full"] += 1
+                self._forget_all()
+
+    def _held_bytes(self) -> int:
+        return sum(entity.size_bytes for entity in self._entities.values())
+
+    def _keep(self, brought: _Brought) -> None:
+        reading, ids, rows, block, now = brought.reading, brought.ids, brought.rows, brought.block, brought.at_s
+        changed_at, codec = reading.view.changed_at, reading.view.codec
+        if changed_at:
+            unchanged = [at for at, entity_id in enumerate(ids) if changed_at.get(entity_id, 0) <= reading.since]
+            ids, rows = [ids[at] for at in unchanged], [rows[at] for at in unchanged]
+            block = None if block is None else block[unchanged]
+        if block is not None:
+            self._put(reading, ids, block, now)
+            return
+        good = [at for at, row in enumerate(rows) if codec.is_current(row)]
+        self._put(reading, [ids[at] for at in good], codec.widen([rows[at] or b"" for at in good]), now)
+        self._put(reading, [entity_id for entity_id, row in zip(ids, rows, strict=True) if row is None], None, now)
+
+    def _put(self, reading: Reading, ids: Sequence[Id], block: Bytes2D | None, now: float) -> None:
+        """Keep the rows of ids, or, without a block, that they have none."""
+        if not ids:
+            return
+        view = reading.view
+        slots = self._slots(reading.entity, ids)
+        view.reserve(reading.entity.capacity)
+        if int(slots.min()) < 0:
             kept = slots >= 0
-            if not kept.any():
-                continue
-            if chosen is misses:
-                view.put_misses(slots[kept], now)
-                continue
-            block = codec.widen([rows[at] or b"" for at in good])
-            assert block is not None  # noqa: S101  (each row is a current one)
-            view.put(*((slots, block) if kept.all() else (slots[kept], block[kept])), now)
+            slots, block = slots[kept], None if block is None else block[kept]
+        if block is None:
+            view.put_misses(slots, now)
+        else:
+            view.put(slots, block, now)
 
     def _slots(self, entity: EntityCache, ids: Sequence[Id]) -> Slots:
         """Return a slot for each id, after others made room where that is needed; -1 for those that find none."""
-        lacking = entity.lacks(entity.unknown(ids))
+        slots = entity.find(ids)
+        lacking = entity.lacks(int(np.count_nonzero(slots < 0)))
         if lacking:
             lacking = max(0, lacking - self._grown(entity, lacking))
         if lacking and entity.capacity:
             self._looked_up += 1
-            entity.touch(
-                np.array([slot for entity_id in ids if (slot := entity.index.get(entity_id)) is not None], np.intp), self._looked_up
-            )
+            entity.touch(slots[slots >= 0], self._looked_up)
             entity.evict(min(entity.capacity, max(lacking, entity.capacity // _EVICTED_SHARE)))
-        return entity.slots(ids, self._looked_up)
+            slots = entity.find(ids)
+        entity.fill(slots, ids, self._looked_up)
+        return slots
 
     def _grown(self, entity: EntityCache, lacking: int) -> int:
         """Add slots to an entity type as far as there is memory; return how many."""
         wanted = max(entity.capacity, _GROWTH, -(-lacking // _GROWTH) * _GROWTH)
-        affordable = (self._max_bytes - self.size_bytes) // entity.slot_bytes
+        affordable = (self._max_bytes - self._held_bytes()) // entity.slot_bytes
         if affordable < _SMALLEST_GROWTH:
             largest = max(self._entities, key=lambda prefix: self._entities[prefix].size_bytes)
             fair = self._max_bytes // len(self._entities)
             if self._entities[largest] is not entity and entity.size_bytes < fair // 2:
                 del self._entities[largest]  # it has taken what others need
                 self.resets["rebalanced"] += 1
-                affordable = (self._max_bytes - self.size_bytes) // entity.slot_bytes
+                affordable = (self._max_bytes - self._held_bytes()) // entity.slot_bytes
         if affordable < _SMALLEST_GROWTH:
             return 0
         count = int(min(wanted, max(lacking, affordable // 2, _SMALLEST_GROWTH), affordable))  # other types want some, too

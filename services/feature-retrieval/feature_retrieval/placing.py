@@ -77,8 +77,8 @@ def _place_all(read: ViewRead, tensors: Sequence[Tensor], now_us: int) -> Placed
     absent = np.flatnonzero(statuses == 0)
     if absent.size:
         statuses[absent] = _DEFAULTED if view.has_all_defaults else _NOT_FOUND
-    empty = np.flatnonzero((statuses >= _DEFAULTED) & (statuses != _STALE))
-    if empty.size:
+    if absent.size or read.late.size or read.failed.size:
+        empty = np.flatnonzero((statuses >= _DEFAULTED) & (statuses != _STALE))
         for at, cells in view.cells.items():
             tensors[at][np.ix_(empty, cells)] = view.defaults[at]
         _count(placed, empty, view.answered_cells)
@@ -94,7 +94,7 @@ def _place_block(
     valueless = _compute(picture, block, rows, tensors, now_us)
     head = header(block)
     status = np.full(len(block), _PRESENT, np.uint8)
-    gone = (head["flags"] & FLAG_TOMBSTONE) != 0
+    gone = head["flags"] & FLAG_TOMBSTONE != 0
     nulls = picture.codec.has_null(block, picture.null_mask)
     for _, without in valueless:
         nulls |= without
@@ -111,11 +111,14 @@ def _place_block(
     if view.view.max_age_s > 0:
         status[times < now_us - int(view.view.max_age_s * 1e6)] = _STALE
     expires = head["expires_us"]
-    status[(expires > 0) & (expires < now_us)] = _STALE
-    status[gone] = 0
+    if expires.any():
+        status[(expires > 0) & (expires < now_us)] = _STALE
+    if gone.any():
+        status[gone] = 0
+        times = np.where(gone, 0, times)
     assert placed.statuses is not None  # noqa: S101
     placed.statuses[rows] = status
-    placed.times[rows] = np.where(gone, 0, times)
+    placed.times[rows] = times
 
 
 def _copy_runs(picture: Picture, block: Bytes2D, rows: Index | slice, tensors: Sequence[Tensor]) -> None:

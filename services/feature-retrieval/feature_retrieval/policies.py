@@ -6,10 +6,24 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from plait.api.types.v1 import types_pb2
-from plait.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from plait.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable, Violation
 
 STATUSES: Final = len(types_pb2.RowStatus.keys())
+_POLICIES: Final = frozenset(types_pb2.MissingPolicy.values())
 _SLACK: Final = 1 + 1e-6  # shares are float32: 0.29 of 100 rows are 29 rows
+
+
+def check(request: Any) -> None:
+    """Raise InvalidArgument for a policy nobody knows and for shares outside 0 to 1: either would quietly allow everything."""
+    wrong = [
+        Violation(name, "must be 0 (no bound) to 1")
+        for name in ("max_defaulted_share", "max_defaulted_cells")
+        if not 0 <= getattr(request, name) <= 1  # NaN is not, either
+    ]
+    if request.policy not in _POLICIES:
+        wrong.append(Violation("policy", f"is none of {sorted(types_pb2.MissingPolicy.keys())}"))
+    if wrong:
+        raise InvalidArgument("what the call bears is not as declared", violations=wrong)
 
 
 def enforce(request: Any, counts: Sequence[int], defaulted_cells: int, cells: int) -> None:

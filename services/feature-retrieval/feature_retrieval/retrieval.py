@@ -6,6 +6,7 @@ what was sent along → transforms → statuses → policy
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from feature_retrieval import request_features, transforming
+from feature_retrieval import policies, request_features, transforming
 from feature_retrieval.entity_ids import ids_by_type, unique
 from feature_retrieval.near_cache import UNKNOWN, NearCache, Places
 from feature_retrieval.permissions import check_readable
 from feature_retrieval.placing import Index, Placed, Tensor, place
-from feature_retrieval.policies import STATUSES, enforce
 from feature_retrieval.read_metrics import ReadCounts
 from feature_retrieval.row_codec import Id
 from feature_retrieval.store.rows import NONE, Positions, Read, Rows
@@ -78,15 +78,16 @@ class Retrieval:
 
     async def get_features(self, request: Any, response: Any, call: Call) -> None:
         """Fill a GetFeaturesResponse for a GetFeaturesRequest; errors as the contract says."""
+        policies.check(request)
         plans = self._plans()
         answer = await self.answer(plans.get(request.feature_set, request.inputs), request, call)
-        counts = [0] * STATUSES
+        counts = [0] * policies.STATUSES
         for read, placed in zip(answer.reads, answer.placed, strict=True):
             by_status, defaulted_cells = _report(response, read.view, placed, request, answer.now_us)
             self._counts.add(read.view.view.name, by_status, defaulted_cells)
             for status, count in enumerate(by_status):
                 counts[status] += count
-        enforce(request, counts, answer.defaulted_cells, sum(tensor.size for tensor in answer.tensors[: answer.plan.answered]))
+        policies.enforce(request, counts, answer.defaulted_cells, sum(tensor.size for tensor in answer.tensors[: answer.plan.answered]))
         for tensor_plan, tensor in zip(answer.plan.tensors[: answer.plan.answered], answer.tensors, strict=False):
             add_tensor(response, tensor_plan.name, tensor_plan.number, tensor)
         response.store_us = answer.store_us
@@ -156,7 +157,7 @@ class Retrieval:
 
     async def _fetch(self, reads: list[ViewRead], timeout_s: float) -> int:
         """Read every wanted key of every view in one round trip; return the microseconds waited. Failures become statuses."""
-        keys = [key for read in reads for key in read.keys]
+        keys = reads[0].keys if len(reads) == 1 else [key for read in reads for key in read.keys]
         if not keys:
             return 0
         for read in reads:
@@ -170,6 +171,7 @@ class Retrieval:
             answer = Read([None] * len(keys), failed=np.arange(len(keys)))
         finally:  # a cancelled read must end in the near cache, too
             at = 0
+            asyncio.get_running_loop().call_soon(self._cache.settle)  # nobody should wait for that
             for read in reads:
                 if not read.keys:
                     continue
@@ -177,7 +179,7 @@ class Retrieval:
                 if answer is not None:
                     read.take(answer.rows[at:until], _within(answer.late, at, until), _within(answer.failed, at, until))
                 if read.reading is not None:
-                    self._cache.end(read.reading, *(((), ()) if answer is None else read.answered()))
+                    self._cache.end(read.reading, *(((), ()) if answer is None else read.answered()), read.block)
                 at = until
         return int((time.perf_counter() - began) * 1e6)
 
@@ -201,11 +203,11 @@ def _report(response: Any, view: ViewPlan, placed: Placed, request: Any, now_us:
     """Add the view's report to the answer; return its counts by status, and its defaulted cells."""
     times = placed.times
     if placed.statuses is None:
-        counts = [0] * STATUSES
+        counts = [0] * policies.STATUSES
         counts[types_pb2.ROW_STATUS_PRESENT] = len(times)
         told = _PRESENT_BYTE * len(times)
     else:
-        counts = np.bincount(placed.statuses, minlength=STATUSES).tolist()
+        counts = np.bincount(placed.statuses, minlength=policies.STATUSES).tolist()
         told = placed.statuses.tobytes()
     report = response.views.add(feature_view=view.view.name, entity_type=view.view.entity.type, statuses=told)
     report.status_counts.extend(counts)

@@ -48,6 +48,7 @@ Id = entity_ids.Id
 _MARK: Final = b"}\0"
 _COUNT_BYTES: Final = 2
 _LENGTH_BYTES: Final = 4
+_WORD_BYTES: Final = 4  # of a row's layout and schema together
 _LENGTHS: Final = tuple(struct.pack(">H", n) for n in range(MAX_ID_BYTES + 1))
 
 
@@ -111,11 +112,11 @@ class KeySpace:
 
     def keys(self, ids: Sequence[Id]) -> list[bytes]:
         """Return one key per id; all ids are of one kind. Raises InvalidArgument (ID_INVALID) as `encode_id` does."""
-        suffix = self.suffix
+        suffix, join = self.suffix, b"".join
         if ids and isinstance(ids[0], str):
             prefix = self.prefix + b"s"
             try:
-                return [prefix + _LENGTHS[len(e)] + e + suffix for e in map(str.encode, ids)]  # type: ignore[arg-type]
+                return [join((prefix, _LENGTHS[len(e)], e, suffix)) for e in map(str.encode, ids)]  # type: ignore[arg-type]
             except IndexError:
                 raise InvalidArgument(f"an id is longer than {MAX_ID_BYTES} bytes of UTF-8", reason="ID_INVALID") from None
             except UnicodeEncodeError:
@@ -209,6 +210,7 @@ class RowCodec:
         self.text_names = tuple(feature.name for feature in schema.features if feature.dtype == "string")
         self.layout = LAYOUT_WITH_TAIL if self.text_names else LAYOUT
         self.head = struct.pack("<HH", self.layout, schema.id)  # what every row of this schema begins with
+        self._head_word = np.frombuffer(self.head, "<u4")[0]
         self._least_bytes = end + _LENGTH_BYTES * len(self.text_names)
 
     def __repr__(self) -> str:
@@ -216,7 +218,7 @@ class RowCodec:
 
     def fits(self, block: Bytes2D) -> bool:
         """Return whether all of [rows, row_bytes] are rows of this layout and schema."""
-        return bool((block[:, : len(self.head)] == np.frombuffer(self.head, np.uint8)).all())
+        return bool((block[:, :_WORD_BYTES].view("<u4") == self._head_word).all())
 
     def is_current(self, row: bytes | None) -> bool:
         """Return whether it is a row of this layout and schema, and whole."""

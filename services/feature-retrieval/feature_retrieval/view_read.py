@@ -29,6 +29,7 @@ class ViewRead:
     keys: Sequence[bytes] = ()
     reading: Reading | None = None
     rows: Sequence[bytes | None] = ()  # parallel to keys
+    block: Bytes2D | None = None  # the same, where every one is there and of the current schema
     late: Positions = field(default_factory=lambda: NONE)  # of keys
     failed: Positions = field(default_factory=lambda: NONE)
 
@@ -47,6 +48,7 @@ class ViewRead:
     def take(self, rows: Sequence[bytes | None], late: Positions, failed: Positions) -> None:
         """Take what the store said of `keys`."""
         self.rows, self.late, self.failed = rows, late, failed
+        self.block = None if None in rows else self.view.current.codec.widen(rows)  # type: ignore[arg-type]
 
     def at(self, positions: Positions) -> Index:
         """Return the rows that some positions of `keys` stand for."""
@@ -59,16 +61,15 @@ class ViewRead:
             hits = np.flatnonzero(self.found.codes >= 0)
             if hits.size == len(self.ids):
                 return [(self.view.current, self.found.rows, None)]
+            if self.block is not None and hits.size + len(self.block) == len(self.ids):  # every row is there: one block is moved faster
+                self.found.rows[self.wanted] = self.block
+                return [(self.view.current, self.found.rows, None)]
             if hits.size:
-                blocks.append((self.view.current, self.found.rows, hits))
-        fetched = self.rows
-        if not fetched:
+                blocks.append((self.view.current, self.found.rows[hits], hits))
+        if self.block is not None:
+            blocks.append((self.view.current, self.block, self.wanted))
             return blocks
-        whole = None if None in fetched else self.view.current.codec.widen(fetched)  # type: ignore[arg-type]
-        if whole is not None:
-            blocks.append((self.view.current, whole, self.wanted))
-            return blocks
-        return blocks + self._by_schema()
+        return blocks + self._by_schema() if self.rows else blocks
 
     def _by_schema(self) -> list[Block]:
         """The uncommon case: some rows are missing, or were written under an older schema. Rows nobody can read count as missing."""

@@ -236,6 +236,7 @@ class _Compiler:
         self._sent: dict[str, dict[int, list[int]]] = {}  # request feature → tensor → columns
         self._gathered: dict[str, int] = {}  # reference that a transform reads → its tensor
         self._transforms: dict[str, TransformPlan] = {}
+        self._features: dict[tuple[str, int | None, str], Mapping[str, Feature]] = {}  # by name; of (view, pinned version, entity type)
 
     def plan(self) -> Plan:
         for at, item in enumerate(self._inputs):
@@ -329,9 +330,13 @@ class _Compiler:
         return OperandPlan(text, view.entity.type, tensor=self._gathered[text]), dtype
 
     def _feature(self, reference: Reference, entity_type: str) -> Feature:
-        view = self._view(reference.view, reference.version, entity_type)
-        feature = next((f for f in view.features if f.name == reference.feature), None)
+        key = (reference.view, reference.version, entity_type)
+        features = self._features.get(key)
+        if features is None:
+            features = self._features[key] = {f.name: f for f in self._view(*key).features}
+        feature = features.get(reference.feature)
         if feature is None:
+            view = self._view(*key)
             raise self._broken(
                 f"names {self._missing(view, reference)} of view {view.name!r}, which does not have them: apply a view that does"
             )

@@ -125,9 +125,10 @@ class Codec:
                 response.raw_output_contents.append(bytes_elements(array) if dtype.name == "bytes" else array.tobytes())
 
     def _decode_usual(self, request: pb.ModelInferRequest) -> Query | None:
-        """Read a request that is raw, names each input in order, asks for every output and has no parameters; None for any other."""
+        """Read a request that is raw, names each input in order and has no parameters; None for any other."""
         tensors, raw = request.inputs, request.raw_input_contents
-        if len(tensors) != len(self._inputs) or len(raw) != len(tensors) or request.outputs or request.parameters:
+        outputs = self._plainly_requested(request.outputs) if request.outputs else self._every_output
+        if outputs is None or len(tensors) != len(self._inputs) or len(raw) != len(tensors) or request.parameters:
             return None
         arrays = []
         rows = 0
@@ -145,7 +146,20 @@ class Codec:
             if known.by_row and rows not in (0, rows := shape[0]):
                 return None
             arrays.append(np.ndarray(shape, known.numpy, content))
-        return Query(inputs=tuple(arrays), rows=rows or 1, outputs=self._every_output, typed=False)
+        return Query(inputs=tuple(arrays), rows=rows or 1, outputs=outputs, typed=False)
+
+    def _plainly_requested(self, requested: Sequence[pb.ModelInferRequest.InferRequestedOutputTensor]) -> tuple[int, ...] | None:
+        """Return the positions of outputs asked for by name alone, each once; None where any is asked for otherwise."""
+        if len(requested) > len(self._outputs):
+            return None
+        wanted: list[int] = []
+        for i in range(len(requested)):
+            output = requested[i]
+            position = self._output_position.get(output.name)
+            if position is None or position in wanted or output.parameters:
+                return None
+            wanted.append(position)
+        return tuple(wanted)
 
     def _decode_with_care(self, request: pb.ModelInferRequest) -> Query:
         reader = _Reader(request)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from feature_retrieval.policies import STATUSES, enforce
+from feature_retrieval.policies import STATUSES, check, enforce
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
-from plait.errors import DeadlineExceeded, FailedPrecondition, PlaitError, Unavailable
+from plait.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, PlaitError, Unavailable
 
 _FAIL, _DEFAULT, _STALE_OK = types_pb2.MISSING_POLICY_FAIL, types_pb2.MISSING_POLICY_DEFAULT, types_pb2.MISSING_POLICY_STALE_OK
 
@@ -49,6 +51,22 @@ def test_enforce(
     assert (
         "present" in caught.value.message or "3 of 8 cells hold a default" in caught.value.message or "4 of 8 cells" in caught.value.message
     )
+
+
+@pytest.mark.parametrize("share", [-0.01, 1.01, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("field", ["max_defaulted_share", "max_defaulted_cells"])
+def test_a_share_that_is_none_is_refused(field: str, share: float) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        check(pb.GetFeaturesRequest(**{field: share}))  # type: ignore[arg-type]
+    assert [violation.field for violation in caught.value.violations] == [field]
+
+
+def test_a_policy_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        check(pb.GetFeaturesRequest(policy=17, max_defaulted_share=2))  # type: ignore[arg-type]
+    assert [violation.field for violation in caught.value.violations] == ["max_defaulted_share", "policy"]
+    for policy in types_pb2.MissingPolicy.values():
+        check(pb.GetFeaturesRequest(policy=policy, max_defaulted_share=1, max_defaulted_cells=1))
 
 
 @pytest.mark.parametrize("share", [0.07, 0.29, 0.57, 0.58, 0.7])

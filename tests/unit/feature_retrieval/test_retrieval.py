@@ -534,6 +534,14 @@ async def test_a_share_is_met_when_it_is_met_exactly(store: Slow, share: float) 
         await w.read(item=[f"i{n}" for n in range(101)], share=share)
 
 
+async def test_a_bound_that_is_none_is_refused_before_anything_is_read(store: Slow) -> None:
+    w = World(store)
+    with pytest.raises(InvalidArgument) as caught:
+        await w.read(item=["a"], share=1.5)
+    assert [v.field for v in caught.value.violations] == ["max_defaulted_share"]
+    assert not store.asked
+
+
 async def test_every_violation_is_reported(store: Slow) -> None:
     request = pb.GetFeaturesRequest(feature_set="all")
     request.entities.add(entity_type="shop").ids.string_ids.append("s")

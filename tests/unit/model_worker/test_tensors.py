@@ -320,10 +320,11 @@ def test_parameters_are_handed_on_and_wrong_ones_refused_with_the_rest() -> None
     st.integers(-1, 1),
     st.booleans(),
     st.booleans(),
+    st.lists(st.sampled_from(["score", "group", "nothing"]), max_size=3),
     st.booleans(),
 )
 def test_the_short_way_and_the_careful_one_agree(
-    width: int, rows: int, datatype: str, spare: int, swapped: bool, mixed: bool, asked: bool
+    width: int, rows: int, datatype: str, spare: int, swapped: bool, mixed: bool, asked: list[str], classify: bool
 ) -> None:
     request = raw(user=USER, item=np.ones((rows, width), np.float32))
     request.inputs[1].datatype = datatype
@@ -332,8 +333,10 @@ def test_the_short_way_and_the_careful_one_agree(
         request.inputs.reverse()  # type: ignore[attr-defined]
     if mixed:
         request.inputs[0].contents.fp32_contents.append(1)
-    if asked:
-        request.outputs.add(name="score")
+    for name in asked:
+        request.outputs.add(name=name)
+    if asked and classify:
+        request.outputs[0].parameters["classification"].int64_param = 1
     codec = Codec(RANKER)
     for _ in range(2):  # the second time with what was remembered of the first
         usual = codec._decode_usual(request)
@@ -354,7 +357,10 @@ def test_the_short_way_and_the_careful_one_agree(
 
 
 def test_the_usual_request_takes_the_short_way() -> None:
-    assert Codec(RANKER)._decode_usual(raw(user=USER, item=ITEM)) is not None
+    request = raw(user=USER, item=ITEM)
+    assert Codec(RANKER)._decode_usual(request) is not None
+    request.outputs.add(name="score")  # as the router asks
+    assert Codec(RANKER)._decode_usual(request) is not None
 
 
 @pytest.mark.parametrize("field", ["inputs", "outputs"])

@@ -11,12 +11,20 @@ from typing import Final
 
 SLOTS: Final = 16384
 _GLOB: Final = frozenset(b"\\*?[]")
+_BEFORE: Final = tuple(b"\r\n$%d\r\n" % size for size in range(1024))  # what stands before an argument of that many bytes
 
 
 def pack(command: bytes, arguments: Sequence[bytes] = ()) -> bytes:
     """Return one command in the form Redis reads (RESP)."""
-    head = b"*%d\r\n$%d\r\n%b\r\n" % (len(arguments) + 1, len(command), command)
-    return head + b"".join([b"$%d\r\n%b\r\n" % (len(a), a) for a in arguments])
+    head = b"*%d\r\n$%d\r\n%b" % (len(arguments) + 1, len(command), command)
+    try:
+        before = [_BEFORE[len(a)] for a in arguments]
+    except IndexError:  # a long one
+        before = [b"\r\n$%d\r\n" % len(a) for a in arguments]
+    pieces: list[bytes] = [b"\r\n"] * (2 * len(arguments) + 1)
+    pieces[0:-1:2] = before
+    pieces[1::2] = arguments
+    return head + b"".join(pieces)
 
 
 def pack_gets(keys: Sequence[bytes]) -> list[bytes]:

@@ -16,11 +16,18 @@ from feature_retrieval.store.commands import literally, pack, pack_gets, slot_of
 _IDS = st.text(st.sampled_from("a}{*?[]\\\0ü"), max_size=9) | st.integers(-(1 << 63), (1 << 63) - 1)
 
 
-@given(st.sampled_from([b"GET", b"EVALSHA"]), st.lists(st.binary(max_size=40), max_size=5))
+@given(st.sampled_from([b"GET", b"EVALSHA"]), st.lists(st.binary(max_size=40) | st.binary(min_size=3, max_size=3), max_size=5))
 def test_packed_as_redis_py_packs(command: bytes, arguments: list[bytes]) -> None:
     library: Any = Connection
     assert pack(command, arguments) == b"".join(library().pack_command(command, *arguments))
     assert b"".join(pack_gets(arguments)) == b"".join(pack(b"GET", [key]) for key in arguments)
+
+
+@given(st.lists(st.sampled_from([0, 9, 99, 1023, 1024, 1025, 70_000]), min_size=1, max_size=3))
+def test_arguments_of_every_size(sizes: list[int]) -> None:
+    library: Any = Connection
+    arguments = [b"x" * size for size in sizes]
+    assert pack(b"SET", arguments) == b"".join(library().pack_command(b"SET", *arguments))
 
 
 @given(st.binary(max_size=60) | st.text(st.sampled_from("{}ab"), max_size=9).map(str.encode))

@@ -134,7 +134,8 @@ class FeatureRetrievalServiceServicer:
 
         The deadline bounds the read: what arrived is returned, the rest is TIMED_OUT (unless the policy is FAIL).
         NOT_FOUND (FEATURE_SET_NOT_FOUND). INVALID_ARGUMENT: an entity type that is missing, unknown or given twice; ids of the wrong
-        kind; more than 10 000 rows of a type. FAILED_PRECONDITION (FEATURES_MISSING): the policy or max_defaulted_share refuses the answer.
+        kind; more than 10 000 rows of a type; a share outside 0 to 1; an unknown policy. FAILED_PRECONDITION (FEATURES_MISSING): the policy,
+        max_defaulted_share or max_defaulted_cells refuses the answer.
         UNAVAILABLE (STORE_UNAVAILABLE, with RetryInfo): the same, where the store is the reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -43,7 +43,8 @@ class FeatureRetrievalServiceStub:
 
     The deadline bounds the read: what arrived is returned, the rest is TIMED_OUT (unless the policy is FAIL).
     NOT_FOUND (FEATURE_SET_NOT_FOUND). INVALID_ARGUMENT: an entity type that is missing, unknown or given twice; ids of the wrong
-    kind; more than 10 000 rows of a type. FAILED_PRECONDITION (FEATURES_MISSING): the policy or max_defaulted_share refuses the answer.
+    kind; more than 10 000 rows of a type; a share outside 0 to 1; an unknown policy. FAILED_PRECONDITION (FEATURES_MISSING): the policy,
+    max_defaulted_share or max_defaulted_cells refuses the answer.
     UNAVAILABLE (STORE_UNAVAILABLE, with RetryInfo): the same, where the store is the reason.
     """
     StreamFeatures: _grpc.StreamStreamMultiCallable[_feature_retrieval_service_pb2.StreamFeaturesRequest, _feature_retrieval_service_pb2.StreamFeaturesResponse]
@@ -135,7 +136,8 @@ class FeatureRetrievalServiceAsyncStub(FeatureRetrievalServiceStub):
 
     The deadline bounds the read: what arrived is returned, the rest is TIMED_OUT (unless the policy is FAIL).
     NOT_FOUND (FEATURE_SET_NOT_FOUND). INVALID_ARGUMENT: an entity type that is missing, unknown or given twice; ids of the wrong
-    kind; more than 10 000 rows of a type. FAILED_PRECONDITION (FEATURES_MISSING): the policy or max_defaulted_share refuses the answer.
+    kind; more than 10 000 rows of a type; a share outside 0 to 1; an unknown policy. FAILED_PRECONDITION (FEATURES_MISSING): the policy,
+    max_defaulted_share or max_defaulted_cells refuses the answer.
     UNAVAILABLE (STORE_UNAVAILABLE, with RetryInfo): the same, where the store is the reason.
     """
     StreamFeatures: _aio.StreamStreamMultiCallable[_feature_retrieval_service_pb2.StreamFeaturesRequest, _feature_retrieval_service_pb2.StreamFeaturesResponse]  # type: ignore[assignment]
@@ -230,7 +232,8 @@ class FeatureRetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
 
         The deadline bounds the read: what arrived is returned, the rest is TIMED_OUT (unless the policy is FAIL).
         NOT_FOUND (FEATURE_SET_NOT_FOUND). INVALID_ARGUMENT: an entity type that is missing, unknown or given twice; ids of the wrong
-        kind; more than 10 000 rows of a type. FAILED_PRECONDITION (FEATURES_MISSING): the policy or max_defaulted_share refuses the answer.
+        kind; more than 10 000 rows of a type; a share outside 0 to 1; an unknown policy. FAILED_PRECONDITION (FEATURES_MISSING): the policy,
+        max_defaulted_share or max_defaulted_cells refuses the answer.
         UNAVAILABLE (STORE_UNAVAILABLE, with RetryInfo): the same, where the store is the reason.
         """
 
