@@ -21,6 +21,7 @@ import pytest
 import pytest_asyncio
 from tests.fakes.calls import call_of
 from tests.fakes.features_process import FeaturesProcess, features_process
+from tests.fakes.tcp_proxy import TcpProxy
 
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.replicas import Replicas
@@ -267,3 +268,24 @@ async def test_a_run_that_is_killed_anywhere_goes_on_and_ends_the_same(process: 
     stored = (await store.read(keys, 30)).rows
     await store.close()
     assert [np.frombuffer(row[-4:], np.float32)[0] for row in stored if row] == [value for _, _, value in rows]
+
+
+async def test_a_registry_that_is_away_meanwhile_is_waited_for(process: FeaturesProcess, tmp_path: Path, postgres_dsn: str) -> None:
+    address = postgres_dsn.rpartition("@")[2].partition("/")[0]
+    host, port = address.split(":")
+    file = file_of(tmp_path, [(f"i{n}", NOW_US - 5, 1.0) for n in range(20_000)], row_group_size=5_000)
+    async with TcpProxy((host, int(port))) as door:
+        target, dsn = door.target, postgres_dsn.replace(address, f"127.0.0.1:{door.port}")
+        words = ("materialize", "stats", "--from", file, "--rate", 10_000)
+        command = asyncio.create_task(process.plait(*words, PLAIT_POSTGRES_DSN=dsn))
+        kept = tmp_path / "rows.parquet.plait-progress"
+        async with asyncio.timeout(60):
+            while not (kept.exists() and json.loads(kept.read_text())["row_group"]):
+                await asyncio.sleep(0.01)
+            await door.cut()
+            while json.loads(kept.read_text())["row_group"] < 3 or json.loads(kept.read_text())["row"] < 5_000:
+                await asyncio.sleep(0.01)
+        assert not command.done()
+        door.target = target
+        assert (await command).exit_code == 0
+    await eventually(process, ["i0", "i19999"], [1, 1])

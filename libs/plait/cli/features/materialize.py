@@ -228,9 +228,7 @@ class _Work:
         if at.epoch == (await flip.epochs()).building:
             await self._fill(at)
             self._check_refused(at)
-            await self._store.complete_epoch(
-                self._tenant, self._view.name, at.epoch, version=self._view.version, actor=author(), reason=wanted.reason
-            )
+            await flip.complete(at.epoch, reason=wanted.reason)
             if not wanted.flip:
                 return self._outcome(at.epoch, flipped=False, skipped=skipped, carried_over=0)
             copied = await flip.flip(at.epoch, reason=wanted.reason)

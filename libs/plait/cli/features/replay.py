@@ -190,9 +190,7 @@ class _Work:
             oldest_us = await self._replay_stream(at.epoch)
             self._check_refused(at)
             self._check_gap(oldest_us)
-            await self._store.complete_epoch(
-                self._tenant, self._view.name, at.epoch, version=self._view.version, actor=author(), reason=wanted.reason
-            )
+            await flip.complete(at.epoch, reason=wanted.reason)
             if not wanted.flip:
                 return outcome
             await flip.flip(at.epoch, reason=wanted.reason)
