@@ -209,7 +209,10 @@ async def test_refused_rows_stop_the_flip_and_are_told_by_row(process: FeaturesP
     [
         ({"id": ["i"], "event_time": [1]}, ("--map", "x=y"), "PARQUET_MISFIT"),
         ({"id": ["i"], "event_time": [1], "a": [1.0]}, ("--resume",), "RESUME_MISMATCH"),
-        ({"id": ["i", None], "event_time": [1, 1], "a": [1.0, 1.0]}, (), "PARQUET_MISFIT"),
+        ({"id": ["i"], "event_time": [NOW_US // 1_000], "a": [1.0]}, (), "PARQUET_MISFIT"),
+        ({"id": ["i"], "event_time": [NOW_US // 1_000_000], "a": [1.0]}, (), "PARQUET_MISFIT"),
+        ({"id": pa.array([], pa.string()), "event_time": pa.array([], pa.int64()), "a": pa.array([], pa.float32())}, (), "PARQUET_EMPTY"),
+        ({"id": ["i", None], "event_time": [NOW_US, NOW_US], "a": [1.0, 1.0]}, (), "PARQUET_MISFIT"),
     ],
 )
 async def test_what_cannot_be_begun_leaves_nothing_behind(

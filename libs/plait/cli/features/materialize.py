@@ -163,12 +163,25 @@ async def _materialize(wanted: Wanted, where: Target, dsn: str) -> Outcome:
         view = await _view(store, wanted)
         source = ParquetRows.open(wanted.file, view, wanted.names)
         try:
+            _check_rows(wanted, source.rows)
             work = _Work(wanted, store, service, where, tenant, view, source)
             outcome = await (work.into_new_epoch() if wanted.epoch == "new" else work.into_current_epochs())
         finally:
             source.close()
         outcome.seconds = time.monotonic() - began
         return outcome
+
+
+def _check_rows(wanted: Wanted, rows: int) -> None:
+    """Refuse a file that would leave a view with nothing: whoever made it failed more likely than meant it."""
+    from plait.errors import InvalidArgument  # noqa: PLC0415
+
+    if not rows and wanted.flip and wanted.epoch == "new":
+        raise InvalidArgument(
+            f"{wanted.file} has no rows: nothing but what was streamed would be served. If that is meant, materialize it with --no-flip "
+            f"and run 'plait features flip {wanted.view}'",
+            reason="PARQUET_EMPTY",
+        )
 
 
 async def _view(store: Store, wanted: Wanted) -> FeatureView:

@@ -32,6 +32,7 @@ EXPIRES_AT: Final = "_expires_at"
 MAX_BATCH_ROWS: Final = 5000
 _BATCH_BYTES: Final = 4 * 1024 * 1024
 _MAX_MESSAGE_BYTES: Final = 14 * 1024 * 1024  # of the 16 MiB that fit
+_EARLIEST_US: Final = 10**14  # what is less, as a number, is a time in seconds or milliseconds up to the year 5138
 _TEXT_BYTES: Final = 64  # of a string or list value, until the batch shows how much it is
 
 
@@ -320,7 +321,12 @@ class _Cells:
     def times(self, name: str, missing: int | None = None) -> npt.NDArray[np.int64]:
         """Microseconds since the epoch; a time without a zone is UTC."""
         column = self._column(name) if missing is not None else self._present(name)
-        return _times(column, missing or 0)
+        values = _times(column, missing or 0)
+        if pa.types.is_integer(column.type):
+            small = (values > 0) & (values < _EARLIEST_US)
+            if small.any():
+                self._refuse(name, "a time is before 1973: give microseconds since the epoch, not seconds or milliseconds", small)
+        return values
 
     def numbers(self, name: str, wanted: pa.DataType) -> npt.NDArray[Any]:
         return _numpy(self._cast(name, self._present(name), wanted))
