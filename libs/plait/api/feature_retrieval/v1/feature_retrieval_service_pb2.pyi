@@ -231,19 +231,27 @@ class StreamFeaturesRequest(_message.Message):
 
     CALL_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def call(self) -> _types_pb2.CallHeader: ...
     @_builtins.property
     def request(self) -> Global___GetFeaturesRequest: ...
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamFeaturesRequest]:
+        """Further calls in the same message, where the other side has said (metadata `x-plait-frames: joined`) that it takes them; then nothing else
+        is set. At most 64, which hold no further ones.
+        """
+
     def __init__(
         self,
         *,
         call: _types_pb2.CallHeader | None = ...,
         request: Global___GetFeaturesRequest | None = ...,
+        more: _abc.Iterable[Global___StreamFeaturesRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "more", b"more", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -258,21 +266,27 @@ class StreamFeaturesResponse(_message.Message):
     CALL_ID_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     call_id: _builtins.int
     @_builtins.property
     def response(self) -> Global___GetFeaturesResponse: ...
     @_builtins.property
     def status(self) -> _types_pb2.CallStatus: ...
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamFeaturesResponse]:
+        """As in StreamFeaturesRequest."""
+
     def __init__(
         self,
         *,
         call_id: _builtins.int = ...,
         response: Global___GetFeaturesResponse | None = ...,
         status: _types_pb2.CallStatus | None = ...,
+        more: _abc.Iterable[Global___StreamFeaturesResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "response", b"response", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "more", b"more", "response", b"response", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from plait.api.inference.v2 import inference_pb2 as plait_dot_api_dot_inference_
 from plait.api.types.v1 import types_pb2 as plait_dot_api_dot_types_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n4plait/api/model_worker/v1/model_worker_service.proto\x12\x19plait.api.model_worker.v1\x1a&plait/api/inference/v2/inference.proto\x1a\x1eplait/api/types/v1/types.proto\"\x80\x01\n\x12StreamInferRequest\x12\x32\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x1e.plait.api.types.v1.CallHeaderR\x04\x63\x61ll\x12\x36\n\x07request\x18\x02 \x01(\x0b\x32\x1c.inference.ModelInferRequestR\x07request\"\xa1\x01\n\x13StreamInferResponse\x12\x17\n\x07\x63\x61ll_id\x18\x01 \x01(\x04R\x06\x63\x61llId\x12\x39\n\x08response\x18\x02 \x01(\x0b\x32\x1d.inference.ModelInferResponseR\x08response\x12\x36\n\x06status\x18\x03 \x01(\x0b\x32\x1e.plait.api.types.v1.CallStatusR\x06status2\x86\x01\n\x12ModelWorkerService\x12p\n\x0bStreamInfer\x12-.plait.api.model_worker.v1.StreamInferRequest\x1a..plait.api.model_worker.v1.StreamInferResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n4plait/api/model_worker/v1/model_worker_service.proto\x12\x19plait.api.model_worker.v1\x1a&plait/api/inference/v2/inference.proto\x1a\x1eplait/api/types/v1/types.proto\"\xc3\x01\n\x12StreamInferRequest\x12\x32\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x1e.plait.api.types.v1.CallHeaderR\x04\x63\x61ll\x12\x36\n\x07request\x18\x02 \x01(\x0b\x32\x1c.inference.ModelInferRequestR\x07request\x12\x41\n\x04more\x18\x03 \x03(\x0b\x32-.plait.api.model_worker.v1.StreamInferRequestR\x04more\"\xa0\x02\n\x13StreamInferResponse\x12\x17\n\x07\x63\x61ll_id\x18\x01 \x01(\x04R\x06\x63\x61llId\x12\x39\n\x08response\x18\x02 \x01(\x0b\x32\x1d.inference.ModelInferResponseR\x08response\x12\x36\n\x06status\x18\x03 \x01(\x0b\x32\x1e.plait.api.types.v1.CallStatusR\x06status\x12\x39\n\x04load\x18\x04 \x01(\x0b\x32%.plait.api.model_worker.v1.LoadReportR\x04load\x12\x42\n\x04more\x18\x05 \x03(\x0b\x32..plait.api.model_worker.v1.StreamInferResponseR\x04more\"\x98\x01\n\nLoadReport\x12\x1b\n\tin_flight\x18\x01 \x01(\rR\x08inFlight\x12\x1f\n\x0bqueued_rows\x18\x02 \x01(\rR\nqueuedRows\x12\x19\n\x08queue_us\x18\x03 \x01(\rR\x07queueUs\x12\x15\n\x06row_ns\x18\x04 \x01(\rR\x05rowNs\x12\x1a\n\x08\x64raining\x18\x05 \x01(\x08R\x08\x64raining2\x86\x01\n\x12ModelWorkerService\x12p\n\x0bStreamInfer\x12-.plait.api.model_worker.v1.StreamInferRequest\x1a..plait.api.model_worker.v1.StreamInferResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,9 +34,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'plait.api.model_worker.v1.m
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STREAMINFERREQUEST']._serialized_start=156
-  _globals['_STREAMINFERREQUEST']._serialized_end=284
-  _globals['_STREAMINFERRESPONSE']._serialized_start=287
-  _globals['_STREAMINFERRESPONSE']._serialized_end=448
-  _globals['_MODELWORKERSERVICE']._serialized_start=451
-  _globals['_MODELWORKERSERVICE']._serialized_end=585
+  _globals['_STREAMINFERREQUEST']._serialized_end=351
+  _globals['_STREAMINFERRESPONSE']._serialized_start=354
+  _globals['_STREAMINFERRESPONSE']._serialized_end=642
+  _globals['_LOADREPORT']._serialized_start=645
+  _globals['_LOADREPORT']._serialized_end=797
+  _globals['_MODELWORKERSERVICE']._serialized_start=800
+  _globals['_MODELWORKERSERVICE']._serialized_end=934
 # @@protoc_insertion_point(module_scope)

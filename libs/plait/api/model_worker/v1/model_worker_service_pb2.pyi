@@ -3,8 +3,10 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from plait.api.inference.v2 import inference_pb2 as _inference_pb2
 from plait.api.types.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
@@ -26,19 +28,27 @@ class StreamInferRequest(_message.Message):
 
     CALL_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def call(self) -> _types_pb2.CallHeader: ...
     @_builtins.property
     def request(self) -> _inference_pb2.ModelInferRequest: ...
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamInferRequest]:
+        """Further calls in the same message, where the other side has said (metadata `x-plait-frames: joined`) that it takes them; then nothing else
+        is set. At most 64, which hold no further ones.
+        """
+
     def __init__(
         self,
         *,
         call: _types_pb2.CallHeader | None = ...,
         request: _inference_pb2.ModelInferRequest | None = ...,
+        more: _abc.Iterable[Global___StreamInferRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "more", b"more", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -53,22 +63,72 @@ class StreamInferResponse(_message.Message):
     CALL_ID_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     call_id: _builtins.int
     @_builtins.property
     def response(self) -> _inference_pb2.ModelInferResponse: ...
     @_builtins.property
     def status(self) -> _types_pb2.CallStatus: ...
+    @_builtins.property
+    def load(self) -> Global___LoadReport:
+        """How loaded the worker was when it answered; not on every answer."""
+
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamInferResponse]:
+        """As in StreamInferRequest."""
+
     def __init__(
         self,
         *,
         call_id: _builtins.int = ...,
         response: _inference_pb2.ModelInferResponse | None = ...,
         status: _types_pb2.CallStatus | None = ...,
+        load: Global___LoadReport | None = ...,
+        more: _abc.Iterable[Global___StreamInferResponse] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response", "status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "response", b"response", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "response", b"response", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "load", b"load", "more", b"more", "response", b"response", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamInferResponse: _TypeAlias = StreamInferResponse  # noqa: Y015
+
+@_typing.final
+class LoadReport(_message.Message):
+    """What a balancer wants to know of a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    QUEUED_ROWS_FIELD_NUMBER: _builtins.int
+    QUEUE_US_FIELD_NUMBER: _builtins.int
+    ROW_NS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    in_flight: _builtins.int
+    """Calls under way, waiting ones included."""
+    queued_rows: _builtins.int
+    """Rows waiting for a batch, over all models."""
+    queue_us: _builtins.int
+    """How long the last answered calls waited for a batch, microseconds, smoothed over about 32 calls."""
+    row_ns: _builtins.int
+    """How long one row computes, nanoseconds, smoothed likewise."""
+    draining: _builtins.bool
+    """Whether it is about to stop: send it nothing new."""
+    def __init__(
+        self,
+        *,
+        in_flight: _builtins.int = ...,
+        queued_rows: _builtins.int = ...,
+        queue_us: _builtins.int = ...,
+        row_ns: _builtins.int = ...,
+        draining: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "in_flight", b"in_flight", "queue_us", b"queue_us", "queued_rows", b"queued_rows", "row_ns", b"row_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015

@@ -35,6 +35,7 @@ class _ResourceKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Resource
     RESOURCE_KIND_TENANT: _ResourceKind.ValueType  # 5
     RESOURCE_KIND_EXPERIMENT: _ResourceKind.ValueType  # 6
     RESOURCE_KIND_ROLLOUT: _ResourceKind.ValueType  # 7
+    RESOURCE_KIND_POOL: _ResourceKind.ValueType  # 8
 
 class ResourceKind(_ResourceKind, metaclass=_ResourceKindEnumTypeWrapper):
     """What a resource describes."""
@@ -47,6 +48,7 @@ RESOURCE_KIND_ROUTE: ResourceKind.ValueType  # 4
 RESOURCE_KIND_TENANT: ResourceKind.ValueType  # 5
 RESOURCE_KIND_EXPERIMENT: ResourceKind.ValueType  # 6
 RESOURCE_KIND_ROLLOUT: ResourceKind.ValueType  # 7
+RESOURCE_KIND_POOL: ResourceKind.ValueType  # 8
 Global___ResourceKind: _TypeAlias = ResourceKind  # noqa: Y015
 
 @_typing.final

@@ -7,6 +7,8 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from plait.api.events.v1 import outcomes_pb2 as _outcomes_pb2
+from plait.api.router.v1 import explanation_pb2 as _explanation_pb2
 from plait.api.types.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -25,6 +27,26 @@ class RankRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROUTE_FIELD_NUMBER: _builtins.int
     SUBJECT_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
@@ -33,6 +55,7 @@ class RankRequest(_message.Message):
     INLINE_FEATURES_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
     REQUEST_FEATURES_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     route: _builtins.str
     """At most 63 bytes."""
     top_k: _builtins.int
@@ -47,7 +70,7 @@ class RankRequest(_message.Message):
 
     @_builtins.property
     def candidates(self) -> _types_pb2.EntityIds:
-        """1 to 10 000 distinct ids (fewer where the route says so) of the route's candidate entity type."""
+        """1 to 10 000 distinct ids (fewer where the route says so) of the route's candidate entity type; none where the route retrieves them."""
 
     @_builtins.property
     def inline_features(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Tensor]:
@@ -58,6 +81,10 @@ class RankRequest(_message.Message):
         """Values of the feature set's request-time features, by declared name: shape [] for one per request, [candidates] for one per
         candidate. Not declared, of another dtype or out of the declared range: INVALID_ARGUMENT (REQUEST_FEATURE_INVALID).
         """
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What rules and experiments may look at, for example country or surface: at most 16, names of at most 63 bytes, values of at most 256."""
 
     def __init__(
         self,
@@ -70,10 +97,11 @@ class RankRequest(_message.Message):
         inline_features: _abc.Iterable[_types_pb2.Tensor] | None = ...,
         explain: _builtins.bool = ...,
         request_features: _abc.Iterable[_types_pb2.Tensor] | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "subject", b"subject"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "explain", b"explain", "inline_features", b"inline_features", "request_features", b"request_features", "request_id", b"request_id", "route", b"route", "subject", b"subject", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "explain", b"explain", "inline_features", b"inline_features", "labels", b"labels", "request_features", b"request_features", "request_id", b"request_id", "route", b"route", "subject", b"subject", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -96,14 +124,20 @@ class RankResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     FEATURE_REPORT_FIELD_NUMBER: _builtins.int
     REGISTRY_REVISION_FIELD_NUMBER: _builtins.int
+    ASSIGNMENTS_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
+    AGE_US_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     model_version: _builtins.str
     variant: _builtins.str
     request_id: _builtins.str
     tier: _builtins.str
-    """Which rung of the route's ladder answered; "full" unless degraded further."""
+    """Which rung of the route's ladder answered: full, light, cached, popularity."""
     registry_revision: _builtins.int
     """The registry revision the request was answered under."""
+    cache: _explanation_pb2.CacheStatus.ValueType
+    age_us: _builtins.int
+    """How old the answer is, in microseconds; 0 unless it came from a cache."""
     @_builtins.property
     def item_ids(self) -> _types_pb2.EntityIds:
         """Of the same kind as the candidates."""
@@ -124,6 +158,10 @@ class RankResponse(_message.Message):
     def feature_report(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureReport]:
         """Only when asked."""
 
+    @_builtins.property
+    def assignments(self) -> _containers.RepeatedCompositeFieldContainer[_explanation_pb2.Assignment]:
+        """Every experiment the request took part in."""
+
     def __init__(
         self,
         *,
@@ -138,10 +176,13 @@ class RankResponse(_message.Message):
         timings: Global___Timings | None = ...,
         feature_report: _abc.Iterable[Global___FeatureReport] | None = ...,
         registry_revision: _builtins.int = ...,
+        assignments: _abc.Iterable[_explanation_pb2.Assignment] | None = ...,
+        cache: _explanation_pb2.CacheStatus.ValueType = ...,
+        age_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["item_ids", b"item_ids", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded_reasons", b"degraded_reasons", "feature_report", b"feature_report", "item_ids", b"item_ids", "model", b"model", "model_version", b"model_version", "registry_revision", b"registry_revision", "request_id", b"request_id", "scores", b"scores", "tier", b"tier", "timings", b"timings", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_us", b"age_us", "assignments", b"assignments", "cache", b"cache", "degraded_reasons", b"degraded_reasons", "feature_report", b"feature_report", "item_ids", b"item_ids", "model", b"model", "model_version", b"model_version", "registry_revision", b"registry_revision", "request_id", b"request_id", "scores", b"scores", "tier", b"tier", "timings", b"timings", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -244,6 +285,26 @@ class PredictRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROUTE_FIELD_NUMBER: _builtins.int
     ENTITIES_FIELD_NUMBER: _builtins.int
     INLINE_FEATURES_FIELD_NUMBER: _builtins.int
@@ -251,6 +312,7 @@ class PredictRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
     REQUEST_FEATURES_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     route: _builtins.str
     """At most 63 bytes."""
     request_id: _builtins.str
@@ -272,6 +334,10 @@ class PredictRequest(_message.Message):
     def request_features(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Tensor]:
         """As in RankRequest; per-row ones have one value per id of their entity type."""
 
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """As in RankRequest."""
+
     def __init__(
         self,
         *,
@@ -282,10 +348,11 @@ class PredictRequest(_message.Message):
         request_id: _builtins.str = ...,
         explain: _builtins.bool = ...,
         request_features: _abc.Iterable[_types_pb2.Tensor] | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "explain", b"explain", "inline_features", b"inline_features", "outputs", b"outputs", "request_features", b"request_features", "request_id", b"request_id", "route", b"route"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "explain", b"explain", "inline_features", b"inline_features", "labels", b"labels", "outputs", b"outputs", "request_features", b"request_features", "request_id", b"request_id", "route", b"route"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -306,11 +373,19 @@ class PredictResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     FEATURE_REPORT_FIELD_NUMBER: _builtins.int
     REGISTRY_REVISION_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    ASSIGNMENTS_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
+    AGE_US_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     model_version: _builtins.str
     variant: _builtins.str
     request_id: _builtins.str
     registry_revision: _builtins.int
+    tier: _builtins.str
+    """As in RankResponse."""
+    cache: _explanation_pb2.CacheStatus.ValueType
+    age_us: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Tensor]: ...
     @_builtins.property
@@ -319,6 +394,8 @@ class PredictResponse(_message.Message):
     def timings(self) -> Global___Timings: ...
     @_builtins.property
     def feature_report(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureReport]: ...
+    @_builtins.property
+    def assignments(self) -> _containers.RepeatedCompositeFieldContainer[_explanation_pb2.Assignment]: ...
     def __init__(
         self,
         *,
@@ -331,11 +408,263 @@ class PredictResponse(_message.Message):
         timings: Global___Timings | None = ...,
         feature_report: _abc.Iterable[Global___FeatureReport] | None = ...,
         registry_revision: _builtins.int = ...,
+        tier: _builtins.str = ...,
+        assignments: _abc.Iterable[_explanation_pb2.Assignment] | None = ...,
+        cache: _explanation_pb2.CacheStatus.ValueType = ...,
+        age_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded_reasons", b"degraded_reasons", "feature_report", b"feature_report", "model", b"model", "model_version", b"model_version", "outputs", b"outputs", "registry_revision", b"registry_revision", "request_id", b"request_id", "timings", b"timings", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_us", b"age_us", "assignments", b"assignments", "cache", b"cache", "degraded_reasons", b"degraded_reasons", "feature_report", b"feature_report", "model", b"model", "model_version", b"model_version", "outputs", b"outputs", "registry_revision", b"registry_revision", "request_id", b"request_id", "tier", b"tier", "timings", b"timings", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PredictResponse: _TypeAlias = PredictResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    """Exactly one call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    PREDICT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def rank(self) -> Global___RankRequest: ...
+    @_builtins.property
+    def predict(self) -> Global___PredictRequest: ...
+    def __init__(
+        self,
+        *,
+        rank: Global___RankRequest | None = ...,
+        predict: Global___PredictRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "predict", b"predict", "rank", b"rank"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "predict", b"predict", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_call: _TypeAlias = _typing.Literal["rank", "predict"]  # noqa: Y015
+    _WhichOneofArgType_call: _TypeAlias = _typing.Literal["call", b"call"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_call) -> _WhichOneofReturnType_call | None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """The answer, and how it came to be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NotInEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    RANK_FIELD_NUMBER: _builtins.int
+    PREDICT_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
+    CACHE_WOULD_BE_FIELD_NUMBER: _builtins.int
+    AGES_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    NOT_IN_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    cache_would_be: _explanation_pb2.CacheStatus.ValueType
+    """What would have come from the cache, had this been no Explain."""
+    summary: _builtins.str
+    """One sentence for people."""
+    @_builtins.property
+    def rank(self) -> Global___RankResponse: ...
+    @_builtins.property
+    def predict(self) -> Global___PredictResponse: ...
+    @_builtins.property
+    def rules(self) -> _containers.RepeatedCompositeFieldContainer[_explanation_pb2.RuleReport]:
+        """In the order they were looked at, up to the one that matched."""
+
+    @_builtins.property
+    def ages(self) -> _containers.RepeatedCompositeFieldContainer[_explanation_pb2.AgeReport]: ...
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[_explanation_pb2.TierReport]: ...
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[_explanation_pb2.StageReport]: ...
+    @_builtins.property
+    def attempts(self) -> _containers.RepeatedCompositeFieldContainer[_explanation_pb2.AttemptReport]: ...
+    @_builtins.property
+    def not_in(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Which experiments of the route the unit is not in, and why: "layer", "rule", "not_ready"."""
+
+    def __init__(
+        self,
+        *,
+        rank: Global___RankResponse | None = ...,
+        predict: Global___PredictResponse | None = ...,
+        rules: _abc.Iterable[_explanation_pb2.RuleReport] | None = ...,
+        cache_would_be: _explanation_pb2.CacheStatus.ValueType = ...,
+        ages: _abc.Iterable[_explanation_pb2.AgeReport] | None = ...,
+        tiers: _abc.Iterable[_explanation_pb2.TierReport] | None = ...,
+        stages: _abc.Iterable[_explanation_pb2.StageReport] | None = ...,
+        attempts: _abc.Iterable[_explanation_pb2.AttemptReport] | None = ...,
+        not_in: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        summary: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "predict", b"predict", "rank", b"rank"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ages", b"ages", "answer", b"answer", "attempts", b"attempts", "cache_would_be", b"cache_would_be", "not_in", b"not_in", "predict", b"predict", "rank", b"rank", "rules", b"rules", "stages", b"stages", "summary", b"summary", "tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_answer: _TypeAlias = _typing.Literal["rank", "predict"]  # noqa: Y015
+    _WhichOneofArgType_answer: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_answer) -> _WhichOneofReturnType_answer | None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class RecordOutcomeRequest(_message.Message):
+    """What became of answers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[_outcomes_pb2.Outcome]:
+        """1 to 1 000."""
+
+    def __init__(
+        self,
+        *,
+        outcomes: _abc.Iterable[_outcomes_pb2.Outcome] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordOutcomeRequest: _TypeAlias = RecordOutcomeRequest  # noqa: Y015
+
+@_typing.final
+class RecordOutcomeResponse(_message.Message):
+    """How many were kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    DUPLICATES_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    accepted: _builtins.int
+    duplicates: _builtins.int
+    """Known before."""
+    @_builtins.property
+    def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutcomeError]: ...
+    def __init__(
+        self,
+        *,
+        accepted: _builtins.int = ...,
+        duplicates: _builtins.int = ...,
+        errors: _abc.Iterable[Global___OutcomeError] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "duplicates", b"duplicates", "errors", b"errors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordOutcomeResponse: _TypeAlias = RecordOutcomeResponse  # noqa: Y015
+
+@_typing.final
+class OutcomeError(_message.Message):
+    """What is wrong with one outcome."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Its place in the request."""
+    reason: _builtins.str
+    """A stable word: REQUEST_ID_INVALID, ITEM_INVALID, OUTCOME_TYPE_UNKNOWN, OUTCOME_TIME_INVALID, VALUE_INVALID."""
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutcomeError: _TypeAlias = OutcomeError  # noqa: Y015
+
+@_typing.final
+class InvalidateCacheRequest(_message.Message):
+    """What to forget: everything that any of these names; at least one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    route: _builtins.str
+    """At most 63 bytes."""
+    model: _builtins.str
+    """At most 63 bytes."""
+    @_builtins.property
+    def items(self) -> _types_pb2.EntityRows:
+        """Items that changed, for example because they are sold: answers they stand in, and their scores. At most 1 000."""
+
+    def __init__(
+        self,
+        *,
+        route: _builtins.str = ...,
+        model: _builtins.str = ...,
+        items: _types_pb2.EntityRows | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "model", b"model", "route", b"route"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InvalidateCacheRequest: _TypeAlias = InvalidateCacheRequest  # noqa: Y015
+
+@_typing.final
+class InvalidateCacheResponse(_message.Message):
+    """It was told to every router."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REMOVED_FIELD_NUMBER: _builtins.int
+    removed: _builtins.int
+    """Entries that this router forgot at once."""
+    def __init__(
+        self,
+        *,
+        removed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InvalidateCacheResponse: _TypeAlias = InvalidateCacheResponse  # noqa: Y015

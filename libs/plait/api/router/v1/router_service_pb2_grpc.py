@@ -54,6 +54,21 @@ class RouterServiceStub:
                 request_serializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.PredictRequest.SerializeToString,
                 response_deserializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.PredictResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/plait.api.router.v1.RouterService/Explain',
+                request_serializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.ExplainResponse.FromString,
+                _registered_method=True)
+        self.RecordOutcome = channel.unary_unary(
+                '/plait.api.router.v1.RouterService/RecordOutcome',
+                request_serializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.RecordOutcomeRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.RecordOutcomeResponse.FromString,
+                _registered_method=True)
+        self.InvalidateCache = channel.unary_unary(
+                '/plait.api.router.v1.RouterService/InvalidateCache',
+                request_serializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.InvalidateCacheRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.InvalidateCacheResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServiceServicer:
@@ -89,6 +104,35 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Explain answers a Rank or Predict and tells how: which rule matched, which variant and versions, the cache, the ages of the features,
+        each tier of the ladder, and why. It is no exposure, casts no shadow, and neither reads an answer from a cache nor leaves one there.
+
+        Codes as for the call explained; INVALID_ARGUMENT also where neither is set.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecordOutcome(self, request, context):
+        """RecordOutcome says what became of answers. Idempotent: an outcome that is known counts once.
+
+        Needs the scope `rank`. INVALID_ARGUMENT: no or more than 1 000 outcomes. Outcomes that are wrong each are told in `errors`, the others
+        are kept. FAILED_PRECONDITION (OUTCOMES_NOT_KEPT): nothing is configured to keep them. UNAVAILABLE: retry, with the same outcomes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InvalidateCache(self, request, context):
+        """InvalidateCache makes every router forget cached answers and scores of the caller's tenant within seconds.
+
+        Needs the scope `operate`. INVALID_ARGUMENT: nothing named, or more than 1 000 items or tags. UNAVAILABLE: the others could not be told.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -101,6 +145,21 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.Predict,
                     request_deserializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.PredictRequest.FromString,
                     response_serializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.PredictResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.ExplainRequest.FromString,
+                    response_serializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.ExplainResponse.SerializeToString,
+            ),
+            'RecordOutcome': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordOutcome,
+                    request_deserializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.RecordOutcomeRequest.FromString,
+                    response_serializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.RecordOutcomeResponse.SerializeToString,
+            ),
+            'InvalidateCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.InvalidateCache,
+                    request_deserializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.InvalidateCacheRequest.FromString,
+                    response_serializer=plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.InvalidateCacheResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -167,6 +226,87 @@ class RouterService:
             '/plait.api.router.v1.RouterService/Predict',
             plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.PredictRequest.SerializeToString,
             plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.PredictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.api.router.v1.RouterService/Explain',
+            plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.ExplainRequest.SerializeToString,
+            plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordOutcome(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.api.router.v1.RouterService/RecordOutcome',
+            plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.RecordOutcomeRequest.SerializeToString,
+            plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.RecordOutcomeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InvalidateCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.api.router.v1.RouterService/InvalidateCache',
+            plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.InvalidateCacheRequest.SerializeToString,
+            plait_dot_api_dot_router_dot_v1_dot_router__service__pb2.InvalidateCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

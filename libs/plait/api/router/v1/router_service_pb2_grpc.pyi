@@ -55,6 +55,23 @@ class RouterServiceStub:
 
     Codes as for Rank; INVALID_ARGUMENT also for an entity type the route's feature set does not use.
     """
+    Explain: _grpc.UnaryUnaryMultiCallable[_router_service_pb2.ExplainRequest, _router_service_pb2.ExplainResponse]
+    """Explain answers a Rank or Predict and tells how: which rule matched, which variant and versions, the cache, the ages of the features,
+    each tier of the ladder, and why. It is no exposure, casts no shadow, and neither reads an answer from a cache nor leaves one there.
+
+    Codes as for the call explained; INVALID_ARGUMENT also where neither is set.
+    """
+    RecordOutcome: _grpc.UnaryUnaryMultiCallable[_router_service_pb2.RecordOutcomeRequest, _router_service_pb2.RecordOutcomeResponse]
+    """RecordOutcome says what became of answers. Idempotent: an outcome that is known counts once.
+
+    Needs the scope `rank`. INVALID_ARGUMENT: no or more than 1 000 outcomes. Outcomes that are wrong each are told in `errors`, the others
+    are kept. FAILED_PRECONDITION (OUTCOMES_NOT_KEPT): nothing is configured to keep them. UNAVAILABLE: retry, with the same outcomes.
+    """
+    InvalidateCache: _grpc.UnaryUnaryMultiCallable[_router_service_pb2.InvalidateCacheRequest, _router_service_pb2.InvalidateCacheResponse]
+    """InvalidateCache makes every router forget cached answers and scores of the caller's tenant within seconds.
+
+    Needs the scope `operate`. INVALID_ARGUMENT: nothing named, or more than 1 000 items or tags. UNAVAILABLE: the others could not be told.
+    """
 
 @_typing.type_check_only
 class RouterServiceAsyncStub(RouterServiceStub):
@@ -82,6 +99,23 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """Predict is the general form: entity rows and inline tensors in, named output tensors out.
 
     Codes as for Rank; INVALID_ARGUMENT also for an entity type the route's feature set does not use.
+    """
+    Explain: _aio.UnaryUnaryMultiCallable[_router_service_pb2.ExplainRequest, _router_service_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Explain answers a Rank or Predict and tells how: which rule matched, which variant and versions, the cache, the ages of the features,
+    each tier of the ladder, and why. It is no exposure, casts no shadow, and neither reads an answer from a cache nor leaves one there.
+
+    Codes as for the call explained; INVALID_ARGUMENT also where neither is set.
+    """
+    RecordOutcome: _aio.UnaryUnaryMultiCallable[_router_service_pb2.RecordOutcomeRequest, _router_service_pb2.RecordOutcomeResponse]  # type: ignore[assignment]
+    """RecordOutcome says what became of answers. Idempotent: an outcome that is known counts once.
+
+    Needs the scope `rank`. INVALID_ARGUMENT: no or more than 1 000 outcomes. Outcomes that are wrong each are told in `errors`, the others
+    are kept. FAILED_PRECONDITION (OUTCOMES_NOT_KEPT): nothing is configured to keep them. UNAVAILABLE: retry, with the same outcomes.
+    """
+    InvalidateCache: _aio.UnaryUnaryMultiCallable[_router_service_pb2.InvalidateCacheRequest, _router_service_pb2.InvalidateCacheResponse]  # type: ignore[assignment]
+    """InvalidateCache makes every router forget cached answers and scores of the caller's tenant within seconds.
+
+    Needs the scope `operate`. INVALID_ARGUMENT: nothing named, or more than 1 000 items or tags. UNAVAILABLE: the others could not be told.
     """
 
 class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -119,6 +153,41 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Predict is the general form: entity rows and inline tensors in, named output tensors out.
 
         Codes as for Rank; INVALID_ARGUMENT also for an entity type the route's feature set does not use.
+        """
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _router_service_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_service_pb2.ExplainResponse, _abc.Awaitable[_router_service_pb2.ExplainResponse]]:
+        """Explain answers a Rank or Predict and tells how: which rule matched, which variant and versions, the cache, the ages of the features,
+        each tier of the ladder, and why. It is no exposure, casts no shadow, and neither reads an answer from a cache nor leaves one there.
+
+        Codes as for the call explained; INVALID_ARGUMENT also where neither is set.
+        """
+
+    @_abc_1.abstractmethod
+    def RecordOutcome(
+        self,
+        request: _router_service_pb2.RecordOutcomeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_service_pb2.RecordOutcomeResponse, _abc.Awaitable[_router_service_pb2.RecordOutcomeResponse]]:
+        """RecordOutcome says what became of answers. Idempotent: an outcome that is known counts once.
+
+        Needs the scope `rank`. INVALID_ARGUMENT: no or more than 1 000 outcomes. Outcomes that are wrong each are told in `errors`, the others
+        are kept. FAILED_PRECONDITION (OUTCOMES_NOT_KEPT): nothing is configured to keep them. UNAVAILABLE: retry, with the same outcomes.
+        """
+
+    @_abc_1.abstractmethod
+    def InvalidateCache(
+        self,
+        request: _router_service_pb2.InvalidateCacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_service_pb2.InvalidateCacheResponse, _abc.Awaitable[_router_service_pb2.InvalidateCacheResponse]]:
+        """InvalidateCache makes every router forget cached answers and scores of the caller's tenant within seconds.
+
+        Needs the scope `operate`. INVALID_ARGUMENT: nothing named, or more than 1 000 items or tags. UNAVAILABLE: the others could not be told.
         """
 
 def add_RouterServiceServicer_to_server(servicer: RouterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
