@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from feature_retrieval.aggregation.applying import Applying
+from feature_retrieval.aggregation.plan import AggregationPlans
+from feature_retrieval.aggregation.replaying import Replaying
 from feature_retrieval.epochs import EpochUpkeep
 from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
@@ -34,5 +37,6 @@ async def upkeep_of(store: RedisStore, snapshot: Callable[[], Snapshot]) -> Asyn
             exporting=Exporting(store, snapshot),
             erasing=Erasing(store, registry, None, ErasureGuard(store, registry).catch_up),
             rebuilding=Rebuilding(store, DurableRows(pool), snapshot, nothing_was_erased),
+            replaying=Replaying(store, Applying(store, lambda: AggregationPlans(snapshot())), snapshot),
         )
     await pool.close()

@@ -18,6 +18,7 @@ from tests.fakes.features_process import PRIVACY_KEY, FeaturesProcess, features_
 from tests.fakes.otlp_collector import OtlpCollector
 
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
+from plait.local.state import StateFolder, write_private
 from plait.registry.records import Entity, Feature, FeatureSet, FeatureView, ModelInput
 from plait.settings import TelemetrySettings
 
@@ -75,6 +76,11 @@ async def test_erased_entities_are_gone_and_certified(process: FeaturesProcess, 
 
     good = await process.plait("verify", file, PLAIT_FEATURE_RETRIEVAL_PRIVACY__KEY=PRIVACY_KEY)
     assert good.exit_code == 0, good.stderr
+    nowhere = await process.plait("verify", file, "--state", tmp_path)
+    assert nowhere.exit_code == 2
+    assert "no mesh on" in nowhere.stderr
+    write_private(StateFolder(tmp_path).credentials, {"api_key": "", "service_token": "", "privacy_key": PRIVACY_KEY})
+    assert (await process.plait("verify", file, "--state", tmp_path)).exit_code == 0
     other = await process.plait("verify", file, PLAIT_FEATURE_RETRIEVAL_PRIVACY__KEY="q" * 32)
     assert "[CERTIFICATE_INVALID]" in other.stderr
     changed = json.loads(file.read_text())

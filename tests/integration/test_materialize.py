@@ -21,6 +21,7 @@ import pytest
 import pytest_asyncio
 from tests.fakes.calls import call_of
 from tests.fakes.features_process import FeaturesProcess, features_process
+from tests.fakes.tcp_proxy import TcpProxy
 
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.replicas import Replicas
@@ -208,7 +209,10 @@ async def test_refused_rows_stop_the_flip_and_are_told_by_row(process: FeaturesP
     [
         ({"id": ["i"], "event_time": [1]}, ("--map", "x=y"), "PARQUET_MISFIT"),
         ({"id": ["i"], "event_time": [1], "a": [1.0]}, ("--resume",), "RESUME_MISMATCH"),
-        ({"id": ["i", None], "event_time": [1, 1], "a": [1.0, 1.0]}, (), "PARQUET_MISFIT"),
+        ({"id": ["i"], "event_time": [NOW_US // 1_000], "a": [1.0]}, (), "PARQUET_MISFIT"),
+        ({"id": ["i"], "event_time": [NOW_US // 1_000_000], "a": [1.0]}, (), "PARQUET_MISFIT"),
+        ({"id": pa.array([], pa.string()), "event_time": pa.array([], pa.int64()), "a": pa.array([], pa.float32())}, (), "PARQUET_EMPTY"),
+        ({"id": ["i", None], "event_time": [NOW_US, NOW_US], "a": [1.0, 1.0]}, (), "PARQUET_MISFIT"),
     ],
 )
 async def test_what_cannot_be_begun_leaves_nothing_behind(
@@ -267,3 +271,24 @@ async def test_a_run_that_is_killed_anywhere_goes_on_and_ends_the_same(process: 
     stored = (await store.read(keys, 30)).rows
     await store.close()
     assert [np.frombuffer(row[-4:], np.float32)[0] for row in stored if row] == [value for _, _, value in rows]
+
+
+async def test_a_registry_that_is_away_meanwhile_is_waited_for(process: FeaturesProcess, tmp_path: Path, postgres_dsn: str) -> None:
+    address = postgres_dsn.rpartition("@")[2].partition("/")[0]
+    host, port = address.split(":")
+    file = file_of(tmp_path, [(f"i{n}", NOW_US - 5, 1.0) for n in range(20_000)], row_group_size=5_000)
+    async with TcpProxy((host, int(port))) as door:
+        target, dsn = door.target, postgres_dsn.replace(address, f"127.0.0.1:{door.port}")
+        words = ("materialize", "stats", "--from", file, "--rate", 10_000)
+        command = asyncio.create_task(process.plait(*words, PLAIT_POSTGRES_DSN=dsn))
+        kept = tmp_path / "rows.parquet.plait-progress"
+        async with asyncio.timeout(60):
+            while not (kept.exists() and json.loads(kept.read_text())["row_group"]):
+                await asyncio.sleep(0.01)
+            await door.cut()
+            while json.loads(kept.read_text())["row_group"] < 3 or json.loads(kept.read_text())["row"] < 5_000:
+                await asyncio.sleep(0.01)
+        assert not command.done()
+        door.target = target
+        assert (await command).exit_code == 0
+    await eventually(process, ["i0", "i19999"], [1, 1])

@@ -20,8 +20,10 @@ _SPELLINGS: dict[str, Kind] = {
     "set": "FeatureSet",
     "fs": "FeatureSet",
     "tenant": "Tenant",
+    "experiment": "Experiment",
+    "pool": "Pool",
 }
-NAMES = ("models", "routes", "featureviews", "featuresets", "tenants")
+NAMES = ("models", "routes", "featureviews", "featuresets", "tenants", "experiments", "pools")
 
 
 def parse(text: str) -> Kind:

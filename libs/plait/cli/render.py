@@ -122,17 +122,25 @@ def _summary(record: Record) -> str:
     match record:
         case records.Model():
             aliases = ", ".join(f"{alias}={target}" for alias, target in record.aliases.items())
-            return f"{len(record.versions)} version(s)" + (f"; {aliases}" if aliases else "")
+            found = f"{len(record.versions)} version(s)" + (f"; {aliases}" if aliases else "")
         case records.FeatureView():
             kept = f" (and {', '.join(str(past.version) for past in record.versions)})" if record.versions else ""
-            return f"{len(record.features)} features of {record.entity.type}, version {record.version}{kept}"
+            found = f"{len(record.features)} features of {record.entity.type}, version {record.version}{kept}"
         case records.FeatureSet():
-            more = [f"{len(found)} {what}" for what, found in (("sent along", record.request), ("computed", record.transforms)) if found]
-            return ", ".join([*(f"{i.name}[{len(i.features)}]" for i in record.inputs), *more])
+            more = [f"{len(each)} {what}" for what, each in (("sent along", record.request), ("computed", record.transforms)) if each]
+            found = ", ".join([*(f"{i.name}[{len(i.features)}]" for i in record.inputs), *more])
         case records.Route():
-            return ", ".join(f"{v.name}: {v.model}@{v.use} ×{v.weight:g}" for v in record.variants)
+            found = ", ".join(f"{v.name}: {v.model}@{v.use} ×{v.weight:g}" for v in record.variants)
         case records.Tenant():
-            return record.description
+            found = record.description
+        case records.Experiment():
+            arms = ", ".join(f"{arm.variant} ×{arm.weight:g}" for arm in record.arms)
+            found = f"{record.status} on {record.route}, {record.buckets.count / 100:g} % of layer {record.layer}: {arms}"
+        case records.Pool():
+            where = record.kubernetes
+            found = f"{where.namespace}/{where.service}" if where else ", ".join(e.address for e in record.endpoints)
+            found = f"{record.protocol}: {found}"
+    return found
 
 
 def _yaml(document: object) -> str:

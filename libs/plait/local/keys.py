@@ -41,6 +41,11 @@ async def prepare(store: Store, state: StateFolder) -> Keys:
     return keys
 
 
+def privacy_key_on(state: StateFolder) -> str:
+    """Return the key that signs the erasures of the mesh on a state folder, empty where there never was one."""
+    return _read(state).privacy_key
+
+
 async def _api_key(store: Store, known: str) -> str:
     """Return the key of the last time if the registry still takes it, else a new one."""
     valid = {key.sha256 for key in await store.list_keys(TENANT) if set(SCOPES) <= set(key.scopes) and not key.expires_at}

@@ -12,6 +12,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from plait.registry.policies import (
+    Buckets,
+    CachePolicy,
+    Condition,
+    ExperimentArm,
+    Hedge,
+    KubernetesService,
+    PoolEndpoint,
+    Quota,
+    Retry,
+    Rule,
+    Shadow,
+    Stages,
+    Tier,
+)
+
 Name = str  # [a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?  checked by `manifests`
 
 FeatureDType = Literal["bool", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "timestamp", "string"]
@@ -309,7 +325,7 @@ class Signature:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelVersion:
-    """One immutable, published artifact.
+    """One immutable, published artifact; of a model on a foreign server (its pool speaks "oip") only its name and its signature.
 
     `digest` is "sha256:<hex>" of its `model.yaml`, which in turn holds the digest of every other file.
     `artifact` is a directory path (file:// or plain), or s3://bucket/folder or gs://bucket/folder; `digest` and `signature` may be left out of a manifest: `plait apply` reads
@@ -317,7 +333,7 @@ class ModelVersion:
     """
 
     version: str
-    artifact: str
+    artifact: str = ""
     digest: str = ""
     signature: Signature | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -325,13 +341,17 @@ class ModelVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A named model, its published versions and the aliases routes refer to (for example champion → "3")."""
+    """A named model, its published versions and the aliases routes refer to (for example champion → "3").
+
+    `pool`: where it runs; empty = on the workers the router's settings name.
+    """
 
     name: Name
     versions: tuple[ModelVersion, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
     version_policy: VersionPolicy = field(default_factory=VersionPolicy)
     description: str = ""
+    pool: Name = ""
 
     def resolve(self, reference: str) -> ModelVersion | None:
         """Return the version an alias or a version string names, or None."""
@@ -341,7 +361,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One arm of a route: `use` names a version or an alias of `model`; `weight` is relative to the other arms."""
+    """One arm of a route: `use` names a version or an alias of `model`; `weight` is relative to the other arms.
+
+    With a weight of 0 only rules, experiments, the ladder and shadows lead to it.
+    """
 
     name: Name
     model: Name
@@ -355,7 +378,10 @@ class Route:
 
     `on_missing`: "fail" refuses a request whose features are missing or stale, "default" serves declared defaults and says so,
     "stale_ok" is "default" that does not count stale rows. `max_defaulted_share` (0..1) bounds how much of an answer may be defaults.
-    `tenants`: who may call it; empty = every tenant. `sticky` keeps one subject on one variant.
+    `tenants`: who may call it; empty = every tenant. `sticky`: what stays on one variant: "subject", "tenant", "request" (nothing does),
+    "header:NAME" or "label:NAME". `priority`: which class of requests this is when there is more to do than can be done.
+    `repeat_window_s`: how long a request_id is answered alike (0 = it is not looked at). `required_views`: feature views whose rows must all
+    be there, whatever `on_missing` says. The rest is told where it is defined.
     """
 
     name: Name
@@ -369,14 +395,67 @@ class Route:
     max_defaulted_share: float = 1.0
     tenants: tuple[Name, ...] = ()
     description: str = ""
+    sticky: str = "subject"
+    priority: Literal["critical", "normal", "sheddable"] = "normal"
+    rules: tuple[Rule, ...] = ()
+    ladder: tuple[Tier, ...] = ()
+    shadow: tuple[Shadow, ...] = ()
+    cache: CachePolicy | None = None
+    repeat_window_s: float = 0.0
+    retry: Retry = field(default_factory=Retry)
+    hedge: Hedge | None = None
+    required_views: tuple[Name, ...] = ()
+    stages: Stages | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """An A/B/n test on a route. Of one `layer`, a unit is in at most one experiment: `buckets` are ranges of the layer's 10 000.
+
+    `unit`: who is assigned, as a route's `sticky`. `salt`: deals anew when changed ("" = the name). `when`: which requests take part.
+    `arms`: variants of the route. A stopped one, or a draft, assigns nobody.
+    """
+
+    name: Name
+    route: Name
+    arms: tuple[ExperimentArm, ...]
+    layer: Name = "default"
+    buckets: Buckets = field(default_factory=Buckets)
+    unit: str = "subject"
+    salt: str = ""
+    when: Condition = field(default_factory=Condition)
+    status: Literal["draft", "running", "stopped"] = "running"
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Workers that hold the same models. `protocol`: "plait" for model-workers, "oip" for any server of the Open Inference Protocol.
+
+    Exactly one of `endpoints` and `kubernetes`. `tls`: the endpoints are called over TLS, trusted as the router's settings say.
+    `stateful`: calls depend on those before (sequences), so none is retried or hedged.
+    """
+
+    name: Name
+    protocol: Literal["plait", "oip"] = "plait"
+    endpoints: tuple[PoolEndpoint, ...] = ()
+    kubernetes: KubernetesService | None = None
+    tls: bool = False
+    stateful: bool = False
+    description: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
-    """Who shares the mesh. Rows, keys and quotas are kept apart by tenant."""
+    """Who shares the mesh. Rows, keys and quotas are kept apart by tenant.
+
+    `weight`: its share, against the others', of what can be done when there is more to do.
+    """
 
     name: Name
     description: str = ""
+    weight: float = 1.0
+    quota: Quota = field(default_factory=Quota)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -394,8 +473,8 @@ class ApiKey:
     expires_at: float = 0.0
 
 
-Record = Model | FeatureView | FeatureSet | Route | Tenant
-Kind = Literal["Model", "FeatureView", "FeatureSet", "Route", "Tenant"]
+Record = Model | FeatureView | FeatureSet | Route | Tenant | Experiment | Pool
+Kind = Literal["Model", "FeatureView", "FeatureSet", "Route", "Tenant", "Experiment", "Pool"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -432,6 +511,8 @@ class Snapshot:
     feature_sets: Mapping[str, FeatureSet] = field(default_factory=dict)
     routes: Mapping[str, Route] = field(default_factory=dict)
     tenants: Mapping[str, Tenant] = field(default_factory=dict)
+    experiments: Mapping[str, Experiment] = field(default_factory=dict)
+    pools: Mapping[str, Pool] = field(default_factory=dict)
     keys: Mapping[str, ApiKey] = field(default_factory=dict)  # by sha256
     epochs: Mapping[tuple[str, str, int], Epochs] = field(default_factory=dict)
 

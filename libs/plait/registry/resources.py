@@ -15,7 +15,15 @@ Key = tuple[Kind, str]
 Action = Literal["created", "updated", "unchanged", "deleted"]
 
 _TABLES: Final[Mapping[Kind, str]] = MappingProxyType(
-    {"Model": "models", "FeatureView": "feature_views", "FeatureSet": "feature_sets", "Route": "routes", "Tenant": "tenants"}
+    {
+        "Model": "models",
+        "FeatureView": "feature_views",
+        "FeatureSet": "feature_sets",
+        "Route": "routes",
+        "Tenant": "tenants",
+        "Experiment": "experiments",
+        "Pool": "pools",
+    }
 )
 
 

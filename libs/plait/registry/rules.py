@@ -10,13 +10,15 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Final
 
-from plait.registry import feature_rules, findings
+from plait.registry import feature_rules, findings, pool_rules, route_rules
 from plait.registry.findings import Finding, Steps
 from plait.registry.records import (
+    Experiment,
     FeatureSet,
     FeatureView,
     Model,
     ModelVersion,
+    Pool,
     Record,
     Route,
     Signature,
@@ -27,9 +29,6 @@ from plait.registry.records import (
 
 MAX_VERSIONS: Final = 1000
 MAX_LATEST: Final = 64  # of a version policy
-MAX_VARIANTS: Final = 100
-MAX_CANDIDATES: Final = 10_000
-MAX_TIMEOUT_S: Final = 60.0
 
 NAME: Final = findings.NAME
 NAME_HELP: Final = findings.NAME_HELP
@@ -48,13 +47,21 @@ def check(record: Record) -> list[Finding]:
         case Model():
             found += _model(record)
         case Route():
-            found += _route(record)
+            found += route_rules.check_route(record)
+        case Experiment():
+            found += route_rules.check_experiment(record)
+        case Pool():
+            found += pool_rules.check_pool(record)
         case Tenant():
-            pass
+            found += _tenant(record)
     return found
 
 
 def _model(model: Model) -> Iterator[Finding]:
+    if model.pool:
+        yield from findings.name(("pool",), model.pool)
+        if "Pool" in route_rules.NOT_YET:
+            yield ("pool",), "is not served yet; leave it out"
     yield from findings.count(("versions",), model.versions, MAX_VERSIONS, "version")
     yield from findings.unique(("versions",), (v.version for v in model.versions), ("version",))
     for index, version in enumerate(model.versions):
@@ -118,21 +125,10 @@ def _tensor(at: Steps, tensor: TensorSpec) -> Iterator[Finding]:
         yield (*at, "shape"), "expected sizes of 0 and more, or -1 for a variable dimension"
 
 
-def _route(route: Route) -> Iterator[Finding]:
-    yield from findings.count(("variants",), route.variants, MAX_VARIANTS, "variant")
-    yield from findings.unique(("variants",), (v.name for v in route.variants))
-    for index, variant in enumerate(route.variants):
-        at: Steps = ("variants", index)
-        yield from findings.name((*at, "name"), variant.name)
-        yield from findings.name((*at, "model"), variant.model)
-        yield from findings.in_range((*at, "weight"), variant.weight, 0, 1e9, open_low=True)
-    yield from findings.name(("subject",), route.subject)
-    yield from findings.name(("candidate",), route.candidate)
-    if route.subject == route.candidate:
-        yield ("candidate",), f"must differ from subject, which is {route.subject!r} too"
-    yield from findings.in_range(("timeout_s",), route.timeout_s, 0, MAX_TIMEOUT_S, open_low=True)
-    yield from findings.in_range(("max_candidates",), route.max_candidates, 1, MAX_CANDIDATES)
-    yield from findings.in_range(("max_defaulted_share",), route.max_defaulted_share, 0, 1)
-    yield from findings.unique(("tenants",), route.tenants, leaf=())
-    for index, tenant in enumerate(route.tenants):
-        yield from findings.name(("tenants", index), tenant)
+def _tenant(tenant: Tenant) -> Iterator[Finding]:
+    yield from route_rules.not_yet(tenant, Tenant(name=tenant.name))
+    yield from findings.in_range(("weight",), tenant.weight, 0, 1e6, open_low=True)
+    for name in ("requests_per_s", "burst", "rows_per_s", "in_flight"):
+        yield from findings.in_range(("quota", name), getattr(tenant.quota, name), 0, 1e9)
+    if tenant.quota.burst and not tenant.quota.requests_per_s:
+        yield ("quota", "burst"), "is of no use without requests_per_s; leave it out"

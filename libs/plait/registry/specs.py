@@ -16,10 +16,18 @@ from typing import Any, Final, TypeVar, cast, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from plait.errors import Internal
-from plait.registry.records import FeatureSet, FeatureView, Kind, Model, Record, Route, Tenant
+from plait.registry.records import Experiment, FeatureSet, FeatureView, Kind, Model, Pool, Record, Route, Tenant
 
 CLASSES: Final[Mapping[Kind, type[Record]]] = MappingProxyType(
-    {"Model": Model, "FeatureView": FeatureView, "FeatureSet": FeatureSet, "Route": Route, "Tenant": Tenant}
+    {
+        "Model": Model,
+        "FeatureView": FeatureView,
+        "FeatureSet": FeatureSet,
+        "Route": Route,
+        "Tenant": Tenant,
+        "Experiment": Experiment,
+        "Pool": Pool,
+    }
 )
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, suppress
 
 from feature_retrieval.aggregation.applying import Applying
 from feature_retrieval.aggregation.plan import AggregationPlans
+from feature_retrieval.aggregation.replaying import Replaying
 from feature_retrieval.audience import Audience
 from feature_retrieval.coalescing import CoalescedReads
 from feature_retrieval.consumer import Consumer, report
@@ -114,14 +115,18 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         metrics=writes,
         max_future_s=future_s,
     )
-    replicas = await _replicas(store, ingestion, watcher, stack, tasks)
+    aggregations = CurrentAggregations(watcher.snapshot)
+    watcher.subscribe(aggregations.swap)
+    applying = Applying(store, aggregations.plans, erasures_loaded=guard.loaded, max_future_s=future_s)
+    replicas = Replicas(store.dispatch, _name_of_process(), lambda: min(ingestion.snapshots.oldest, applying.snapshots.oldest))
+    await _announce(replicas, watcher, stack, tasks)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(
         retrieval,
         ingestion,
         current.plans,
         explanation=Explanation(retrieval, current.plans, store.times_to_live),
-        events=_open_events(settings, store, watcher, guard, freshness, tracing, stack, tasks),
+        events=_open_events(settings, store, watcher, aggregations, applying, freshness, tracing, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
         upkeep=UpkeepParts(
@@ -139,6 +144,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
                 metrics=writes,
             ),
             rebuilding=Rebuilding(store, durable_rows, lambda: watcher.snapshot, guard.loaded, max_future_s=future_s),
+            replaying=Replaying(store, applying, lambda: watcher.snapshot, heard=replicas.check_heard),
         ),
         max_batches=settings.ingestion.max_batches,
         max_bytes=settings.ingestion.max_bytes,
@@ -150,15 +156,13 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     return server
 
 
-async def _replicas(store: RedisStore, ingestion: Ingestion, watcher: Watcher, stack: AsyncExitStack, tasks: Tasks) -> Replicas:
+async def _announce(replicas: Replicas, watcher: Watcher, stack: AsyncExitStack, tasks: Tasks) -> None:
     """Announce this replica, the first time before it takes a write, where Redis is there."""
-    replicas = Replicas(store.dispatch, _name_of_process(), lambda: ingestion.snapshots.oldest)
     with suppress(Unavailable):
         await replicas.announce()
     stack.push_async_callback(replicas.close)
     watcher.subscribe(replicas.changed)
     tasks.start(replicas.run(), "replicas")
-    return replicas
 
 
 def _name_of_process() -> str:
@@ -279,7 +283,8 @@ def _open_events(
     settings: FeatureRetrievalSettings,
     store: RedisStore,
     watcher: Watcher,
-    guard: ErasureGuard,
+    plans: CurrentAggregations,
+    applying: Applying,
     freshness: Freshness,
     tracing: Tracing,
     stack: AsyncExitStack,
@@ -288,8 +293,6 @@ def _open_events(
     """Build what takes events in and applies them; its loops run until the process ends."""
     wanted, max_future_s = settings.events, settings.ingestion.max_future_s
     streams, dead_letters = store.streams, DeadLetters(store.streams)
-    plans = CurrentAggregations(watcher.snapshot)
-    watcher.subscribe(plans.swap)
     sources: list[EventSource] = []
     if wanted.source != "none":
         name = wanted.consumer or _name_of_process()
@@ -300,7 +303,6 @@ def _open_events(
         from feature_retrieval.sources.kafka import KafkaSource  # noqa: PLC0415  (aiokafka is an extra)
 
         sources.append(KafkaSource(wanted, dead_letters))
-    applying = Applying(store, plans.plans, erasures_loaded=guard.loaded, max_future_s=max_future_s)
     for source in sources:
         consumer = Consumer(source, applying, store, freshness, batch=wanted.batch, tracing=tracing)
         stack.push_async_callback(consumer.drain)

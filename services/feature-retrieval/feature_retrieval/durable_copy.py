@@ -1,7 +1,7 @@
 """Rows on their way into the durable copy: before a write is acknowledged, or behind it, as the view says.
 
 `behind`: rows wait in this process, newest of each key, and are committed in the order in which their keys came, many at once. What waits is
-lost if the process dies, and its age says how much that is; a queue that is full refuses writes instead of growing. `before`: a write is
+lost if the process dies, and its age says how much that is; a queue that is full holds writes back, and then refuses them, instead of growing. `before`: a write is
 acknowledged once its rows are committed.
 """
 
@@ -23,10 +23,12 @@ log = get_logger(__name__)
 _RETRY_S: Final = 1.0
 _PRUNE_S: Final = 3600.0
 _CLOSE_S: Final = 5.0
+_PATIENCE_S: Final = 2.0
 
 
 class DurableCopy:
-    """Takes rows by key. `queue_rows`: how many may wait; `batch_rows`: how many are committed at once."""
+    """Takes rows by key. `queue_rows`: how many may wait; `batch_rows`: how many are committed at once; `patience_s`: how long a write is held
+    back by a full queue of which nothing is committed."""
 
     def __init__(
         self,
@@ -35,16 +37,21 @@ class DurableCopy:
         *,
         queue_rows: int = 100_000,
         batch_rows: int = 1000,
+        patience_s: float = _PATIENCE_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._rows = rows
         self._snapshot = snapshot
         self._queue_rows = queue_rows
         self._batch_rows = batch_rows
+        self._patience_s = patience_s
         self._clock = clock
         self._waiting: dict[bytes, tuple[bytes, float]] = {}  # row and since when, by key; the oldest first
         self._under_way: dict[bytes, tuple[bytes, float]] = {}
         self._some = asyncio.Event()
+        self._fewer = asyncio.Event()
+        self._turn = asyncio.Lock()
+        self._moved_at = 0.0  # when rows were committed last, or began to wait; by the loop's clock
         self._flushing = asyncio.Lock()
 
     def __repr__(self) -> str:
@@ -75,13 +82,15 @@ class DurableCopy:
                     newest[key] = row
             await self._commit(newest)
             return True
-        if self.queued + len(keys) > self._queue_rows:
+        if not await self._has_room(len(keys)):
             raise Unavailable(
                 "the durable copy in Postgres is too far behind, so nothing more is taken: see that Postgres is up and keeps pace, or raise "
                 "PLAIT_FEATURE_RETRIEVAL_DURABLE__QUEUE_ROWS",
                 reason="DURABLE_COPY_BEHIND",
                 retry_after_s=_RETRY_S,
             )
+        if not self.queued:
+            self._moved_at = asyncio.get_running_loop().time()
         now = self._clock()
         for key, row in zip(keys, rows, strict=True):
             held = self._waiting.get(key)
@@ -91,6 +100,19 @@ class DurableCopy:
                 self._waiting[key] = row, held[1]
         self._some.set()
         return False
+
+    async def _has_room(self, rows: int) -> bool:
+        """Wait until so many more rows may wait, as long as Postgres gets on: who is held back need not send them again. First come, first
+        served. An empty queue takes any number, or a batch for many epochs would never be taken."""
+        async with self._turn:
+            while self.queued and self.queued + rows > self._queue_rows:
+                self._fewer.clear()
+                try:
+                    async with asyncio.timeout_at(self._moved_at + self._patience_s):
+                        await self._fewer.wait()
+                except TimeoutError:
+                    return False
+        return True
 
     async def _commit(self, rows: Mapping[bytes, bytes]) -> None:
         try:
@@ -145,3 +167,5 @@ class DurableCopy:
                         self._under_way[key] = self._waiting.pop(key)
                 await self._rows.keep({key: row for key, (row, _) in self._under_way.items()})
                 self._under_way = {}
+                self._fewer.set()
+                self._moved_at = asyncio.get_running_loop().time()

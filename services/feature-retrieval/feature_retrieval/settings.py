@@ -157,7 +157,11 @@ class EventSettings(Group):
 class DurableSettings(Group):
     """The copy of rows in the registry's Postgres, for views that ask for one (spec.durable)."""
 
-    queue_rows: int = Field(100_000, ge=1, description="rows that may wait to be copied behind their writes; more writes are refused")
+    queue_rows: int = Field(
+        100_000,
+        ge=1,
+        description="rows that may wait to be copied behind their writes; more writes wait for Postgres to get on, else are refused",
+    )
     batch_rows: int = Field(1000, ge=1, le=10_000, description="rows copied by one statement")
     connections: int = Field(4, ge=1, le=64, description="connections to Postgres at most")
     read_through_rows_per_s: float = Field(

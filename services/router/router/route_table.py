@@ -85,7 +85,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingRoute:
-    """A route as requests meet it. `arms` are the variants that can serve; where there is none, `fault` says why.
+    """A route as requests meet it. `arms` are the variants that can serve; where none has a weight, `fault` says why.
 
     `policy` and `max_defaulted_share` are as in GetFeaturesRequest.
     """
@@ -100,6 +100,7 @@ class ServingRoute:
     max_defaulted_share: float
     tenants: frozenset[str]
     arms: tuple[Arm, ...]
+    weighted: tuple[Arm, ...]
     fault: Fault | None = None
     left_out: Mapping[str, Fault] = field(default_factory=dict)
 
@@ -110,7 +111,7 @@ class ServingRoute:
 
     def assign(self, subject: Id) -> Arm:
         """Return the subject's variant among those that can serve."""
-        return assign(self.name, subject, self.arms)
+        return assign(self.name, subject, self.weighted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +159,7 @@ def _route(route: Route, snapshot: Snapshot) -> ServingRoute:
         else:
             arms.append(made)
     share = route.max_defaulted_share
+    weighted = tuple(arm for arm in arms if arm.weight > 0)
     return ServingRoute(
         name=route.name,
         subject=route.subject,
@@ -169,7 +171,8 @@ def _route(route: Route, snapshot: Snapshot) -> ServingRoute:
         max_defaulted_share=0.0 if share >= 1 else max(share, _NO_DEFAULTS),
         tenants=frozenset(route.tenants),
         arms=tuple(arms),
-        fault=None if arms else _fault_of_all(route, left_out),
+        weighted=weighted,
+        fault=None if weighted else _fault_of_all(route, left_out),
         left_out=MappingProxyType(left_out),
     )
 

@@ -83,7 +83,7 @@ async def test_behind_its_lag_tells_how_much_is_at_stake_and_all_of_it_arrives(p
         await door.cut()
         assert await copy.keep(view("behind"), keys, [row(5)] * 50) is False
         clock.now_s += 9
-        assert await copy.keep(view("behind"), keys[:10] * 2, [row(4)] * 10 + [row(6)] * 10) is False
+        assert await copy.keep(view("behind"), keys[:10] * 3, [row(4)] * 10 + [row(6)] * 10 + [row(3)] * 10) is False
         assert copy.queued >= 50
         assert copy.lag_s == 9
         assert repr(copy) == f"<DurableCopy waiting={copy.queued} lag_s=9.0>"
@@ -93,8 +93,25 @@ async def test_behind_its_lag_tells_how_much_is_at_stake_and_all_of_it_arrives(p
         assert await rows.read(keys) == [row(6)] * 10 + [row(5)] * 40
 
 
+async def test_a_queue_that_is_full_for_a_moment_holds_back_and_refuses_nobody(postgres_dsn: str, door: TcpProxy) -> None:
+    async with opened(postgres_dsn, door, Clock(), queue_rows=20, batch_rows=5) as (copy, rows):
+        most = 0
+
+        async def keep(name: str) -> None:
+            nonlocal most
+            await copy.keep(view("behind"), SPACE.keys([f"{name}{n}" for n in range(15)]), [row(5)] * 15)
+            most = max(most, copy.queued)
+
+        await asyncio.gather(*(keep(f"writer{n}-") for n in range(12)))
+        assert most <= 20
+        await copy.keep(view("behind"), SPACE.keys([f"many{n}" for n in range(100)]), [row(5)] * 100)  # more than ever fit
+        await until(lambda: copy.queued == 0)
+        wanted = [f"writer{n}-{at}" for n in range(12) for at in range(15)] + [f"many{n}" for n in range(100)]
+        assert await rows.read(SPACE.keys(wanted)) == [row(5)] * 280
+
+
 async def test_a_full_queue_refuses_instead_of_losing(postgres_dsn: str, door: TcpProxy) -> None:
-    async with opened(postgres_dsn, door, Clock(), queue_rows=60) as (copy, rows):
+    async with opened(postgres_dsn, door, Clock(), queue_rows=60, patience_s=0.05) as (copy, rows):
         target = door.target
         await door.cut()
         keys = SPACE.keys([f"i{n}" for n in range(50)])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import redis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tests.fakes.calls import ADMIN, call_of
 from tests.fakes.feature_world import make_batch
@@ -20,7 +20,8 @@ from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.rebuilding import Rebuilding
-from feature_retrieval.row_codec import KeySpace
+from feature_retrieval.row_codec import KeySpace, encode_id
+from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
@@ -124,6 +125,7 @@ _ERASURES = st.tuples(st.just("erase"), st.just(""), st.sampled_from(IDS), st.ju
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.one_of(_WRITES, _WRITES, _WRITES, _ERASURES), min_size=1, max_size=12), later=st.integers(0, 900))
+@example(steps=[("write", "stats", "i0", -600), ("write", "stats", "i1", 0)], later=900)
 async def test_what_was_there_is_there_again(redis_url: str, registry: Store, pool: Pool, steps: list[Any], later: int) -> None:
     flush(redis_url)
     async with pool.connection() as connection:
@@ -163,6 +165,42 @@ async def test_newer_rows_that_were_written_meanwhile_stay(redis_url: str, regis
         found = (await w.held())["text"]
         assert found[0] == newer
         assert None not in found
+
+
+async def test_an_erasure_that_died_half_way_is_completed_first(redis_url: str, registry: Store, pool: Pool) -> None:
+    async with world(redis_url, registry, pool) as w:
+        await w.write("text", IDS[0], NOW_S)
+        flush(redis_url)
+        # Remembered, and no more: the process died before it removed the row from the copy.
+        await registry.remember_erasures("default", "item", [encode_id(IDS[0])], int(NOW_S * 1e6), actor="me", reason="asked")
+        assert (await w.rebuild())[-1].erasures == 1
+        assert (await w.held())["text"] == [None] * len(IDS)
+
+
+async def test_all_that_was_written_is_safe_at_the_end(
+    redis_url: str, registry: Store, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("feature_retrieval.rebuilding._PAGE_ROWS", 2)
+    async with world(redis_url, registry, pool) as w:
+        for one in IDS:
+            await w.write("text", one, NOW_S)
+        written: list[Receipt] = []
+        settled: list[Receipt] = []
+        write, settle = w.store.write, w.store.settle
+
+        async def watched_write(keys: Any, marks: Any, rows: Any, ttl_ms: int, receipt: Receipt) -> bytes:
+            written.append(receipt)
+            return await write(keys, marks, rows, ttl_ms, receipt)
+
+        async def watched_settle(receipt: Receipt) -> int:
+            settled.append(receipt)
+            return await settle(receipt)
+
+        monkeypatch.setattr(w.store, "write", watched_write)
+        monkeypatch.setattr(w.store, "settle", watched_settle)
+        await w.rebuild()
+        assert len(written) == 2  # whole pages only: none of them is the last by its size
+        assert {id(receipt) for receipt in written} <= {id(receipt) for receipt in settled}
 
 
 async def test_it_goes_on_where_it_was_cut_off(redis_url: str, registry: Store, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

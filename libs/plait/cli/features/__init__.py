@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from plait.cli.features import epochs, erase, events, explain, export, import_feast, materialize, rebuild, skew
+from plait.cli.features import epochs, erase, events, explain, export, import_feast, materialize, rebuild, replay, skew
 
 _HELP = """Fill, flip, look at and clean up the online features, and take them over from Feast.
 
   plait features materialize item-stats --from history.parquet
+
+  plait features replay item-activity --from events.parquet
 
   plait features epochs item-stats
 
@@ -27,6 +29,6 @@ _HELP = """Fill, flip, look at and clean up the online features, and take them o
 def register(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(name="features", help=_HELP, no_args_is_help=True)
-    for command in (materialize, epochs, rebuild, events, explain, skew, export, erase, import_feast):
+    for command in (materialize, replay, epochs, rebuild, events, explain, skew, export, erase, import_feast):
         command.register(group)
     app.add_typer(group)

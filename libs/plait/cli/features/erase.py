@@ -80,7 +80,16 @@ def erase(
 
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, exists=True, help="Certificates, as erase wrote them.")],
-    key: Annotated[str, typer.Option("--key", envvar=_KEY, help=f"The service's privacy key; better given in {_KEY}.", show_default=False)],
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--key",
+            envvar=_KEY,
+            help=f"The service's privacy key, better given in {_KEY}; default: the mesh's on --state.",
+            show_default=False,
+        ),
+    ] = None,
+    state: StateOption = DEFAULT_STATE,
     as_json: JsonOption = False,
 ) -> None:
     """Check that certificates were signed with the service's privacy key and that nothing of them changed since.
@@ -93,6 +102,7 @@ def verify(
     from plait.errors import InvalidArgument  # noqa: PLC0415
     from plait.registry.certificates import Signer  # noqa: PLC0415
 
+    key = key or _key_on(state)
     try:
         documents = json.loads(file.read_text(encoding="utf-8"))["certificates"]
         found = [json_format.ParseDict(document, pb.ErasureCertificate()) for document in documents]
@@ -106,6 +116,16 @@ def verify(
         write_table(("certificate", "entity", "valid"), verdicts)
     if not all(valid for _, _, valid in verdicts):
         raise InvalidArgument("a certificate is not valid: it was changed, or signed with another key", reason="CERTIFICATE_INVALID")
+
+
+def _key_on(state: Path) -> str:
+    from plait.local.keys import privacy_key_on  # noqa: PLC0415
+    from plait.local.state import StateFolder  # noqa: PLC0415
+
+    key = privacy_key_on(StateFolder(state))
+    if not key:
+        raise typer.BadParameter(f"no mesh on {state} has one: give --state, --key or {_KEY}", param_hint="--key")
+    return key
 
 
 def _ids(given: str, file: Path | None, *, int_ids: bool, json_ids: bool) -> list[Any]:

@@ -155,7 +155,7 @@ async def _publish(where: Target, source: Path) -> tuple[int, list[tuple[int, st
 
     accepted, refused = 0, []
     async with stub(where) as service:
-        for lines in _chunks(_events(source)):
+        for lines in chunks(read_events(source)):
             answer = await _patiently(service, pb.PublishEventsRequest(events=[event for _, event in lines]), where)
             accepted += answer.accepted
             refused += [(lines[error.row][0], error.reason, error.message) for error in answer.errors]
@@ -213,11 +213,11 @@ async def _status(where: Target, view: str) -> dict[str, Any]:
     return fields | {name: None for name in ("building_epoch", "previous_epoch") if not found.HasField(name)}
 
 
-class _TypeUnknown(Exception):
+class _TypeUnknown(ValueError):
     """An event has no type, or one that there is not; says which there are."""
 
 
-def _events(source: Path) -> Iterator[tuple[int, Event]]:
+def read_events(source: Path) -> Iterator[tuple[int, Event]]:
     """Yield line number and event of every line that is not empty. Raises InvalidArgument (EVENT_UNREADABLE) naming file and line."""
     from plait.errors import InvalidArgument  # noqa: PLC0415
 
@@ -225,7 +225,7 @@ def _events(source: Path) -> Iterator[tuple[int, Event]]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    yield number, _event(json.loads(line))
+                    yield number, event_of(json.loads(line))
                 except _TypeUnknown as error:
                     raise InvalidArgument(f"{source}:{number}: an event's type is one of {error}", reason="EVENT_UNREADABLE") from error
                 except (ValueError, TypeError, AttributeError) as error:
@@ -235,7 +235,8 @@ def _events(source: Path) -> Iterator[tuple[int, Event]]:
                     ) from error
 
 
-def _event(document: dict[str, Any]) -> Event:
+def event_of(document: dict[str, Any]) -> Event:
+    """Return the event that a line says. Raises ValueError, TypeError, AttributeError for what is none."""
     from google.protobuf import json_format  # noqa: PLC0415
 
     from plait.api.events.v1 import events_pb2  # noqa: PLC0415
@@ -258,7 +259,8 @@ def _event(document: dict[str, Any]) -> Event:
         raise ValueError(str(error)) from error
 
 
-def _chunks(events: Iterable[tuple[int, Event]]) -> Iterator[list[tuple[int, Event]]]:
+def chunks(events: Iterable[tuple[int, Event]]) -> Iterator[list[tuple[int, Event]]]:
+    """Yield events as many at a time as one call takes."""
     chunk: list[tuple[int, Event]] = []
     for each in events:
         chunk.append(each)

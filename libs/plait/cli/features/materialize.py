@@ -163,12 +163,25 @@ async def _materialize(wanted: Wanted, where: Target, dsn: str) -> Outcome:
         view = await _view(store, wanted)
         source = ParquetRows.open(wanted.file, view, wanted.names)
         try:
+            _check_rows(wanted, source.rows)
             work = _Work(wanted, store, service, where, tenant, view, source)
             outcome = await (work.into_new_epoch() if wanted.epoch == "new" else work.into_current_epochs())
         finally:
             source.close()
         outcome.seconds = time.monotonic() - began
         return outcome
+
+
+def _check_rows(wanted: Wanted, rows: int) -> None:
+    """Refuse a file that would leave a view with nothing: whoever made it failed more likely than meant it."""
+    from plait.errors import InvalidArgument  # noqa: PLC0415
+
+    if not rows and wanted.flip and wanted.epoch == "new":
+        raise InvalidArgument(
+            f"{wanted.file} has no rows: nothing but what was streamed would be served. If that is meant, materialize it with --no-flip "
+            f"and run 'plait features flip {wanted.view}'",
+            reason="PARQUET_EMPTY",
+        )
 
 
 async def _view(store: Store, wanted: Wanted) -> FeatureView:
@@ -181,7 +194,7 @@ async def _view(store: Store, wanted: Wanted) -> FeatureView:
     if view is None:
         raise NotFound(f"FeatureView {wanted.view} has no version {wanted.version} any more", reason="VIEW_VERSION_NOT_FOUND")
     if view.aggregation is not None:
-        message = f"the rows of {view.name} are computed from events: publish the events instead"
+        message = f"the rows of {view.name} are computed from events: replay the events with 'plait features replay'"
         raise FailedPrecondition(message, reason="VIEW_IS_AGGREGATED")
     if view.feast is not None:
         raise FailedPrecondition(f"the rows of {view.name} are Feast's: materialize with Feast", reason="VIEW_IS_FOREIGN")
@@ -228,9 +241,7 @@ class _Work:
         if at.epoch == (await flip.epochs()).building:
             await self._fill(at)
             self._check_refused(at)
-            await self._store.complete_epoch(
-                self._tenant, self._view.name, at.epoch, version=self._view.version, actor=author(), reason=wanted.reason
-            )
+            await flip.complete(at.epoch, reason=wanted.reason)
             if not wanted.flip:
                 return self._outcome(at.epoch, flipped=False, skipped=skipped, carried_over=0)
             copied = await flip.flip(at.epoch, reason=wanted.reason)

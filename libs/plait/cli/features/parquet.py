@@ -32,6 +32,7 @@ EXPIRES_AT: Final = "_expires_at"
 MAX_BATCH_ROWS: Final = 5000
 _BATCH_BYTES: Final = 4 * 1024 * 1024
 _MAX_MESSAGE_BYTES: Final = 14 * 1024 * 1024  # of the 16 MiB that fit
+_EARLIEST_US: Final = 10**14  # what is less, as a number, is a time in seconds or milliseconds up to the year 5138
 _TEXT_BYTES: Final = 64  # of a string or list value, until the batch shows how much it is
 
 
@@ -163,6 +164,22 @@ class ParquetRows:
                 key = batch.ids.composite_ids.add()
                 for kind, value in zip(kinds, values, strict=True):
                     key.parts.add(**{kind: value})
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of any file as Python values by column, times in microseconds. Raises InvalidArgument (PARQUET_UNREADABLE)."""
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            for batch in file.iter_batches(MAX_BATCH_ROWS):
+                yield from pa.RecordBatch.from_arrays([_micros(column) for column in batch.columns], batch.schema.names).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise InvalidArgument(f"{path} cannot be read: it is no whole Parquet file", reason="PARQUET_UNREADABLE") from error
+
+
+def _micros(column: pa.Array) -> pa.Array:
+    if not pa.types.is_timestamp(column.type):
+        return column
+    return pc.cast(column, pa.timestamp("us", "UTC" if column.type.tz is None else column.type.tz), safe=False)
 
 
 # --- which column is what -----------------------------------------------------------------------------------------------------------------
@@ -304,7 +321,12 @@ class _Cells:
     def times(self, name: str, missing: int | None = None) -> npt.NDArray[np.int64]:
         """Microseconds since the epoch; a time without a zone is UTC."""
         column = self._column(name) if missing is not None else self._present(name)
-        return _times(column, missing or 0)
+        values = _times(column, missing or 0)
+        if pa.types.is_integer(column.type):
+            small = (values > 0) & (values < _EARLIEST_US)
+            if small.any():
+                self._refuse(name, "a time is before 1973: give microseconds since the epoch, not seconds or milliseconds", small)
+        return values
 
     def numbers(self, name: str, wanted: pa.DataType) -> npt.NDArray[Any]:
         return _numpy(self._cast(name, self._present(name), wanted))

@@ -174,6 +174,17 @@ def _passes(failure: PlaitError, reasons: frozenset[str] = _NOT_HEARD_YET) -> bo
     return failure.code in _PASSING or failure.reason in reasons
 
 
+async def patiently(call: Callable[[Any], Any], request: Any, *, patience_s: float = PATIENCE_S) -> Any:
+    """Return what a call that may be repeated answers, over every break. Raises what stood in the way for `patience_s`, or for good."""
+    answers: list[Any] = []
+
+    async def once(asked: Any) -> AsyncIterator[Any]:
+        yield await call(asked)
+
+    await follow(once, request, answers.append, patience_s=patience_s)
+    return answers[-1]
+
+
 async def follow(
     start: Callable[[Any], Any],
     request: Any,

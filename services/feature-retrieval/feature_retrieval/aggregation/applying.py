@@ -17,8 +17,10 @@ import numpy as np
 
 from feature_retrieval.aggregation.events import Parsed, Refusal, parse
 from feature_retrieval.aggregation.plan import AggregatedView, AggregationPlans
+from feature_retrieval.aggregation.windows import MICRO
 from feature_retrieval.ingestion import nothing_was_erased
 from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, encode_id, split
+from feature_retrieval.snapshots_in_use import SnapshotsInUse
 from feature_retrieval.sources import Message
 from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import RedisStore, Swap
@@ -28,6 +30,7 @@ from plait.registry.records import Entity
 
 _ROUNDS: Final = 64  # how often a row that others change is tried; one of them gets on each time
 _READ_TIMEOUT_S: Final = 5.0
+_REPLAYED_KNOWN_US: Final = 7 * 86_400 * MICRO  # a replay may be cut off, go on days later, and repeat what it had replayed
 
 _NOBODY: Final[tuple[Id | None, Id | None]] = (None, None)
 ERASED: Final = Refusal("ENTITY_ERASED", "the entity was erased after this event: it stays erased")
@@ -46,6 +49,15 @@ class Outcome:
     newest_us: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Onto:
+    """The one epoch of one view's version that replayed events go to. They may be of any age, so what is known of them is kept for longer."""
+
+    view: str
+    version: int
+    epoch: int
+
+
 @dataclass(slots=True)
 class _Work:
     """Events for the rows of one view, version and epoch of a tenant; parallel lists."""
@@ -53,6 +65,7 @@ class _Work:
     view: AggregatedView
     space: KeySpace
     tenant: str
+    remembered_us: int  # for how long after they are applied events are known
     events: list[Parsed] = field(default_factory=list)
     ids: list[tuple[Id | None, Id | None]] = field(default_factory=list)  # (subject, object)
     positions: list[int] = field(default_factory=list)  # of the messages
@@ -98,30 +111,31 @@ class Applying:
     ) -> None:
         self._store = store
         self._plans = plans
+        self.snapshots = SnapshotsInUse(lambda: plans().snapshot)
         self._erasures_loaded = erasures_loaded
         self._max_future_us = int(max_future_s * 1e6)
         self._clock = clock
 
-    async def apply(self, messages: Sequence[Message], receipt: Receipt | None = None) -> Outcome:
+    async def apply(self, messages: Sequence[Message], receipt: Receipt | None = None, *, onto: Onto | None = None) -> Outcome:
         """Apply every event that can be; when it returns, each is in every row that takes it, or in `refused`.
 
-        `receipt`: to be settled before the messages are acknowledged; it also names where events are that were found to be applied already,
+        `onto`: in the rows of this epoch only, however late it is. `receipt`: to be settled before the messages are acknowledged; it also names where events are that were found to be applied already,
         which may have yet to be safe.
         Raises Unavailable (STORE_UNAVAILABLE, ERASURES_NOT_LOADED, ROW_UNREADABLE, ROW_CONTENDED): some are applied; apply all of them again.
         """
         outcome = Outcome()
         now_us = int(self._clock() * 1e6)
         await self._erasures_loaded()
-        works = self._route(messages, now_us, outcome)
-        todo = [_Rows(work, _by_entity(work)) for work in works]
-        for _ in range(_ROUNDS):
-            todo = await self._round(todo, outcome, receipt)
-            if not todo:
-                return outcome
-            outcome.retries += sum(len(rows.members) for rows in todo)
+        with self.snapshots.held():
+            todo = [_Rows(work, _by_entity(work)) for work in self._route(messages, now_us, outcome, onto)]
+            for _ in range(_ROUNDS):
+                todo = await self._round(todo, outcome, receipt)
+                if not todo:
+                    return outcome
+                outcome.retries += sum(len(rows.members) for rows in todo)
         raise Unavailable("other consumers keep changing the same rows: retry", reason="ROW_CONTENDED", retry_after_s=0.1)
 
-    def _route(self, messages: Sequence[Message], now_us: int, outcome: Outcome) -> list[_Work]:
+    def _route(self, messages: Sequence[Message], now_us: int, outcome: Outcome, onto: Onto | None) -> list[_Work]:
         """Return the events by the rows they change; refuse those that cannot be used."""
         plans = self._plans()
         works: dict[tuple[str, int], list[_Work]] = {}  # by tenant and view
@@ -138,8 +152,10 @@ class Applying:
             used = False
             ids = _NOBODY
             for view in views:
+                if onto is not None and (view.view.name, view.view.version) != (onto.view, onto.version):
+                    continue
                 entity = _entity(view.about(parsed).ids, view.view.entity)
-                refusal = entity if isinstance(entity, Refusal) else view.refusal(parsed, now_us)
+                refusal = entity if isinstance(entity, Refusal) else view.refusal(parsed, now_us, however_late=onto is not None)
                 if refusal is not None:
                     outcome.refused.setdefault(position, refusal)
                     continue
@@ -148,7 +164,7 @@ class Applying:
                     ids = (_any_id(parsed.event.subject.ids), _any_id(parsed.event.object.ids))
                 found = works.get((message.tenant, id(view)))
                 if found is None:
-                    found = works[(message.tenant, id(view))] = self._works(plans, view, message.tenant)
+                    found = works[(message.tenant, id(view))] = self._works(plans, view, message.tenant, onto)
                 for work in found:
                     work.events.append(parsed)
                     work.ids.append(ids)
@@ -157,10 +173,21 @@ class Applying:
             outcome.unused += not used and position not in outcome.refused
         return [work for found in works.values() for work in found]
 
-    def _works(self, plans: AggregationPlans, view: AggregatedView, tenant: str) -> list[_Work]:
-        """Return empty works of a view for a tenant, one per epoch in use."""
+    def _works(self, plans: AggregationPlans, view: AggregatedView, tenant: str, onto: Onto | None) -> list[_Work]:
+        """Return empty works of a view for a tenant, one per epoch in use; or the one that is named."""
         name, version, entity_type = view.view.name, view.view.version, view.view.entity.type
-        return [_Work(view, KeySpace.of(tenant, entity_type, name, version, epoch), tenant) for epoch in plans.epochs(tenant, view.view)]
+        epochs = plans.epochs(tenant, view.view) if onto is None else [onto.epoch]
+        building = plans.snapshot.epochs_of(tenant, name, version).building  # live events of now are in the log that is replayed tomorrow
+        usual_us = view.memory_us + self._max_future_us
+        return [
+            _Work(
+                view,
+                KeySpace.of(tenant, entity_type, name, version, epoch),
+                tenant,
+                usual_us + (_REPLAYED_KNOWN_US if onto is not None or epoch == building else 0),
+            )
+            for epoch in epochs
+        ]
 
     async def _round(self, todo: Sequence[_Rows], outcome: Outcome, receipt: Receipt | None) -> list[_Rows]:
         """Try every row once; return those that somebody else changed meanwhile."""
@@ -240,7 +267,7 @@ class Applying:
             )
         view.merge(block, [work.events[n] for n in fresh], [work.ids[n] for n in fresh], np.array(owners, np.intp))
         entities = list(rows.members)
-        memory_ms = (view.memory_us + self._max_future_us) // 1000 + 1
+        memory_ms = work.remembered_us // 1000 + 1
         return [
             (
                 entities[at],

@@ -92,9 +92,9 @@ class AggregatedView:
         """Return the EntityRows of whose row an event changes."""
         return parsed.event.subject if self.by_subject else parsed.event.object
 
-    def refusal(self, parsed: Parsed, now_us: int) -> Refusal | None:
+    def refusal(self, parsed: Parsed, now_us: int, *, however_late: bool = False) -> Refusal | None:
         """Return why this view cannot take an event of its own, None = it can."""
-        if parsed.time_us < now_us - self.memory_us:
+        if parsed.time_us < now_us - self.memory_us and not however_late:
             return Refusal(
                 "EVENT_TOO_LATE", f"view {self.view.name!r} takes events up to {self.memory_us / MICRO:.0f} s old: see lateness_s"
             )

@@ -1,5 +1,5 @@
 """The wire work of looking after what is stored: export, carrying over and purging epochs, erasing entities,
-rebuilding a lost Redis."""
+rebuilding a lost Redis, replaying events."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from feature_retrieval.aggregation.replaying import Replaying
 from feature_retrieval.epochs import EpochUpkeep
 from feature_retrieval.erasing import Erasing
 from feature_retrieval.exporting import Exporting
@@ -24,6 +25,7 @@ class UpkeepParts:
     exporting: Exporting
     erasing: Erasing
     rebuilding: Rebuilding
+    replaying: Replaying
 
 
 class Upkeep(pb_grpc.FeatureRetrievalServiceServicer):
@@ -51,6 +53,12 @@ class Upkeep(pb_grpc.FeatureRetrievalServiceServicer):
         """A lost Redis from the durable copy."""
         async for answer in self._parts.rebuilding.rebuild(request, current()):
             yield answer
+
+    async def ReplayEvents(self, request: Any, context: Any) -> Any:
+        """Events of the past into an epoch that is being built."""
+        response = pb.ReplayEventsResponse()
+        await self._parts.replaying.replay(request, response, current())
+        return response
 
     async def EraseEntity(self, request: Any, context: Any) -> Any:
         """Entities that wish to be forgotten."""

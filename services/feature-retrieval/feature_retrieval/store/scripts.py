@@ -97,7 +97,7 @@ return table.concat(out)
 """)
 
 # KEYS: a row, its entity's erasure mark, sets of fingerprints. ARGV: SHA-1 of the row that was read ('' = none), the mark that was read
-# ('' = none), the new row, its time to live, that of the sets, ms; then for each set how many fingerprints, and these.
+# ('' = none), the new row, its time to live, that of the sets (it is never shortened), ms; then for each set how many fingerprints, and these.
 # Answers 1, or 0 where row or mark are no longer what was read.
 SWAP: Final = Script(b"""
 local mark = redis.call('GET', KEYS[2]) or ''
@@ -116,7 +116,8 @@ for k = 3, #KEYS do
   for first = at + 1, last, 1000 do
     redis.call('SADD', KEYS[k], unpack(ARGV, first, math.min(first + 999, last)))
   end
-  if tonumber(ARGV[5]) > 0 then redis.call('PEXPIRE', KEYS[k], ARGV[5]) end
+  local kept = tonumber(ARGV[5])
+  if kept > 0 and redis.call('PTTL', KEYS[k]) < kept then redis.call('PEXPIRE', KEYS[k], ARGV[5]) end
   at = last + 1
 end
 return 1

@@ -127,6 +127,14 @@ async def test_a_redis_that_lost_the_script_is_given_it_again(store: RedisStore,
         assert client.dbsize() == 200
 
 
+async def test_what_is_written_together_does_not_expire_together(store: RedisStore) -> None:
+    keys = [b"k%d" % n for n in range(100)]
+    await write(store, keys, [row()] * 100, 60_000)
+    left = await store.times_to_live(keys)
+    assert max(left) - min(left) > 3_000  # of 6 s
+    assert min(left) > 59_000
+
+
 @pytest.mark.parametrize(("ttl_ms", "low", "high"), [(0, -1, -1), (60_000, 59_000, 66_000)])
 async def test_time_to_live(store: RedisStore, redis_url: str, ttl_ms: int, low: int, high: int) -> None:
     await write(store, [b"k0"], [row()], ttl_ms)

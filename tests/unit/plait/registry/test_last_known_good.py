@@ -90,7 +90,7 @@ def test_no_flipped_byte_goes_unnoticed(position: int, value: int) -> None:
 
 def test_kinds_of_a_newer_build_are_passed_over() -> None:
     body = json.loads(json.loads(last_known_good.encode(SNAPSHOT))["body"])
-    body["resources"].append({"kind": "Experiment", "name": "x", "spec": {}})
+    body["resources"].append({"kind": "Rollout", "name": "x", "spec": {}})
     assert last_known_good._snapshot(body) == SNAPSHOT
 
 

@@ -74,14 +74,14 @@ def test_every_problem_is_said_at_once_with_file_and_line() -> None:
         "m.yaml:9 spec.features[0].default: expected a number or a whole number or true or false or text, found a list",
         "m.yaml:10 spec.features[1].name: is required",
         "m.yaml:12 apiVersion: expected plait.dev/v1, found 'plait.dev/v2'",
-        "m.yaml:13 kind: expected one of Model, FeatureView, FeatureSet, Route, Tenant, found 'Modle'; did you mean 'Model'?",
+        "m.yaml:13 kind: expected one of Model, FeatureView, FeatureSet, Route, Tenant, Experiment, Pool, found 'Modle'; did you mean 'Model'?",
         "m.yaml:14 metadata.name: expected text, found the number 3; put it in quotes",
         "m.yaml:18 metadata.labels: is not a field of this; the fields here are name, etag",
         'm.yaml:20 spec.versions[0].version: expected text, found the number 1; put it in quotes: "1"',
         'm.yaml:22 spec.aliases.champion: expected text, found the number 1; put it in quotes: "1"',
         f"m.yaml:26 metadata.name: 'Demo' is not a name: use {rules.NAME_HELP}",
         "m.yaml:28 spec.name: belongs under metadata",
-        "m.yaml:31 spec.variants[0].weight: expected a number of more than 0 and at most 1e+09, found 0",
+        "m.yaml:30 spec.variants: need one with a weight above 0: requests that no rule and no experiment takes have to go somewhere",
         "m.yaml:29 spec.timeout_s: expected a number of more than 0 and at most 60, found inf",
         "m.yaml:33: expected a mapping with apiVersion, kind, metadata, spec; found a list",
     ]
@@ -90,7 +90,10 @@ def test_every_problem_is_said_at_once_with_file_and_line() -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (HEAD + "metadata: {name: a}", "m.yaml:1 kind: is required; write one of Model, FeatureView, FeatureSet, Route, Tenant"),
+        (
+            HEAD + "metadata: {name: a}",
+            "m.yaml:1 kind: is required; write one of Model, FeatureView, FeatureSet, Route, Tenant, Experiment, Pool",
+        ),
         ("kind: Tenant\nmetadata: {name: a}", "m.yaml:1 apiVersion: is required; write apiVersion: plait.dev/v1"),
         (HEAD + "kind: Tenant", "m.yaml:1 metadata: is required; write metadata: {name: …}"),
         (HEAD + "kind: Tenant\nmetadata: {}", "m.yaml:3 metadata.name: is required"),
@@ -101,7 +104,7 @@ def test_every_problem_is_said_at_once_with_file_and_line() -> None:
         (TENANT + "---\n" + TENANT, "m.yaml:5 metadata.name: Tenant shop is described twice, first at m.yaml:1"),
         (
             HEAD + "kind: [Tenant]\nmetadata: {name: a}",
-            "m.yaml:2 kind: expected one of Model, FeatureView, FeatureSet, Route, Tenant, found a list",
+            "m.yaml:2 kind: expected one of Model, FeatureView, FeatureSet, Route, Tenant, Experiment, Pool, found a list",
         ),
         (
             HEAD + "kind: FeatureView\nmetadata: {name: v}\nspec: {entity: {type: u}, features: [{name: a}], schemas: []}",

@@ -122,7 +122,7 @@ def test_mappings_inside_a_record_are_read_only() -> None:
 
 
 def test_a_field_of_a_newer_build_is_passed_over_but_a_wrong_one_is_not() -> None:
-    assert from_stored("Tenant", "t", {"description": "x", "quota": 5}) == Tenant(name="t", description="x")
+    assert from_stored("Tenant", "t", {"description": "x", "colour": 5}) == Tenant(name="t", description="x")
     with pytest.raises(Internal, match="the stored Tenant t cannot be read"):
         from_stored("Tenant", "t", {"description": 5})
 

@@ -1544,3 +1544,85 @@ class ErasedView(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ErasedView: _TypeAlias = ErasedView  # noqa: Y015
+
+@_typing.final
+class ReplayEventsRequest(_message.Message):
+    """Which events, and where to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_VIEW_FIELD_NUMBER: _builtins.int
+    VIEW_VERSION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    feature_view: _builtins.str
+    """At most 63 bytes."""
+    view_version: _builtins.int
+    """0 = the current one."""
+    epoch: _builtins.int
+    cursor: _builtins.bytes
+    """Of the stream: from the answer before; empty = from its start."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.Event]:
+        """At most 1 000. None: a page of those that the caller's tenant's stream still holds."""
+
+    def __init__(
+        self,
+        *,
+        feature_view: _builtins.str = ...,
+        view_version: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        events: _abc.Iterable[_events_pb2.Event] | None = ...,
+        cursor: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "epoch", b"epoch", "events", b"events", "feature_view", b"feature_view", "view_version", b"view_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayEventsRequest: _TypeAlias = ReplayEventsRequest  # noqa: Y015
+
+@_typing.final
+class ReplayEventsResponse(_message.Message):
+    """What became of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPLIED_FIELD_NUMBER: _builtins.int
+    UNUSED_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    OLDEST_US_FIELD_NUMBER: _builtins.int
+    applied: _builtins.int
+    """In the rows of the epoch now, those that were there before included."""
+    unused: _builtins.int
+    """Of no type or entity that the view counts."""
+    durability: Global___Durability.ValueType
+    cursor: _builtins.bytes
+    """Of the stream: where it goes on, empty = that was all."""
+    oldest_us: _builtins.int
+    """Of the stream, its first page: when its oldest event was appended, microseconds since the epoch; 0 = it holds none."""
+    @_builtins.property
+    def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowError]:
+        """Refused, as dead letters are: `row` is the index of the event."""
+
+    def __init__(
+        self,
+        *,
+        applied: _builtins.int = ...,
+        unused: _builtins.int = ...,
+        errors: _abc.Iterable[Global___RowError] | None = ...,
+        durability: Global___Durability.ValueType = ...,
+        cursor: _builtins.bytes = ...,
+        oldest_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "cursor", b"cursor", "durability", b"durability", "errors", b"errors", "oldest_us", b"oldest_us", "unused", b"unused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayEventsResponse: _TypeAlias = ReplayEventsResponse  # noqa: Y015

@@ -114,6 +114,11 @@ class FeatureRetrievalServiceStub:
                 request_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.EraseEntityRequest.SerializeToString,
                 response_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.EraseEntityResponse.FromString,
                 _registered_method=True)
+        self.ReplayEvents = channel.unary_unary(
+                '/plait.api.feature_retrieval.v1.FeatureRetrievalService/ReplayEvents',
+                request_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ReplayEventsRequest.SerializeToString,
+                response_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ReplayEventsResponse.FromString,
+                _registered_method=True)
 
 
 class FeatureRetrievalServiceServicer:
@@ -228,7 +233,7 @@ class FeatureRetrievalServiceServicer:
     def CarryOverEpoch(self, request, context):
         """CarryOverEpoch copies what was streamed (not backfilled) into one epoch of a view to another, where it is newer. May be repeated.
 
-        Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND).
+        Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND). UNAVAILABLE (REPLICA_BEHIND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -237,7 +242,7 @@ class FeatureRetrievalServiceServicer:
     def PurgeEpoch(self, request, context):
         """PurgeEpoch removes the rows of an epoch that is neither serving, being built nor kept for rollback.
 
-        Needs the scope `admin`. FAILED_PRECONDITION (EPOCH_IN_USE).
+        Needs the scope `admin`. FAILED_PRECONDITION (EPOCH_IN_USE). UNAVAILABLE (REPLICA_BEHIND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -256,6 +261,17 @@ class FeatureRetrievalServiceServicer:
         """EraseEntity removes entities from every view, remembers it, and refuses every event of theirs from before.
 
         Needs the scope `admin`. INVALID_ARGUMENT: none or more than 1 000 ids. UNAVAILABLE: not everything is done; call again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplayEvents(self, request, context):
+        """ReplayEvents applies events of the past to the epoch of an aggregated view that is being built, and to no other. Each counts once,
+        however often it is replayed and also published. May be repeated.
+
+        Needs the scope `admin`. INVALID_ARGUMENT. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND). FAILED_PRECONDITION
+        (VIEW_NOT_AGGREGATED). UNAVAILABLE (REPLICA_BEHIND, STORE_UNAVAILABLE, ERASURES_NOT_LOADED, ROW_CONTENDED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -338,6 +354,11 @@ def add_FeatureRetrievalServiceServicer_to_server(servicer, server):
                     servicer.EraseEntity,
                     request_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.EraseEntityRequest.FromString,
                     response_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.EraseEntityResponse.SerializeToString,
+            ),
+            'ReplayEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplayEvents,
+                    request_deserializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ReplayEventsRequest.FromString,
+                    response_serializer=plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ReplayEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -750,6 +771,33 @@ class FeatureRetrievalService:
             '/plait.api.feature_retrieval.v1.FeatureRetrievalService/EraseEntity',
             plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.EraseEntityRequest.SerializeToString,
             plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.EraseEntityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplayEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.api.feature_retrieval.v1.FeatureRetrievalService/ReplayEvents',
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ReplayEventsRequest.SerializeToString,
+            plait_dot_api_dot_feature__retrieval_dot_v1_dot_feature__retrieval__service__pb2.ReplayEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -96,12 +96,12 @@ class FeatureRetrievalServiceStub:
     CarryOverEpoch: _grpc.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.CarryOverEpochRequest, _feature_retrieval_service_pb2.CarryOverEpochResponse]
     """CarryOverEpoch copies what was streamed (not backfilled) into one epoch of a view to another, where it is newer. May be repeated.
 
-    Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND).
+    Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND). UNAVAILABLE (REPLICA_BEHIND).
     """
     PurgeEpoch: _grpc.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.PurgeEpochRequest, _feature_retrieval_service_pb2.PurgeEpochResponse]
     """PurgeEpoch removes the rows of an epoch that is neither serving, being built nor kept for rollback.
 
-    Needs the scope `admin`. FAILED_PRECONDITION (EPOCH_IN_USE).
+    Needs the scope `admin`. FAILED_PRECONDITION (EPOCH_IN_USE). UNAVAILABLE (REPLICA_BEHIND).
     """
     RebuildFeatures: _grpc.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.RebuildFeaturesRequest, _feature_retrieval_service_pb2.RebuildFeaturesResponse]
     """RebuildFeatures writes the durable copy back into Redis: erasures first, then rows, each where it is newer. May be repeated.
@@ -112,6 +112,13 @@ class FeatureRetrievalServiceStub:
     """EraseEntity removes entities from every view, remembers it, and refuses every event of theirs from before.
 
     Needs the scope `admin`. INVALID_ARGUMENT: none or more than 1 000 ids. UNAVAILABLE: not everything is done; call again.
+    """
+    ReplayEvents: _grpc.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.ReplayEventsRequest, _feature_retrieval_service_pb2.ReplayEventsResponse]
+    """ReplayEvents applies events of the past to the epoch of an aggregated view that is being built, and to no other. Each counts once,
+    however often it is replayed and also published. May be repeated.
+
+    Needs the scope `admin`. INVALID_ARGUMENT. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND). FAILED_PRECONDITION
+    (VIEW_NOT_AGGREGATED). UNAVAILABLE (REPLICA_BEHIND, STORE_UNAVAILABLE, ERASURES_NOT_LOADED, ROW_CONTENDED).
     """
 
 @_typing.type_check_only
@@ -182,12 +189,12 @@ class FeatureRetrievalServiceAsyncStub(FeatureRetrievalServiceStub):
     CarryOverEpoch: _aio.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.CarryOverEpochRequest, _feature_retrieval_service_pb2.CarryOverEpochResponse]  # type: ignore[assignment]
     """CarryOverEpoch copies what was streamed (not backfilled) into one epoch of a view to another, where it is newer. May be repeated.
 
-    Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND).
+    Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND). UNAVAILABLE (REPLICA_BEHIND).
     """
     PurgeEpoch: _aio.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.PurgeEpochRequest, _feature_retrieval_service_pb2.PurgeEpochResponse]  # type: ignore[assignment]
     """PurgeEpoch removes the rows of an epoch that is neither serving, being built nor kept for rollback.
 
-    Needs the scope `admin`. FAILED_PRECONDITION (EPOCH_IN_USE).
+    Needs the scope `admin`. FAILED_PRECONDITION (EPOCH_IN_USE). UNAVAILABLE (REPLICA_BEHIND).
     """
     RebuildFeatures: _aio.UnaryStreamMultiCallable[_feature_retrieval_service_pb2.RebuildFeaturesRequest, _feature_retrieval_service_pb2.RebuildFeaturesResponse]  # type: ignore[assignment]
     """RebuildFeatures writes the durable copy back into Redis: erasures first, then rows, each where it is newer. May be repeated.
@@ -198,6 +205,13 @@ class FeatureRetrievalServiceAsyncStub(FeatureRetrievalServiceStub):
     """EraseEntity removes entities from every view, remembers it, and refuses every event of theirs from before.
 
     Needs the scope `admin`. INVALID_ARGUMENT: none or more than 1 000 ids. UNAVAILABLE: not everything is done; call again.
+    """
+    ReplayEvents: _aio.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.ReplayEventsRequest, _feature_retrieval_service_pb2.ReplayEventsResponse]  # type: ignore[assignment]
+    """ReplayEvents applies events of the past to the epoch of an aggregated view that is being built, and to no other. Each counts once,
+    however often it is replayed and also published. May be repeated.
+
+    Needs the scope `admin`. INVALID_ARGUMENT. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND). FAILED_PRECONDITION
+    (VIEW_NOT_AGGREGATED). UNAVAILABLE (REPLICA_BEHIND, STORE_UNAVAILABLE, ERASURES_NOT_LOADED, ROW_CONTENDED).
     """
 
 class FeatureRetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -337,7 +351,7 @@ class FeatureRetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_feature_retrieval_service_pb2.CarryOverEpochResponse], _abc.AsyncIterator[_feature_retrieval_service_pb2.CarryOverEpochResponse]]:
         """CarryOverEpoch copies what was streamed (not backfilled) into one epoch of a view to another, where it is newer. May be repeated.
 
-        Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND).
+        Needs the scope `admin`. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND). UNAVAILABLE (REPLICA_BEHIND).
         """
 
     @_abc_1.abstractmethod
@@ -348,7 +362,7 @@ class FeatureRetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_feature_retrieval_service_pb2.PurgeEpochResponse], _abc.AsyncIterator[_feature_retrieval_service_pb2.PurgeEpochResponse]]:
         """PurgeEpoch removes the rows of an epoch that is neither serving, being built nor kept for rollback.
 
-        Needs the scope `admin`. FAILED_PRECONDITION (EPOCH_IN_USE).
+        Needs the scope `admin`. FAILED_PRECONDITION (EPOCH_IN_USE). UNAVAILABLE (REPLICA_BEHIND).
         """
 
     @_abc_1.abstractmethod
@@ -371,6 +385,19 @@ class FeatureRetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
         """EraseEntity removes entities from every view, remembers it, and refuses every event of theirs from before.
 
         Needs the scope `admin`. INVALID_ARGUMENT: none or more than 1 000 ids. UNAVAILABLE: not everything is done; call again.
+        """
+
+    @_abc_1.abstractmethod
+    def ReplayEvents(
+        self,
+        request: _feature_retrieval_service_pb2.ReplayEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feature_retrieval_service_pb2.ReplayEventsResponse, _abc.Awaitable[_feature_retrieval_service_pb2.ReplayEventsResponse]]:
+        """ReplayEvents applies events of the past to the epoch of an aggregated view that is being built, and to no other. Each counts once,
+        however often it is replayed and also published. May be repeated.
+
+        Needs the scope `admin`. INVALID_ARGUMENT. NOT_FOUND (FEATURE_VIEW_NOT_FOUND, EPOCH_NOT_FOUND). FAILED_PRECONDITION
+        (VIEW_NOT_AGGREGATED). UNAVAILABLE (REPLICA_BEHIND, STORE_UNAVAILABLE, ERASURES_NOT_LOADED, ROW_CONTENDED).
         """
 
 def add_FeatureRetrievalServiceServicer_to_server(servicer: FeatureRetrievalServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -195,7 +195,7 @@ SMALL = FeatureView(name="small", entity=Entity(type="item", key="int64"), featu
 @given(st.integers(1, 60), st.integers(1, 25), st.integers(1, 9), st.integers(0, 60))
 def test_reading_goes_on_from_any_position(tmp_path: Path, rows: int, group: int, batch_rows: int, killed_after: int) -> None:
     file = tmp_path / "small.parquet"
-    pq.write_table(pa.table({"_id": range(rows), "_event_time": [7] * rows, "a": [0.0] * rows}), file, row_group_size=group)
+    pq.write_table(pa.table({"_id": range(rows), "_event_time": [10**15] * rows, "a": [0.0] * rows}), file, row_group_size=group)
     source = ParquetRows.open(file, SMALL, {})
     source.batch_rows = batch_rows
     seen: list[int] = []
@@ -217,7 +217,7 @@ def test_a_batch_that_no_message_holds_is_split(tmp_path: Path) -> None:
     view = FeatureView(name="wide", entity=Entity(type="item", key="int64"), features=(Feature(name="t", dtype="string", hash_buckets=9),))
     file = tmp_path / "wide.parquet"
     text = "x" * 1_000_000
-    pq.write_table(pa.table({"_id": range(40), "_event_time": [7] * 40, "t": [text] * 40}), file)
+    pq.write_table(pa.table({"_id": range(40), "_event_time": [10**15] * 40, "t": [text] * 40}), file)
     batches = list(ParquetRows.open(file, view, {}).batches(Position()))
     assert [i for _, batch in batches for i in batch.ids.int64_ids] == list(range(40))
     assert max(batch.ByteSize() for _, batch in batches) < 14 << 20
