@@ -20,7 +20,9 @@ from google.rpc import error_details_pb2, status_pb2
 DOMAIN: Final = "plait"
 DETAILS_KEY: Final = "grpc-status-details-bin"
 
-_Detail = TypeVar("_Detail", error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo)
+_Detail = TypeVar(
+    "_Detail", error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.QuotaFailure, error_details_pb2.RetryInfo
+)
 
 _NO_METADATA: Final[Mapping[str, str]] = MappingProxyType({})
 
@@ -33,11 +35,19 @@ class Violation:
     description: str
 
 
+@dataclass(frozen=True, slots=True)
+class QuotaViolation:
+    """One bound that was reached: `subject` is whose ("tenant:shop"), the description says which bound and how high it is."""
+
+    subject: str
+    description: str
+
+
 class PlaitError(Exception):
     """Base of all errors a caller may see.
 
     `reason` is a stable UPPER_SNAKE word for programs, the message a sentence for people, `violations` every problem found in the
-    request, `retry_after_s` how long to wait where trying again makes sense.
+    request, `retry_after_s` how long to wait where trying again makes sense, `quota` which bounds were reached.
     """
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
@@ -51,6 +61,7 @@ class PlaitError(Exception):
         metadata: Mapping[str, str] = _NO_METADATA,
         violations: Sequence[Violation] = (),
         retry_after_s: float | None = None,
+        quota: Sequence[QuotaViolation] = (),
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -58,18 +69,22 @@ class PlaitError(Exception):
         self.metadata = metadata
         self.violations = tuple(violations)
         self.retry_after_s = retry_after_s
+        self.quota = tuple(quota)
 
     def __str__(self) -> str:
         lines = [self.message, *(f"  {v.field}: {v.description}" for v in self.violations)]
         return "\n".join(lines)
 
     def to_status(self) -> status_pb2.Status:
-        """Return the google.rpc.Status with ErrorInfo and, where they apply, BadRequest and RetryInfo."""
+        """Return the google.rpc.Status with ErrorInfo and, where they apply, BadRequest, QuotaFailure and RetryInfo."""
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
         _pack(status, error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata))
         if self.violations:
             fields = [error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description) for v in self.violations]
             _pack(status, error_details_pb2.BadRequest(field_violations=fields))
+        if self.quota:
+            reached = [error_details_pb2.QuotaFailure.Violation(subject=q.subject, description=q.description) for q in self.quota]
+            _pack(status, error_details_pb2.QuotaFailure(violations=reached))
         if self.retry_after_s is not None:
             nanos, seconds = math.modf(max(0.0, self.retry_after_s))
             delay = duration_pb2.Duration(seconds=int(seconds), nanos=int(nanos * 1e9))
@@ -189,6 +204,7 @@ def from_status(code: int, message: str, details: bytes = b"") -> PlaitError:
         return cls(message)
     info = _unpack(status, error_details_pb2.ErrorInfo)
     bad = _unpack(status, error_details_pb2.BadRequest)
+    quota = _unpack(status, error_details_pb2.QuotaFailure)
     retry = _unpack(status, error_details_pb2.RetryInfo)
     return cls(
         message,
@@ -196,6 +212,7 @@ def from_status(code: int, message: str, details: bytes = b"") -> PlaitError:
         metadata=dict(info.metadata) if info else _NO_METADATA,
         violations=[Violation(v.field, v.description) for v in bad.field_violations] if bad else (),
         retry_after_s=retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9 if retry else None,
+        quota=[QuotaViolation(q.subject, q.description) for q in quota.violations] if quota else (),
     )
 
 
@@ -207,9 +224,7 @@ def from_rpc_error(error: grpc.RpcError) -> PlaitError:
     return from_status(code.value[0], error.details() or code.name, details if isinstance(details, bytes) else b"")
 
 
-def _pack(
-    status: status_pb2.Status, detail: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo
-) -> None:
+def _pack(status: status_pb2.Status, detail: _Detail) -> None:
     packed = any_pb2.Any()
     packed.Pack(detail)
     status.details.append(packed)

@@ -104,7 +104,7 @@ async def event_service(
     plans = Plans(snapshot)
     ingestion = Ingestion(store, lambda: service.snapshot, clock=service.clock, wrote=service.freshness.wrote)
     events = EventParts(
-        publishing=Publishing(store.streams, store, source, max_backlog=max_backlog, clock=service.clock),
+        publishing=Publishing(store.streams, store, source, plans=service.aggregations, max_backlog=max_backlog, clock=service.clock),
         dead_letters=service.dead_letters,
         freshness=service.freshness,
         sources=(source,),

@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 from tests.fakes.upkeep import upkeep_of
 
+from feature_retrieval.aggregation.plan import AggregationPlans
 from feature_retrieval.audience import Audience
 from feature_retrieval.coalescing import CoalescedReads
 from feature_retrieval.dead_letters import DeadLetters
@@ -92,7 +93,7 @@ def statuses(response: Any, view: str) -> list[str]:
 def no_events(store: RedisStore, snapshot: Snapshot) -> EventParts:
     """Return what the calls about events are handed to where no events are consumed."""
     return EventParts(
-        publishing=Publishing(store.streams, store, None),
+        publishing=Publishing(store.streams, store, None, plans=lambda: AggregationPlans(Snapshot())),
         dead_letters=DeadLetters(store.streams),
         freshness=Freshness(Metrics()),
         sources=(),

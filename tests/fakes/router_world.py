@@ -32,7 +32,9 @@ from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings, RpcSettings
 from plait.telemetry.metrics import Metrics
 from router.admission import Admission
+from router.consulting import Consulting
 from router.feature_client import FeatureClient
+from router.gate import Gate
 from router.ranking import Ranking
 from router.servicer import RouterServicer
 from router.settings import AdmissionSettings, FeaturesSettings, WorkersSettings
@@ -144,12 +146,10 @@ async def router_world(
     pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
     metrics = Metrics()
     ranking = Ranking(
-        admission=Admission(admission or AdmissionSettings()),
-        features=feature_client,
-        workers=pool,
+        gate=Gate(Admission(admission or AdmissionSettings())),
+        consulting=Consulting(feature_client, pool, features_share),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
-        features_share=features_share,
     )
     ranking.adopt(registry)
     settings = RpcSettings(grace_s=5, max_message_bytes=max_message_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ import redis
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tests.fakes.calls import call_of
 from tests.fakes.event_service import MALL, SHOP, EventService, consuming, event_service
-from tests.fakes.event_world import LISTINGS, NOW_S, NOW_US, PLANS, SNAPSHOT, USERS, event, feature
+from tests.fakes.event_world import LISTINGS, NOW_S, NOW_US, PLANS, SNAPSHOT, USERS, event, feature, messages
 
+from feature_retrieval.aggregation.applying import Applying
 from feature_retrieval.aggregation.events import Refusal
 from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
@@ -28,7 +30,7 @@ from plait.api.types.v1 import types_pb2
 from plait.errors import from_rpc_error
 from plait.registry.certificates import Signer
 from plait.registry.manifests import Manifest
-from plait.registry.records import Epochs, Feature, FeatureView, Snapshot
+from plait.registry.records import Epochs, Feature, FeatureSet, FeatureView, ModelInput, Snapshot
 from plait.registry.store import Store
 from plait.settings import TelemetrySettings
 from plait.telemetry.tracing import Tracing
@@ -110,6 +112,33 @@ async def test_what_can_be_seen_at_the_door_is_refused_there(service: EventServi
     newer = event("e9")
     newer.type = 99  # type: ignore[assignment]  # another replica may know it
     assert (await service.publish([newer])).accepted == 1
+
+
+async def test_only_the_writers_a_view_names_are_counted_in_it(redis_url: str) -> None:
+    def with_writers(*names: str, users: tuple[str, ...] = ()) -> Snapshot:
+        views = (dataclasses.replace(LISTINGS, writers=names), dataclasses.replace(USERS, writers=users))
+        return dataclasses.replace(SNAPSHOT, feature_views={view.name: view for view in views})
+
+    like = event("like", "like")  # only listings count likes
+    async with event_service(redis_url, snapshot=with_writers("shop-key")) as service, consuming(service.consumer()):
+        assert (await service.publish([event("e1"), like])).accepted == 2
+        answer = await service.publish([event("e2"), like], MALL)  # of e2 the users' view counts the view
+        assert [(error.row, error.reason) for error in answer.errors] == [(1, "VIEW_NOT_WRITABLE")]
+        await settled(service)
+        await settled(service, "mall")
+        assert [await value(service, tenant=tenant) for tenant in ("shop", "mall")] == [1, None]
+        space = KeySpace.of("mall", "user", USERS.name, USERS.version)
+        assert None not in (await service.store.read(space.keys(["u1"]), 10)).rows
+
+        # Accepted before its view was closed to the key: a dead letter, which counts once the view is open to it again.
+        message = dataclasses.replace(messages([like], "mall")[0], publisher="mall-key")
+        refusal = (await Applying(service.store, service.aggregations, clock=service.clock).apply([message])).refused[0]
+        assert refusal.reason == "VIEW_NOT_WRITABLE"
+        await service.dead_letters.add(message, refusal)
+        service.snapshot = with_writers("mall-key")
+        await service.stub.RedriveDeadLetters(pb.RedriveDeadLettersRequest(reason="VIEW_NOT_WRITABLE"), metadata=MALL, timeout=20)
+        await settled(service, "mall")
+        assert await value(service, "heat", tenant="mall") == pytest.approx(1, abs=0.1)
 
 
 async def test_with_too_many_waiting_none_is_taken(redis_url: str) -> None:
@@ -200,6 +229,18 @@ def refusal_of(reason: str) -> Refusal:
     return Refusal(reason, "")
 
 
+@pytest.mark.parametrize("word", ["", "x", "1", "-1-1", "0-0", f"{1 << 64}-0", f"1-{1 << 64}", "9" * 5000 + "-1"])
+async def test_what_is_no_dead_letter_s_id_blames_the_caller(service: EventService, word: str) -> None:
+    def redrive() -> Any:
+        return service.stub.RedriveDeadLetters(pb.RedriveDeadLettersRequest(ids=[word]), metadata=SHOP, timeout=20)
+
+    assert (await refused(redrive)).reason == "INVALID_ARGUMENT"
+    if word:
+        assert (await refused(lambda: letters(service, page_token=word))).reason == "INVALID_ARGUMENT"
+    long = "n" * 50_000  # what is said of it must fit into a trailer
+    assert (await refused(lambda: status(service, long))).reason == "FEATURE_VIEW_NOT_FOUND"
+
+
 async def test_status_and_metrics_tell_lag_watermark_and_freshness(service: EventService, redis_url: str) -> None:
     empty = await status(service)
     assert (empty.lag_events, empty.newest_event_time_us, empty.dead_letters, empty.serving_epoch) == (0, 0, 0, 0)
@@ -288,6 +329,38 @@ async def test_an_aggregated_view_is_read_like_any_other_and_as_of_the_moment(se
     gone, statuses = await read("l1")
     assert gone[0, [0, 1, 4]].tolist() == [0, 0, 12]
     assert statuses == ["NULL"]
+
+
+async def test_what_a_tensor_cannot_hold_is_null_and_never_another_number(redis_url: str) -> None:
+    columns = (
+        feature("few", "count", "view", default=-1, window_s=0.0),
+        feature("rated", "mean", "rate", default=-1, value="value"),
+        feature("huge", "last", "rate", default=-1, value="price"),
+    )
+    view = dataclasses.replace(LISTINGS, features=tuple(dataclasses.replace(one, dtype="int8") for one in columns[:2]) + columns[2:])
+    inputs = (
+        ModelInput(name="small", entity="listing", dtype="int8", features=(f"{view.name}:few", f"{view.name}:rated")),
+        ModelInput(name="large", entity="listing", features=(f"{view.name}:few", f"{view.name}:rated", f"{view.name}:huge")),
+    )
+    snapshot = Snapshot(feature_views={view.name: view}, feature_sets={"home": FeatureSet(name="home", inputs=inputs)})
+
+    async def read() -> tuple[list[int], list[float], str]:
+        request = pb.GetFeaturesRequest(feature_set="home")
+        request.entities.add(entity_type="listing").ids.string_ids.append("l1")
+        answer = await service.stub.GetFeatures(request, metadata=SHOP, timeout=20)
+        small, large = answer.tensors
+        status = types_pb2.RowStatus.Name(answer.views[0].statuses[0])
+        return np.frombuffer(small.data, np.int8).tolist(), np.frombuffer(large.data, np.float32).tolist(), status
+
+    async with event_service(redis_url, snapshot=snapshot) as service, consuming(service.consumer()):
+        await service.publish([event("a", "rate", value=2, values={"price": 7}), event("b", "rate", value=3, values={"price": 7})])
+        await service.publish([event(f"e{n}") for n in range(100)])
+        await settled(service)
+        assert await read() == ([100, 2], [100, 2.5, 7], "ROW_STATUS_PRESENT")
+        await service.publish([event(f"f{n}") for n in range(100)])
+        await service.publish([event("c", "rate", at_s=NOW_S + 1, value=4, values={"price": 1e300})])
+        await settled(service)
+        assert await read() == ([-1, 3], [-1, 3, -1], "ROW_STATUS_NULL")  # null in one tensor, so null in all
 
 
 async def test_nobody_writes_an_aggregated_view_by_hand(service: EventService) -> None:

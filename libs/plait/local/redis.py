@@ -32,7 +32,7 @@ _STOP_GRACE_S: Final = 10.0
 class EmbeddedRedis:
     """One server for the length of an `async with`, at `url` (with its password: treat it as a secret).
 
-    `data_dir` keeps the data over restarts (append-only file, synced every second); without it nothing is written and the temporary
+    `data_dir` keeps the data over restarts (append-only file, synced before a write is answered); without it nothing is written and the temporary
     folder is removed at the end. `options` are further lines of its configuration, or other values for those it has. Raises Unavailable (LOCAL_START_FAILED), FailedPrecondition (LOCAL_NOT_INSTALLED, LOCAL_IN_USE).
     """
 
@@ -117,7 +117,7 @@ class EmbeddedRedis:
             "set-proc-title": "no",
             "save": '""',
             "appendonly": "yes" if self._given else "no",
-            "appendfsync": "everysec",
+            "appendfsync": "always",  # a lone write is acknowledged at once; one sync serves all that were written meanwhile
             "maxmemory-policy": "noeviction",
             **self._options,
         }

@@ -79,6 +79,14 @@ class Tracing:
         parent = propagate.extract({"traceparent": traceparent}) if traceparent else None
         return self._tracer.start_as_current_span(name, context=parent, kind=kind, attributes=attributes)
 
+    def started_span(
+        self, name: str, *, kind: SpanKind = SpanKind.INTERNAL, attributes: Mapping[str, AttributeValue] | None = None, traceparent: str
+    ) -> Span:
+        """Return a started child span of `traceparent` (W3C) that is not made the current one, for work that ends elsewhere; end it yourself."""
+        if self._tracer is None:
+            return trace.INVALID_SPAN
+        return self._tracer.start_span(name, context=propagate.extract({"traceparent": traceparent}), kind=kind, attributes=attributes)
+
     def linked_span(self, name: str, links: Iterable[trace.SpanContext | None]) -> Span:
         """Return a started span of a trace of its own that links to each of `links`, for work that many calls share; end it yourself."""
         if self._tracer is None:

@@ -46,6 +46,7 @@ from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.store.rows import Rows
 from feature_retrieval.store.topologies import Topology
 from feature_retrieval.views import Plans
+from feature_retrieval.write_metrics import WriteMetrics
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.errors import Unavailable
@@ -94,7 +95,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         tasks.start(_track_changes(store, Audience(cache, reads), current), "near-cache")
     privacy_key = settings.privacy.key.get_secret_value().encode()
     future_s = settings.ingestion.max_future_s
-    freshness = Freshness(metrics)
+    freshness, writes = Freshness(metrics), WriteMetrics(metrics)
 
     authenticator = Authenticator(
         lambda sha256: watcher.snapshot.keys.get(sha256),  # noqa: PLW0108  (the snapshot is swapped)
@@ -106,11 +107,17 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     ReadMetrics(metrics, counts, cache, reads, skew_log.outcomes if skew_log else {})
     retrieval = Retrieval(reads, cache, current.plans, counts=counts, note=skew_log.note if skew_log else None)
     ingestion = Ingestion(
-        store, lambda: watcher.snapshot, erasures_loaded=guard.loaded, keep=durable.keep, wrote=freshness.wrote, max_future_s=future_s
+        store,
+        lambda: watcher.snapshot,
+        erasures_loaded=guard.loaded,
+        keep=durable.keep,
+        wrote=freshness.wrote,
+        metrics=writes,
+        max_future_s=future_s,
     )
     aggregations = CurrentAggregations(watcher.snapshot)
     watcher.subscribe(aggregations.swap)
-    applying = Applying(store, aggregations.plans, erasures_loaded=guard.loaded, keep=durable.keep, max_future_s=future_s)
+    applying = Applying(store, aggregations.plans, erasures_loaded=guard.loaded, max_future_s=future_s)
     replicas = Replicas(store.dispatch, _name_of_process(), lambda: min(ingestion.snapshots.oldest, applying.snapshots.oldest))
     await _announce(replicas, watcher, stack, tasks)
     server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
@@ -119,7 +126,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         ingestion,
         current.plans,
         explanation=Explanation(retrieval, current.plans, store.times_to_live),
-        events=_open_events(settings, store, watcher, aggregations, applying, freshness, stack, tasks),
+        events=_open_events(settings, store, watcher, aggregations, applying, freshness, tracing, stack, tasks),
         max_in_flight=settings.rpc.max_in_flight,
         tracing=tracing,
         upkeep=UpkeepParts(
@@ -134,6 +141,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
                 guard.catch_up,
                 max_future_s=future_s,
                 snapshot=lambda: watcher.snapshot,
+                metrics=writes,
             ),
             rebuilding=Rebuilding(store, durable_rows, lambda: watcher.snapshot, guard.loaded, max_future_s=future_s),
             replaying=Replaying(store, applying, lambda: watcher.snapshot, heard=replicas.check_heard),
@@ -278,6 +286,7 @@ def _open_events(
     plans: CurrentAggregations,
     applying: Applying,
     freshness: Freshness,
+    tracing: Tracing,
     stack: AsyncExitStack,
     tasks: Tasks,
 ) -> EventParts:
@@ -295,12 +304,12 @@ def _open_events(
 
         sources.append(KafkaSource(wanted, dead_letters))
     for source in sources:
-        consumer = Consumer(source, applying, store, freshness, batch=wanted.batch)
+        consumer = Consumer(source, applying, store, freshness, batch=wanted.batch, tracing=tracing)
         stack.push_async_callback(consumer.drain)
         tasks.start(consumer.run(), f"events from {source.name}")
         tasks.start(report(source, plans, freshness), f"lag of {source.name}")
     front = sources[0] if sources else None
-    publishing = Publishing(streams, store, front, max_backlog=wanted.max_backlog, max_future_s=max_future_s)
+    publishing = Publishing(streams, store, front, plans=plans.plans, max_backlog=wanted.max_backlog, max_future_s=max_future_s)
     return EventParts(
         publishing=publishing,
         dead_letters=dead_letters,

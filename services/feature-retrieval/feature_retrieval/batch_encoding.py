@@ -129,9 +129,9 @@ class _Work:
     def _misnamed(self, names: list[str]) -> str:
         unknown = [name for name in names if name not in self._codec.columns]
         if unknown or not names:
-            return f"unknown features {unknown}" if unknown else "no feature is named"
+            return f"unknown features {_some(unknown)}" if unknown else "no feature is named"
         repeated = [name for name in names if name in self._seen] or (names if len(set(names)) < len(names) else [])
-        return f"features given twice: {repeated}" if repeated else ""
+        return f"features given twice: {_some(repeated)}" if repeated else ""
 
     def _misfit(self, column: Any, names: list[str]) -> str:
         given = BY_NUMBER.get(column.dtype)
@@ -207,6 +207,11 @@ class _Work:
                 if len(end) > MAX_ROW_BYTES - self._codec.row_bytes:
                     self._refused[row] = ("VALUE_INVALID", f"the row's texts make it longer than {MAX_ROW_BYTES} bytes")
         return Encoded(self.block, tails, self._refused)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return names as a message shows them: whoever sends thousands finds the first of them."""
+    return f"{[name[:80] for name in names[:8]]}{' and more' if len(names) > 8 else ''}"
 
 
 def _starts(column: Any, values: int) -> npt.NDArray[np.intp] | str:

@@ -43,7 +43,7 @@ for i = 1, #ARGV do
     local given = found[1][2]
     for at = 1, #given, 2 do fields[given[at]] = given[at + 1] end
     local redrives = tostring(tonumber(fields['n'] or '0') + 1)
-    redis.call('XADD', KEYS[2], '*', 'e', fields['e'], 't', fields['t'] or '', 'n', redrives)
+    redis.call('XADD', KEYS[2], '*', 'e', fields['e'], 't', fields['t'] or '', 'n', redrives, 'w', fields['w'] or '')
     redis.call('XDEL', KEYS[1], ARGV[i])
     moved = moved + 1
   end
@@ -142,6 +142,7 @@ def _fields(message: Message, refusal: Refusal) -> dict[bytes, bytes]:
         b"t": message.traceparent.encode(),
         b"o": message.origin.encode(),
         b"n": b"%d" % message.redrives,
+        b"w": message.publisher.encode(),
     }
 
 
@@ -151,6 +152,6 @@ def _order(entry_id: bytes) -> tuple[int, int]:
 
 
 def _checked_id(field: str, text: str) -> bytes:
-    if not _ID.fullmatch(text):
+    if not _ID.fullmatch(text) or not _order(text.encode()) > (0, 0) or max(_order(text.encode())) >= 1 << 64:
         raise InvalidArgument("this is not the id of a dead letter", violations=[Violation(field, "expected <milliseconds>-<number>")])
     return text.encode()

@@ -18,6 +18,7 @@ from feature_retrieval.permissions import check_admin
 from feature_retrieval.row_codec import HEADER_BYTES, Id, KeySpace, decode_id, encode_id
 from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.write_metrics import WriteMetrics
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, Violation
 from plait.registry.certificates import Signer
 from plait.registry.entity_ids import composites, read_ids
@@ -79,7 +80,9 @@ class Erasing:
         *,
         max_future_s: float = MAX_FUTURE_S,
         snapshot: Callable[[], Snapshot] = Snapshot,
+        metrics: WriteMetrics | None = None,
     ) -> None:
+        self._metrics = metrics
         self._snapshot = snapshot
         self._store = store
         self._registry = registry
@@ -116,6 +119,8 @@ class Erasing:
         ]
         removed = await remove(self._store, self._registry, erasures)
         await self._complete()
+        if self._metrics is not None:
+            self._metrics.erased(len(erasures))
         for erasure, gone in zip(erasures, removed, strict=True):
             certificate = response.certificates.add(
                 id=f"erasure-{erasure.id}",

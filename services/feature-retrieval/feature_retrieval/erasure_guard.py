@@ -59,7 +59,7 @@ class ErasureGuard:
         except PlaitError as error:
             if error.reason.startswith("REGISTRY_"):
                 raise Unavailable(
-                    "Redis does not know every erasure and Postgres, which does, cannot be asked: nothing is written until it can",
+                    "Redis does not know every erasure and Postgres, which does, cannot be asked: bring the registry's Postgres back, and writes are taken again",
                     reason="ERASURES_NOT_LOADED",
                     retry_after_s=_RETRY_AFTER_S,
                 ) from error

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from feature_retrieval.placing import Placed
+from feature_retrieval.placing import Placed, copy_runs
 from feature_retrieval.retrieval import Answer, Retrieval, add_tensor, ages_us
 from feature_retrieval.row_codec import FLAG_BACKFILL, FLAG_TOMBSTONE, HEADER_BYTES, Column, header
 from feature_retrieval.transforming import operands_of
@@ -43,7 +43,7 @@ class Explanation:
         plans = self._plans()
         _check_one_each(request.entities)
         answer = await self._retrieval.answer(plans.get(request.feature_set, ()), request, call)
-        rows = [_Row(read, placed, answer.now_us) for read, placed in zip(answer.reads, answer.placed, strict=True)]
+        rows = [_Row(read, placed, answer) for read, placed in zip(answer.reads, answer.placed, strict=True)]
         for row, left_ms in zip(rows, await self._left(rows), strict=True):
             row.fill(response.views.add(), call.tenant, left_ms)
         for tensor_plan, tensor in zip(answer.plan.tensors[: answer.plan.answered], answer.tensors, strict=False):
@@ -72,17 +72,18 @@ def _check_one_each(entities: Any) -> None:
 class _Row:
     """One stored row, as it was found."""
 
-    def __init__(self, read: ViewRead, placed: Placed, now_us: int) -> None:
+    def __init__(self, read: ViewRead, placed: Placed, answer: Answer) -> None:
         self.read = read
         self.view = read.view.view
         self.key = read.space.keys(read.ids[:1])[0]
         self.status = types_pb2.ROW_STATUS_PRESENT if placed.statuses is None else int(placed.statuses[0])
-        self.age_us = int(ages_us(placed.times, now_us)[0])
-        self.now_us = now_us
+        self.age_us = int(ages_us(placed.times, answer.now_us)[0])
+        self.now_us = answer.now_us
         self.cached = read.found is not None and int(read.found.codes[0]) >= 0
         stored = read.found.rows[0].tobytes() if read.found is not None and self.cached else (read.rows[0] if read.rows else None)
         self.stored = stored or b""
         self.picture = self._picture()
+        self._beyond = self._beyond_their_tensors(answer)
 
     def fill(self, told: Any, tenant: str, left_ms: int) -> None:
         """Fill a ViewExplanation."""
@@ -115,7 +116,15 @@ class _Row:
             state = block[:, computed.row_from : computed.row_to]
             _, known = computed.computed.evaluate(state, self.now_us)
             return state.tobytes().hex(), known is not None and not known[0]
-        return self._text(feature, column, block, element), False
+        return self._text(feature, column, block, element), column.index in self._beyond
+
+    def _beyond_their_tensors(self, answer: Answer) -> frozenset[int]:
+        """Return the codec's columns that hold a number too large for a tensor they go to."""
+        if self.picture is None:
+            return frozenset()
+        block = np.frombuffer(self.stored[: self.picture.codec.row_bytes], np.uint8)[None, :]
+        tensors = [np.empty((1, tensor.width), tensor.dtype) for tensor in answer.plan.tensors]
+        return frozenset(source for source, _ in copy_runs(self.read.view, self.picture, block, slice(None), tensors))
 
     def _source(self, left_ms: int) -> int:
         if not self.stored:

@@ -21,6 +21,7 @@ from feature_retrieval.snapshots_in_use import SnapshotsInUse
 from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import APPLIED, ERASED, RedisStore
 from feature_retrieval.views import schemas_of
+from feature_retrieval.write_metrics import WriteMetrics
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, Violation
 from plait.registry.entity_ids import read_ids
@@ -61,12 +62,14 @@ class Ingestion:
         erasures_loaded: Callable[[], Awaitable[None]] = nothing_was_erased,
         keep: Keep = kept_nowhere,
         wrote: Callable[[str, str, int], None] = _told_nobody,
+        metrics: WriteMetrics | None = None,
         max_future_s: float = MAX_FUTURE_S,
     ) -> None:
         self._store = store
         self.snapshots = SnapshotsInUse(snapshot)
         self._clock = clock
         self._wrote = wrote
+        self._metrics = metrics
         self._erasures_loaded = erasures_loaded
         self._keep = keep
         self._max_future_s = max_future_s
@@ -77,8 +80,14 @@ class Ingestion:
 
         Raises NotFound, InvalidArgument, PermissionDenied, FailedPrecondition and Unavailable as the contract says.
         """
+        began = time.perf_counter()
         with self.snapshots.held() as snapshot:
             await self._write_by(snapshot, batch, result, call)
+        if self._metrics is not None:
+            took_s = time.perf_counter() - began
+            self._metrics.wrote(
+                batch.feature_view, applied=result.applied, ignored=result.ignored, refused=len(result.errors), took_s=took_s
+            )
 
     async def _write_by(self, snapshot: Snapshot, batch: Any, result: Any, call: Call) -> None:
         view = view_of(snapshot, batch.feature_view, batch.view_version)
@@ -171,7 +180,9 @@ def view_of(snapshot: Snapshot, name: str, version: int) -> FeatureView:
     view = snapshot.feature_views.get(name)
     if view is None:
         hint = suggestion(name, list(snapshot.feature_views))
-        raise NotFound(f"no feature view {name!r}{hint}: see 'plait get featureview' for what there is", reason="FEATURE_VIEW_NOT_FOUND")
+        raise NotFound(
+            f"no feature view {name[:80]!r}{hint}: see 'plait get featureview' for what there is", reason="FEATURE_VIEW_NOT_FOUND"
+        )
     found = view.at(version)
     if found is None:
         kept = ", ".join(str(past.version) for past in view.versions) or "none"

@@ -199,6 +199,12 @@ class Places:
     slots: Slots
     complete: bool  # no -1
 
+    def once(self, inverse: Slots) -> Places:
+        """Return the same for each id once: `inverse` tells where among those each id is."""
+        slots = np.empty(int(inverse.max()) + 1, np.intp)
+        slots[inverse] = self.slots  # one id's are all the same
+        return Places(self.entity, slots, self.complete)
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -216,12 +222,11 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A read under way: what it brings is kept unless its key changed after `since`, or everything was forgotten after `era`."""
+    """A read under way: what it brings is kept unless its key changed after `since`, or `entity` was forgotten."""
 
     entity: EntityCache
     view: ViewCache
     since: int
-    era: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +256,6 @@ class NearCache(Listener):
         self._tracked: frozenset[bytes] = frozenset()
         self._on = False
         self._changes = 0
-        self._era = 0
         self._looked_up = 0
         self._brought: deque[_Brought] = deque()
         self.lookups: Counter[str] = Counter()
@@ -324,8 +328,11 @@ class NearCache(Listener):
         entity.touch(slots if complete else slots[slots >= 0], self._looked_up)
         return Places(entity, slots, complete)
 
-    def find(self, space: KeySpace, codec: RowCodec, places: Places, now_us: int) -> Found | None:
-        """Return what is held of one view; None when nothing is. `now_us`: microseconds since the epoch, for expiry."""
+    def find(self, space: KeySpace, codec: RowCodec, places: Places, now_us: int, *, clean: bool = False) -> Found | None:
+        """Return what is held of one view; None when nothing is. `now_us`: microseconds since the epoch, for expiry.
+
+        `clean`: also None where not every row is simply good, so that none is copied in vain.
+        """
         view = places.entity.views.get((space, codec.head, codec.row_bytes))
         if view is None:
             return None
@@ -336,6 +343,8 @@ class NearCache(Listener):
         until_us = int(codes.min(initial=_CLEAN_FOR_EVER))
         if places.complete and until_us > now_us:
             return Found(view.rows[slots], codes, clean=True, until_us=until_us)
+        if clean:
+            return None
         if not places.complete:
             codes[slots < 0] = UNKNOWN
         return Found(view.rows[slots], codes, clean=False, until_us=0)
@@ -359,7 +368,7 @@ class NearCache(Listener):
         entity = self._entities.setdefault(space.prefix, EntityCache())
         view = entity.view(space, codec)
         view.readings += 1
-        return Reading(entity, view, self._changes, self._era)
+        return Reading(entity, view, self._changes)
 
     def end(self, reading: Reading, ids: Sequence[Id], rows: Sequence[bytes | None], block: Bytes2D | None = None) -> None:
         """Keep what a read brought (`rows` parallel to `ids`; both empty where it failed), as far as it is still true.
@@ -374,7 +383,7 @@ class NearCache(Listener):
         while self._brought:
             brought = self._brought.popleft()
             reading, view = brought.reading, brought.reading.view
-            if reading.era == self._era and self.on and self._entities.get(view.space.prefix) is reading.entity:
+            if self._entities.get(view.space.prefix) is reading.entity:  # else it was forgotten while the read was under way
                 self._keep(brought)
             view.readings -= 1
             if not view.readings:
@@ -455,7 +464,6 @@ class NearCache(Listener):
 
     def _forget_all(self) -> None:
         self._entities.clear()
-        self._era += 1
 
 
 def _prefix_of(key: bytes) -> bytes:

@@ -22,6 +22,16 @@ def may_write(view: FeatureView, call: Call) -> bool:
     return _is_named(view.writers, call)
 
 
+def publisher_of(call: Call) -> str:
+    """Return the id of the API key that events are published with; '' = none, as for a service, which acts for a tenant."""
+    return "" if call.is_service else call.caller
+
+
+def may_feed(view: FeatureView, tenant: str, publisher: str) -> bool:
+    """Say whether events of a tenant, published with this API key ('' = none), count in the view."""
+    return not view.writers or tenant in view.writers or (bool(publisher) and publisher in view.writers)
+
+
 def check_readable(view: FeatureView, call: Call) -> None:
     """Raise PermissionDenied (VIEW_NOT_READABLE) where the caller may not read the view."""
     if not may_read(view, call):

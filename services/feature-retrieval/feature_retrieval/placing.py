@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ _UNAVAILABLE: Final = types_pb2.ROW_STATUS_UNAVAILABLE
 
 Tensor = npt.NDArray[np.generic]
 Index = npt.NDArray[np.intp]
+Valueless = tuple[int, npt.NDArray[np.bool_]]  # a column of the codec, and in which rows it has no value
 
 
 @dataclass(slots=True)
@@ -59,7 +60,8 @@ def _place_clean(read: ViewRead, tensors: Sequence[Tensor], now_us: int) -> Plac
     times = header(found.rows)["event_time_us"]
     if view.view.max_age_s > 0 and times.min(initial=now_us) < now_us - int(view.view.max_age_s * 1e6):
         return None
-    _copy_runs(view.current, found.rows, slice(None), tensors)
+    if copy_runs(view, view.current, found.rows, slice(None), tensors):
+        return None
     return Placed(None, times, None)
 
 
@@ -90,8 +92,8 @@ def _place_block(
 ) -> None:
     """Copy one block of rows of one schema: runs of columns, computed columns, defaults over nulls, then what is true of each row."""
     rows: Index | slice = slice(None) if index is None else index
-    _copy_runs(picture, block, rows, tensors)
-    valueless = _compute(picture, block, rows, tensors, now_us)
+    valueless = copy_runs(view, picture, block, rows, tensors)
+    valueless += _compute(picture, block, rows, tensors, now_us)
     head = header(block)
     status = np.full(len(block), _PRESENT, np.uint8)
     gone = head["flags"] & FLAG_TOMBSTONE != 0
@@ -121,25 +123,51 @@ def _place_block(
     placed.times[rows] = times
 
 
-def _copy_runs(picture: Picture, block: Bytes2D, rows: Index | slice, tensors: Sequence[Tensor]) -> None:
+def copy_runs(view: ViewPlan, picture: Picture, block: Bytes2D, rows: Index | slice, tensors: Sequence[Tensor]) -> list[Valueless]:
+    """Copy columns as they are; return those whose number is beyond the tensor's dtype in some rows: to answer infinity would be a lie."""
+    valueless: list[Valueless] = []
     for run in picture.runs:
         values = block[:, run.row_from : run.row_to].view(run.dtype)
         if run.scale:
             values = values * np.float32(run.scale)
+        if run.narrows:
+            with np.errstate(over="ignore"):
+                narrowed = values.astype(tensors[run.tensor].dtype)
+            beyond = np.isinf(narrowed) & np.isfinite(values)
+            if beyond.any():
+                places = np.searchsorted(view.cells[run.tensor], np.arange(run.column_from, run.column_to))
+                valueless += zip(picture.sources[run.tensor][places].tolist(), beyond.T, strict=True)
+            values = narrowed
         tensors[run.tensor][rows, run.column_from : run.column_to] = values
+    return valueless
 
 
-def _compute(
-    picture: Picture, block: Bytes2D, rows: Index | slice, tensors: Sequence[Tensor], now_us: int
-) -> list[tuple[int, npt.NDArray[np.bool_]]]:
+def _compute(picture: Picture, block: Bytes2D, rows: Index | slice, tensors: Sequence[Tensor], now_us: int) -> list[Valueless]:
     """Fill the computed columns; return those that have no value in some rows, by the codec's column, and in which."""
-    valueless: list[tuple[int, npt.NDArray[np.bool_]]] = []
+    valueless: list[Valueless] = []
     for column in picture.computed:
         values, known = column.computed.evaluate(block[:, column.row_from : column.row_to], now_us)
-        tensors[column.tensor][rows, column.column] = values
+        tensor = tensors[column.tensor]
+        values, fitting = _fitted(values, tensor.dtype)
+        known = fitting if known is None else known if fitting is None else known & fitting
+        tensor[rows, column.column] = values
         if known is not None:
             valueless.append((column.source, ~known))
     return valueless
+
+
+def _fitted(values: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+    """Return values as a tensor of `dtype` holds them, whole numbers rounded half to even, and which of them it can hold (None = all)."""
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            cast = values.astype(dtype)
+        fits = np.isfinite(cast)
+    else:
+        cast, bounds = np.rint(values), np.iinfo(dtype)
+        fits = (cast >= float(bounds.min)) & (cast < float(bounds.max) + 1)
+    if fits.all():
+        return cast, None
+    return np.where(fits, cast, 0), fits
 
 
 def _default_nulls(

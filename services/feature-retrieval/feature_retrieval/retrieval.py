@@ -21,7 +21,7 @@ from feature_retrieval.near_cache import UNKNOWN, NearCache, Places
 from feature_retrieval.permissions import check_readable
 from feature_retrieval.placing import Index, Placed, Tensor, place
 from feature_retrieval.read_metrics import ReadCounts
-from feature_retrieval.row_codec import Id
+from feature_retrieval.row_codec import Id, KeySpace
 from feature_retrieval.store.rows import NONE, Positions, Read, Rows
 from feature_retrieval.view_read import ViewRead
 from feature_retrieval.views import EntityPlan, Plan, Plans, ViewPlan
@@ -130,12 +130,15 @@ class Retrieval:
 
     def _look_up(self, entity: EntityPlan, ids: Sequence[Id], tenant: str, now_us: int) -> tuple[list[ViewRead], Index | None]:
         """Find what the near cache knows of an entity type's rows, and which keys to ask for; where each caller's row is, if repeated."""
-        reads = self._find(entity, ids, tenant, now_us)
+        spaces = [view.key_space(tenant) for view in entity.views]
+        places = self._cache.places(spaces[0].prefix, ids) if spaces else None
         inverse: Index | None = None
-        if not all(read.found is not None and read.found.clean for read in reads):
+        reads = self._find(entity, spaces, ids, places, now_us, clean=True) if places is not None and places.complete else []
+        if len(reads) < len(spaces):
             once, inverse = unique(ids)
-            if inverse is not None:
-                reads = self._find(entity, once, tenant, now_us)
+            if inverse is not None and places is not None:
+                places = places.once(inverse)
+            reads = self._find(entity, spaces, once, places, now_us)
             for read in reads:
                 read.wanted = None if read.found is None else np.flatnonzero(read.found.codes == UNKNOWN)
                 if read.wanted is None or read.wanted.size:
@@ -144,14 +147,15 @@ class Retrieval:
             self._cache.count(read.found, len(read.ids))
         return reads, inverse
 
-    def _find(self, entity: EntityPlan, ids: Sequence[Id], tenant: str, now_us: int) -> list[ViewRead]:
+    def _find(
+        self, entity: EntityPlan, spaces: Sequence[KeySpace], ids: Sequence[Id], places: Places | None, now_us: int, *, clean: bool = False
+    ) -> list[ViewRead]:
+        """Return a read per view, with what the near cache holds of it; with `clean` up to the first view whose rows must be looked at."""
         reads: list[ViewRead] = []
-        places: Places | None = None
-        for view in entity.views:
-            space = view.key_space(tenant)
-            if not reads:
-                places = self._cache.places(space.prefix, ids)
-            found = None if places is None else self._cache.find(space, view.current.codec, places, now_us)
+        for view, space in zip(entity.views, spaces, strict=True):
+            found = None if places is None else self._cache.find(space, view.current.codec, places, now_us, clean=clean)
+            if clean and found is None:
+                break
             reads.append(ViewRead(view, ids, space, found))
         return reads
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -41,7 +42,10 @@ Index = npt.NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Neighbouring columns of one dtype in a row that are neighbours in a tensor: one copy moves them all, times `scale` unless it is 0."""
+    """Neighbouring columns of one dtype in a row that are neighbours in a tensor: one copy moves them all, times `scale` unless it is 0.
+
+    `narrows`: the row may hold finite numbers that are beyond the tensor's dtype.
+    """
 
     row_from: int
     row_to: int
@@ -50,6 +54,7 @@ class Run:
     column_from: int
     column_to: int
     scale: float = 0.0
+    narrows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,7 +378,8 @@ class _Compiler:
 
     def _view_plan(self, view: FeatureView, cells: _Wanted) -> ViewPlan:
         features = {feature.name: feature for feature in view.features}
-        pictures = {schema.id: _picture(schema, cells) for schema in schemas_of(view)}
+        dtypes = {at: self._tensors[at].dtype for at in cells}
+        pictures = {schema.id: _picture(schema, cells, dtypes) for schema in schemas_of(view)}
         asked = {name for wanted in cells.values() for _, name, _ in wanted}
         answered = len(self._inputs)
         snapshot, view_name, version = self._snapshot, view.name, view.version
@@ -396,7 +402,8 @@ class _Compiler:
         )
 
 
-def _picture(schema: FeatureSchema, cells: _Wanted) -> Picture:
+def _picture(schema: FeatureSchema, cells: _Wanted, dtypes: Mapping[int, np.dtype[np.generic]]) -> Picture:
+    """Return how rows of a schema map to tensors of these dtypes."""
     codec = RowCodec(schema)
     runs: list[Run] = []
     computed: list[ComputedColumn] = []
@@ -408,7 +415,8 @@ def _picture(schema: FeatureSchema, cells: _Wanted) -> Picture:
                 computed.append(ComputedColumn(windows[name], source.offset, source.end, source.index, at, column))
             elif source is not None:
                 begin = source.offset + element * source.dtype.itemsize
-                _add_run(runs, Run(begin, begin + source.dtype.itemsize, source.dtype, at, column, column + 1, source.scale))
+                narrows = _narrows(np.dtype(np.float32) if source.scale else source.dtype, dtypes[at])
+                _add_run(runs, Run(begin, begin + source.dtype.itemsize, source.dtype, at, column, column + 1, source.scale, narrows))
     sources = {
         at: np.array([codec.columns[name].index if name in codec.columns else -1 for _, name, _ in wanted], np.intp)
         for at, wanted in cells.items()
@@ -416,6 +424,15 @@ def _picture(schema: FeatureSchema, cells: _Wanted) -> Picture:
     asked = dict.fromkeys(name for wanted in cells.values() for _, name, _ in wanted)
     known = [name for name in asked if name in codec.columns]
     return Picture(codec, tuple(runs), codec.null_mask(known), len(known) < len(asked), sources, tuple(computed))
+
+
+@cache
+def _narrows(source: np.dtype[np.generic], tensor: np.dtype[np.generic]) -> bool:
+    """Return whether numbers of one dtype may become infinite in another."""
+    if tensor.kind != "f" or source.kind == "b":
+        return False
+    largest = np.finfo(source).max if source.kind == "f" else np.iinfo(source).max  # type: ignore[type-var]
+    return float(largest) > float(np.finfo(tensor).max)  # type: ignore[type-var]
 
 
 def _add_run(runs: list[Run], run: Run) -> None:

@@ -29,6 +29,13 @@ class Admission:
         taken = self._settings.limit - self._free
         return f"<Admission in_flight={taken}/{self._settings.limit} waiting={len(self._waiting)}/{self._settings.queue}>"
 
+    def knock(self, deadline: Deadline) -> None:
+        """Raise at once what `enter` would raise without a wait."""
+        if deadline.remaining_s() < self._settings.min_budget_s:
+            raise self._too_late()
+        if not self._free and len(self._waiting) >= self._settings.queue:
+            raise self._full()
+
     async def enter(self, deadline: Deadline) -> None:
         """Take a place; returns at once where there is one.
 
@@ -54,7 +61,7 @@ class Admission:
 
     async def _wait(self, budget_s: float) -> None:
         if len(self._waiting) >= self._settings.queue:
-            raise self._overloaded(f"{len(self._waiting)} are waiting already")
+            raise self._full()
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[None] = loop.create_future()
         self._waiting.append(turn)
@@ -77,6 +84,9 @@ class Admission:
             f"less than {floor_ms:g} ms of the deadline was left, too little to answer in: allow the call more time",
             reason="BUDGET_TOO_SMALL",
         )
+
+    def _full(self) -> ResourceExhausted:
+        return self._overloaded(f"{len(self._waiting)} are waiting already")
 
     def _overloaded(self, why: str) -> ResourceExhausted:
         retry_s = self._settings.retry_after_s

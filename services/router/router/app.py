@@ -14,7 +14,9 @@ from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
 from router import auth
 from router.admission import Admission
+from router.consulting import Consulting
 from router.feature_client import FeatureClient
+from router.gate import Gate
 from router.ranking import Ranking
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
@@ -35,12 +37,10 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     workers = WorkerPool(settings.workers, _channel(settings.workers.channel, settings), tracing)
     stack.push_async_callback(workers.close)
     ranking = Ranking(
-        admission=Admission(settings.admission),
-        features=features,
-        workers=workers,
+        gate=Gate(Admission(settings.admission)),
+        consulting=Consulting(features, workers, settings.features.budget_share),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
-        features_share=settings.features.budget_share,
     )
     await watcher.first(registry.first_snapshot_timeout_s)
     watcher.subscribe(ranking.adopt)

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Stopwatch:
-    """Moments of one request, in seconds of `time.perf_counter`; a stage that was skipped took no time."""
+    """Moments of one request, in seconds of `time.perf_counter`: resolved, let in, features read, scores there, answered.
+
+    A stage that was not reached took no time.
+    """
 
     __slots__ = ("admitted", "done", "featured", "predicted", "resolved", "started")
 
@@ -28,8 +31,8 @@ class Stopwatch:
         """Fill a `Timings` message, in microseconds."""
         now = self.stamp()
         timings.total_us = _us(self.started, now)
-        timings.resolve_us = _us(self.admitted, self.resolved)
-        timings.features_us = _us(self.resolved, self.featured)
+        timings.resolve_us = _us(self.started, self.resolved)
+        timings.features_us = _us(self.admitted, self.featured)
         timings.store_us = store_us
         timings.predict_us = _us(self.featured, self.predicted)
         timings.queue_us = parameter(answer, "queue_us")
@@ -53,9 +56,9 @@ class RankingMetrics:
         self._answers.labels(route, variant).inc()
         for reason in reasons:
             self._degraded.labels(route, reason).inc()
-        behind_s = watch.predicted - watch.resolved
+        behind_s = watch.predicted - watch.admitted
         self._own.observe(watch.done - watch.started - behind_s)
-        self._features.observe(watch.featured - watch.resolved)
+        self._features.observe(watch.featured - watch.admitted)
         self._predict.observe(watch.predicted - watch.featured)
 
 

@@ -8,15 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest_asyncio
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tests.fakes.event_service import EventService, consuming, event_service
 from tests.fakes.event_world import LISTINGS, event
 
 from feature_retrieval.aggregation.applying import Applying, Outcome
+from feature_retrieval.aggregation.events import Refusal
 from feature_retrieval.consumer import Consumer, report
+from feature_retrieval.publishing import Publishing
 from feature_retrieval.row_codec import KeySpace, header
 from feature_retrieval.sources import Message
 from feature_retrieval.sources.redis_stream import RedisStreamSource
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import Unavailable
+from plait.rpc.call import Call
+from plait.rpc.deadline import Deadline
+from plait.settings import TelemetrySettings
+from plait.telemetry.tracing import Tracing
 
 
 @pytest_asyncio.fixture
@@ -38,6 +46,10 @@ class Watched(RedisStreamSource):
             self.broken_reads -= 1
             raise Unavailable("away", reason="STORE_UNAVAILABLE")
         return await super().read(limit, 0.02)
+
+    async def refuse(self, message: Message, refusal: Refusal) -> None:
+        self.log.append("refuse")
+        await super().refuse(message, refusal)
 
     async def acknowledge(self, messages: Sequence[Message]) -> None:
         self.log.append("acknowledge")
@@ -96,6 +108,36 @@ async def test_whatever_fails_is_tried_again_and_acknowledged_once_safe(service:
         await settled(service)
         assert log == ["apply", "apply", "apply", "settle", "apply", "settle", "apply", "settle", "acknowledge"]
         assert await sequence(service) == 2
+
+
+async def test_an_event_that_one_view_refuses_is_a_dead_letter_once_what_others_counted_is_safe(service: EventService) -> None:
+    log: list[str] = []
+    applying = Applying(service.store, service.aggregations, clock=service.clock)
+    bad = event("e1", "complete_purchase", value=1e18)  # too much for a sum
+    await service.publish([bad, event("e2")])
+    async with consuming(Consumer(Watched(service, log), applying, Unsafe(log, 1), service.freshness)):
+        await settled(service)
+    assert log == ["settle", "settle", "refuse", "acknowledge"]
+    assert await service.dead_letters.count("shop") == 1
+    assert service.metric("plait_features_dead_letters_total", reason="VALUE_INVALID") == 1
+
+
+async def test_a_recorded_publishing_has_a_span_for_its_events_being_applied(service: EventService) -> None:
+    spans = InMemorySpanExporter()
+    tracing = Tracing(TelemetrySettings(trace_exporter="none", trace_sample_ratio=1.0), "test", spans)
+    recorded, unrecorded = f"00-{1:032x}-{2:016x}-01", f"00-{3:032x}-{4:016x}-00"
+    call = Call(method="", tenant="shop", deadline=Deadline.after(20))
+    publishing = Publishing(service.store.streams, service.store, service.source("front"), plans=service.aggregations, clock=service.clock)
+    await publishing.publish([event("e1"), event("e2")], pb.PublishEventsResponse(), call, recorded)
+    await publishing.publish([event("e3")], pb.PublishEventsResponse(), call, unrecorded)
+    applying = Applying(service.store, service.aggregations, clock=service.clock)
+    async with consuming(Consumer(Watched(service, []), applying, service.store, service.freshness, tracing=tracing)):
+        await settled(service)
+    tracing.close()
+    [span] = spans.get_finished_spans()
+    assert span.name == "apply events"
+    assert (span.context.trace_id, span.parent.span_id) == (1, 2)
+    assert span.attributes == {"plait.source": "redis", "plait.events": 2, "plait.batch": 3}
 
 
 async def test_what_is_not_safe_is_not_acknowledged_and_counts_once_for_the_next(service: EventService) -> None:

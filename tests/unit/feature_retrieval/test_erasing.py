@@ -25,6 +25,7 @@ from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.row_codec import KeySpace, encode_id
 from feature_retrieval.settings import RedisSettings
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.write_metrics import WriteMetrics
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, PlaitError, Unavailable
 from plait.registry.certificates import Signer
@@ -32,6 +33,7 @@ from plait.registry.database import open_pool
 from plait.registry.manifests import Manifest
 from plait.registry.records import Entity, Feature, FeatureView
 from plait.registry.store import Store
+from plait.telemetry.metrics import Metrics
 
 NOW_S = 1_700_000_000.0
 NOW_US = int(NOW_S * 1e6)
@@ -54,7 +56,10 @@ class World:
     def restart(self) -> None:
         """A new process: it knows nothing of what was loaded."""
         self.guard = ErasureGuard(self.store, self.registry)
-        self.erasing = Erasing(self.store, self.registry, SIGNER, self.guard.catch_up, lambda: self.now_s)
+        self.metrics = Metrics()
+        self.erasing = Erasing(
+            self.store, self.registry, SIGNER, self.guard.catch_up, lambda: self.now_s, metrics=WriteMetrics(self.metrics)
+        )
 
     async def write(self, view: str, entity: str | int, at_us: int = NOW_US, call: Any = ADMIN, **more: Any) -> list[str]:
         """Write one row; return why it was refused, if it was."""
@@ -114,6 +119,7 @@ async def test_every_view_version_and_epoch_is_emptied_and_others_are_not(world:
     assert [await world.there(entity="here", **place) for place in places] == [True] * 4
     assert await world.there("stats", "gone", version=2, tenant="shop")  # of another tenant
     assert {view.feature_view: view.rows for view in certificate.views} == {"stats": 3, "more": 1}
+    assert world.metrics.registry.get_sample_value("plait_features_erasures_total") == 1
 
 
 async def test_what_happened_before_is_refused_and_what_happens_after_is_taken(world: World) -> None:

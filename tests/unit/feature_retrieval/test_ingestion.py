@@ -15,6 +15,7 @@ from tests.fakes.feature_world import make_batch
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.row_codec import FLAG_BACKFILL, KeySpace, RowCodec, header
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.write_metrics import WriteMetrics
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, PlaitError, Unavailable
@@ -29,6 +30,7 @@ from plait.registry.records import (
     PastVersion,
     Snapshot,
 )
+from plait.telemetry.metrics import Metrics
 
 NOW_S = 1_700_000_000.0
 NOW_US = int(NOW_S * 1e6)
@@ -324,3 +326,17 @@ async def test_the_answer_says_how_safe_the_rows_are(store: RedisStore) -> None:
     result = pb.WriteFeaturesResponse()
     await ingestion_of(store).write(add(batch_of(["i"]), ["a"], [1]), result, call_of())
     assert result.durability in (pb.DURABILITY_APPLIED, pb.DURABILITY_SYNCED)
+
+
+async def test_what_became_of_rows_and_how_long_it_took_is_counted(store: RedisStore) -> None:
+    metrics = Metrics()
+    snapshot = Snapshot(feature_views={VIEW.name: VIEW})
+    ingestion = Ingestion(store, lambda: snapshot, clock=lambda: NOW_S, metrics=WriteMetrics(metrics))
+    for ids in (["a", "b", ""], ["a", "c"]):
+        await ingestion.write(add(batch_of(ids), ["a"], [1] * len(ids)), pb.WriteFeaturesResponse(), call_of())
+
+    def rows(outcome: str) -> float | None:
+        return metrics.registry.get_sample_value("plait_features_writes_total", {"view": "stats", "outcome": outcome})
+
+    assert [rows(outcome) for outcome in ("applied", "ignored", "refused")] == [3, 1, 1]
+    assert metrics.registry.get_sample_value("plait_features_ack_seconds_count", {"view": "stats"}) == 2

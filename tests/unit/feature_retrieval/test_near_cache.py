@@ -325,7 +325,7 @@ def test_whoever_makes_room_for_whom_no_row_is_another_s(steps: list[tuple[str, 
             stored[space].update(dict.fromkeys(ids, version))
             cache.changed(space.keys(ids))
         else:
-            fill(cache, {i: row(stored[space][i]) if i in stored[space] else None for i in ids}, space)
+            fill(cache, {i: blank(sequence=stored[space][i]) if i in stored[space] else None for i in ids}, space)
             assert (
                 "unknown" not in look(cache, ids[-1:], space) or cache.resets or count > 8
             )  # of a batch as large as all of it, some make room for others
@@ -463,3 +463,14 @@ def test_clean_means_that_nothing_needs_to_be_looked_at(kept: bytes, clean: bool
         assert found is not None
         assert found.clean == expected
     assert np.count_nonzero(found.codes >= 0) == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("held", [1, 2, 1023, 1024, 1025])
+def test_an_id_nobody_has_heard_of_is_given_no_other_s_row(held: int) -> None:
+    """Also where every slot is taken by a row that is simply good."""
+    cache = cache_of()
+    fill(cache, {f"i{n}": blank(sequence=n + 1) for n in range(held)})
+    last = f"i{held - 1}"
+    for ids, told in ((["stranger"], ["unknown"]), ([last, "stranger"], [held, "unknown"]), (["stranger", last], ["unknown", held])):
+        assert look(cache, ids) == told
+    assert look(cache, ["i0", last]) == [1, held]

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fakes.feature_world import statuses, tensor
 
+from feature_retrieval.explanation import Explanation
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
 from feature_retrieval.retrieval import Retrieval
@@ -404,5 +405,97 @@ async def test_a_computed_column_is_what_it_is_worth_now(redis_url: str, near_ca
             assert tensor(answer, "x").tolist() == [[2 + later_s, 5], [-9, 6], [-9, 1]]
             assert statuses(answer, "v") == ["PRESENT", "NULL", "DEFAULTED"]
             assert answer.views[0].defaulted_cells == 3
+    finally:
+        await store.close()
+
+
+# --- numbers that a tensor cannot hold ----------------------------------------------------------------------------------------------------
+
+LARGE = FeatureView(
+    name="large",
+    entity=Entity(type="item"),
+    features=(
+        Feature(name="price", dtype="float64", default=-1),
+        Feature(name="seen", dtype="int32"),
+        Feature(name="text", width=2),
+        Feature(name="fine", dtype="int16"),
+    ),
+)
+LARGE_SNAPSHOT = Snapshot(
+    feature_views={"large": LARGE},
+    feature_sets={
+        "s": FeatureSet(
+            name="s",
+            inputs=(
+                ModelInput(name="x", entity="item", features=("large:price",)),
+                ModelInput(name="y", entity="item", features=("large:fine", "large:text", "large:seen"), dtype="float16"),
+            ),
+        )
+    },
+)
+HALF = 65_504  # the largest float16
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from([None, 1.5, 3e38, -1e39, 1e300, math.inf, math.nan]),
+            st.sampled_from([None, -5, HALF, 65_536, -(2**31)]),
+            st.tuples(*[st.sampled_from([0.25, HALF, 1e5, -math.inf])] * 2),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    near_cache=st.booleans(),
+)
+async def test_a_number_beyond_its_tensor_is_a_default_and_said_to_be(
+    redis_server: EmbeddedRedis, rows: list[tuple[Any, Any, Any]], near_cache: bool
+) -> None:
+    """A finite number never comes out as infinity; what was stored as infinity, or not a number, stays that."""
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    store, cache, plans = RedisStore(redis_server.url), NearCache(1 << 20 if near_cache else 0, 60), Plans(LARGE_SNAPSHOT)
+    cache.connected([entity_prefix("shop", "item")])
+    ids = [f"i{n}" for n in range(len(rows))]
+    batch = pb.FeatureBatch(feature_view="large", event_times_us=[NOW_US], ids={"string_ids": ids})
+    for name, dtype, kind, values in (
+        ("price", types_pb2.DATA_TYPE_FLOAT64, "<f8", [row[0] for row in rows]),
+        ("seen", types_pb2.DATA_TYPE_INT32, "<i4", [row[1] for row in rows]),
+    ):
+        nulls = np.packbits([value is None for value in values], bitorder="little").tobytes()
+        data = np.array([0 if value is None else value for value in values], kind).tobytes()
+        batch.columns.add(features=[name], dtype=dtype, data=data, null_bits=nulls)
+    batch.columns.add(features=["text"], dtype=types_pb2.DATA_TYPE_FLOAT32, data=np.array([row[2] for row in rows], "<f4").tobytes())
+    batch.columns.add(features=["fine"], dtype=types_pb2.DATA_TYPE_INT16, data=np.full(len(rows), 7, "<i2").tobytes())
+
+    def lost(value: float | None, largest: float) -> bool:
+        return value is None or (math.isfinite(value) and abs(value) > largest)
+
+    single = float(np.finfo(np.float32).max)
+    try:
+        result = pb.WriteFeaturesResponse()
+        await Ingestion(store, lambda: LARGE_SNAPSHOT, clock=lambda: NOW_S).write(batch, result, call())
+        assert result.applied == len(rows)
+        page = Retrieval(store, cache, lambda: plans, clock=lambda: NOW_S)
+        request = pb.GetFeaturesRequest(feature_set="s")
+        request.entities.add(entity_type="item").ids.string_ids.extend(ids)
+        for _ in range(2):
+            answer = await ask(page, request)
+            prices = [-1 if lost(row[0], single) else row[0] for row in rows]
+            np.testing.assert_array_equal(tensor(answer, "x")[:, 0], np.array(prices, np.float32))
+            texts = [[math.nan] * 2 if any(lost(v, HALF) for v in row[2]) else row[2] for row in rows]
+            seen = [0 if lost(row[1], HALF) else row[1] for row in rows]
+            wanted = [[7, *text, number] for text, number in zip(texts, seen, strict=True)]
+            np.testing.assert_array_equal(tensor(answer, "y"), np.array(wanted, np.float16))
+            bad = [[lost(row[0], single), lost(row[1], HALF), *[any(lost(v, HALF) for v in row[2])] * 2] for row in rows]
+            assert statuses(answer, "large") == ["NULL" if any(row) else "PRESENT" for row in bad]
+            assert answer.views[0].defaulted_cells == sum(map(sum, bad))
+            explained = pb.ExplainFeaturesResponse()
+            one = pb.ExplainFeaturesRequest(feature_set="s")
+            one.entities.add(entity_type="item").ids.string_ids.append(ids[0])
+            await Explanation(page, lambda: plans, store.times_to_live).explain(one, explained, call())
+            told = {(c.reference, c.column): c.defaulted for c in explained.columns}
+            assert [told["large:price", 0], told["large:seen", 3], told["large:text", 1], told["large:text", 2]] == bad[0]
     finally:
         await store.close()

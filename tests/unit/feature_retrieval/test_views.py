@@ -84,6 +84,13 @@ def test_neighbours_are_moved_by_one_copy() -> None:
     assert [(run.tensor, run.column_from) for run in stats.current.runs] == [(0, 0), (1, 1)]
     [view] = plan_of(item("content:x", "content:n", "content:flag")).entities[0].views
     assert len(view.current.runs) == 3  # not across dtypes
+    vectors = FeatureView(
+        name="v",
+        entity=ITEM,
+        features=tuple(Feature(name=n, dtype="int8", width=2, scale=s) for n, s in zip("abcd", (0.5, 0.25, 0.25, 0), strict=True)),
+    )
+    [view] = plan_of(item("v:a", "v:b", "v:c", "v:d"), views=(vectors,)).entities[0].views
+    assert [(run.column_from, run.column_to, run.scale) for run in view.current.runs] == [(0, 2, 0.5), (2, 6, 0.25), (6, 8, 0.0)]
 
 
 def test_tensors_and_entities() -> None:

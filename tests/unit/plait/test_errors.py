@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait import errors
-from plait.errors import InvalidArgument, NotFound, PlaitError, ResourceExhausted, Violation, from_status
+from plait.errors import InvalidArgument, NotFound, PlaitError, QuotaViolation, ResourceExhausted, Violation, from_status
 
 CLASSES = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, PlaitError) and cls is not PlaitError]
 
@@ -30,13 +30,19 @@ def test_codes_are_distinct() -> None:
     message=st.text(),
     reason=st.from_regex(r"[A-Z][A-Z_]{0,20}", fullmatch=True),
     violations=st.lists(st.builds(Violation, st.text(), st.text()), max_size=4),
+    quota=st.lists(st.builds(QuotaViolation, st.text(), st.text()), max_size=2),
     retry=st.none() | st.floats(0, 3600),
     metadata=st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
 )
-def test_details_survive(message: str, reason: str, violations: list[Violation], retry: float | None, metadata: dict[str, str]) -> None:
-    status = ResourceExhausted(message, reason=reason, violations=violations, retry_after_s=retry, metadata=metadata).to_status()
+def test_details_survive(
+    message: str, reason: str, violations: list[Violation], quota: list[QuotaViolation], retry: float | None, metadata: dict[str, str]
+) -> None:
+    status = ResourceExhausted(
+        message, reason=reason, violations=violations, quota=quota, retry_after_s=retry, metadata=metadata
+    ).to_status()
     again = from_status(status.code, status.message, status.SerializeToString())
     assert (again.message, again.reason, list(again.violations), dict(again.metadata)) == (message, reason, violations, metadata)
+    assert list(again.quota) == quota
     assert (again.retry_after_s is None) == (retry is None)
     if retry is not None:
         assert again.retry_after_s == pytest.approx(retry, abs=1e-6)

@@ -232,3 +232,19 @@ async def test_whatever_happens_no_place_is_lost() -> None:
     await asyncio.gather(*guests, return_exceptions=True)
     assert any(g.cancelled() for g in guests)
     assert repr(door) == "<Admission in_flight=0/3 waiting=0/50>"
+
+
+async def test_knocking_takes_no_place_and_refuses_what_could_not_enter() -> None:
+    door = admission(limit=1, queue=1)
+    door.knock(Deadline.never())
+    await door.enter(Deadline.never())
+    door.knock(Deadline.never())  # somebody may still wait
+    tasks = await waiting(door, 1)
+    with pytest.raises(ResourceExhausted, match="1 are waiting already"):
+        door.knock(Deadline.never())
+    with pytest.raises(DeadlineExceeded):
+        door.knock(Deadline.after(0))
+    door.leave()
+    await settle()
+    assert inside(tasks) == [0]
+    door.knock(Deadline.never())

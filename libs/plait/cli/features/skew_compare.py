@@ -117,7 +117,8 @@ class Offline:
             values = values * np.float32(feature.scale)
         with np.errstate(all="ignore"):
             cast = values.astype(dtype)
-        cast[nulls] = np.array(stand_in(feature)).astype(dtype)
+        beyond = np.isinf(cast) & np.isfinite(values)  # of a tensor that cannot hold it: counts as null
+        cast[nulls | beyond.any(axis=1)] = np.array(stand_in(feature)).astype(dtype)
         return cast
 
 

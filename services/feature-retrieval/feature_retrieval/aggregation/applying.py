@@ -18,7 +18,7 @@ import numpy as np
 from feature_retrieval.aggregation.events import Parsed, Refusal, parse
 from feature_retrieval.aggregation.plan import AggregatedView, AggregationPlans
 from feature_retrieval.aggregation.windows import MICRO
-from feature_retrieval.ingestion import Keep, kept_nowhere, nothing_was_erased
+from feature_retrieval.ingestion import nothing_was_erased
 from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, encode_id, split
 from feature_retrieval.snapshots_in_use import SnapshotsInUse
 from feature_retrieval.sources import Message
@@ -97,8 +97,7 @@ class _Rows:
 class Applying:
     """Applies batches of events to aggregated views.
 
-    `max_future_s`: how far an event time may be ahead of `clock`. `erasures_loaded` (returns once Redis knows every erasure, or raises) and
-    `keep` are as those of `Ingestion`.
+    `max_future_s`: how far an event time may be ahead of `clock`. `erasures_loaded` returns once Redis knows every erasure, or raises.
     """
 
     def __init__(
@@ -107,7 +106,6 @@ class Applying:
         plans: Callable[[], AggregationPlans],
         *,
         erasures_loaded: Callable[[], Awaitable[None]] = nothing_was_erased,
-        keep: Keep = kept_nowhere,
         max_future_s: float = 300.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -115,7 +113,6 @@ class Applying:
         self._plans = plans
         self.snapshots = SnapshotsInUse(lambda: plans().snapshot)
         self._erasures_loaded = erasures_loaded
-        self._keep = keep
         self._max_future_us = int(max_future_s * 1e6)
         self._clock = clock
 
@@ -148,15 +145,16 @@ class Applying:
             if isinstance(parsed, Refusal):
                 outcome.refused[position] = parsed
                 continue
+            views = plans.fed_by(parsed, message.tenant, message.publisher)
+            if isinstance(views, Refusal):
+                outcome.refused[position] = views
+                continue
             used = False
             ids = _NOBODY
-            for view in plans.by_type[parsed.type]:
+            for view in views:
                 if onto is not None and (view.view.name, view.view.version) != (onto.view, onto.version):
                     continue
-                about = parsed.event.subject if view.by_subject else parsed.event.object
-                if about.entity_type != view.view.entity.type:
-                    continue
-                entity = _entity(about.ids, view.view.entity)
+                entity = _entity(view.about(parsed).ids, view.view.entity)
                 refusal = entity if isinstance(entity, Refusal) else view.refusal(parsed, now_us, however_late=onto is not None)
                 if refusal is not None:
                     outcome.refused.setdefault(position, refusal)
@@ -211,9 +209,6 @@ class Applying:
                 swaps.append(swap)
                 owners.append((rows, entity))
         done = await self._store.swap(swaps, receipt)
-        await self._keep_copies(
-            todo, named, stored.rows, {swap.key: swap.new for swap, applied in zip(swaps, done, strict=True) if applied}
-        )
         beaten: dict[int, _Rows] = {}
         for (rows, entity), applied in zip(owners, done, strict=True):
             if applied:
@@ -221,22 +216,6 @@ class Applying:
             else:
                 beaten.setdefault(id(rows), _Rows(rows.work, {})).members[entity] = rows.members[entity]
         return list(beaten.values())
-
-    async def _keep_copies(
-        self,
-        todo: Sequence[_Rows],
-        named: Sequence[tuple[list[bytes], list[bytes]]],
-        stored: Sequence[bytes | None],
-        swapped: Mapping[bytes, bytes],
-    ) -> None:
-        """Hand rows on to the durable copy; also those to which nothing was new: an earlier try may have ended before it did so."""
-        at = 0
-        for rows, (keys, _) in zip(todo, named, strict=True):
-            if rows.work.view.view.durable != "off":
-                now = [swapped.get(key, row) for key, row in zip(keys, stored[at : at + len(keys)], strict=True)]
-                kept = [(key, row) for key, row in zip(keys, now, strict=True) if row is not None]
-                await self._keep(rows.work.view.view, [key for key, _ in kept], [row for _, row in kept])
-            at += 2 * len(keys)
 
     async def _known(self, todo: Sequence[_Rows], receipt: Receipt | None) -> Mapping[bytes, Container[int]]:
         """Return by set which of the asked events are in their row already."""

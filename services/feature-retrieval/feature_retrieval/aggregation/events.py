@@ -37,6 +37,9 @@ TIME_INVALID: Final = Refusal("EVENT_TIME_INVALID", "event_time must be set and 
 TIME_IN_FUTURE: Final = Refusal(
     "EVENT_TIME_IN_FUTURE", "event_time is further ahead of this service's clock than it allows: is its unit right?"
 )
+NOT_WRITABLE: Final = Refusal(
+    "VIEW_NOT_WRITABLE", "every view that counts such events names others in spec.writers: its owner has to add the tenant or the API key"
+)
 VALUES_INVALID: Final = Refusal("VALUE_INVALID", f"value and values must be finite numbers, at most {MAX_VALUES} of them")
 
 

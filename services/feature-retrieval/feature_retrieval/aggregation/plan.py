@@ -10,9 +10,10 @@ from typing import Any, Final
 import numpy as np
 
 from feature_retrieval.aggregation.distinct import hash_of
-from feature_retrieval.aggregation.events import TYPES, Parsed, Refusal
+from feature_retrieval.aggregation.events import NOT_WRITABLE, TYPES, Parsed, Refusal
 from feature_retrieval.aggregation.rings import NEVER, Index
 from feature_retrieval.aggregation.windows import MAX_VALUE, MICRO, Taken, Window, window_of
+from feature_retrieval.permissions import may_feed
 from feature_retrieval.row_codec import Bytes2D, Id, RowCodec, encode_id, header
 from plait.registry.records import Aggregate, FeatureSchema, FeatureView, Snapshot
 
@@ -87,6 +88,10 @@ class AggregatedView:
         """How long a row is kept after its last event, 0 = for ever."""
         return int(self.view.retention_s * 1000)
 
+    def about(self, parsed: Parsed) -> Any:
+        """Return the EntityRows of whose row an event changes."""
+        return parsed.event.subject if self.by_subject else parsed.event.object
+
     def refusal(self, parsed: Parsed, now_us: int, *, however_late: bool = False) -> Refusal | None:
         """Return why this view cannot take an event of its own, None = it can."""
         if parsed.time_us < now_us - self.memory_us and not however_late:
@@ -149,6 +154,15 @@ class AggregationPlans:
         self.by_type: dict[int, tuple[AggregatedView, ...]] = {
             number: tuple(view for view in self.views if number in view.types) for number in TYPES.values()
         }
+
+    def fed_by(self, parsed: Parsed, tenant: str, publisher: str) -> Sequence[AggregatedView] | Refusal:
+        """Return the views that count an event of a publisher: its type, about such an entity, from whom they take events at all.
+
+        Views whose writers do not name the publisher pass it by; it is refused where that leaves none.
+        """
+        found = [view for view in self.by_type[parsed.type] if view.about(parsed).entity_type == view.view.entity.type]
+        open_to = [view for view in found if not view.view.writers or may_feed(view.view, tenant, publisher)]
+        return NOT_WRITABLE if found and not open_to else open_to
 
     def epochs(self, tenant: str, view: FeatureView) -> Sequence[int]:
         """Return the epochs of a view whose rows events change: all that are in use."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 from feature_retrieval.aggregation.applying import Applying, Onto
 from feature_retrieval.epochs import heard_by_all
 from feature_retrieval.ingestion import view_of
-from feature_retrieval.permissions import check_admin, check_writable
+from feature_retrieval.permissions import check_admin, check_writable, publisher_of
 from feature_retrieval.row_codec import tenant_key
 from feature_retrieval.sources import Message
 from feature_retrieval.store.dispatch import Receipt
@@ -54,12 +54,13 @@ class Replaying:
         if len(request.events) > MAX_EVENTS:
             raise InvalidArgument(f"{len(request.events)} events are given: at most {MAX_EVENTS} are allowed in a call")
         if request.events:
-            payloads = [event.SerializeToString() for event in request.events]
-        else:
-            payloads = [entry.fields.get(b"e", b"") for entry in await self._retained(request.cursor, response, snapshot, call.tenant)]
+            given = [(event.SerializeToString(), publisher_of(call)) for event in request.events]
+        else:  # (what counted from whom when it was published counts now)
+            retained = await self._retained(request.cursor, response, snapshot, call.tenant)
+            given = [(entry.fields.get(b"e", b""), entry.fields.get(b"w", b"").decode(errors="replace")) for entry in retained]
         messages = [
-            Message(tenant=call.tenant, payload=payload, traceparent="", origin="replay", token=None, published_us=0)
-            for payload in payloads
+            Message(tenant=call.tenant, payload=payload, traceparent="", origin="replay", token=None, published_us=0, publisher=publisher)
+            for payload, publisher in given
         ]
         receipt = Receipt()
         outcome = await self._applying.apply(messages, receipt, onto=Onto(view=view.name, version=view.version, epoch=request.epoch))

@@ -53,7 +53,7 @@ class Events(pb_grpc.FeatureRetrievalServiceServicer):
     async def PublishEvents(self, request: Any, context: Any) -> Any:
         """Append events to the caller's tenant's stream."""
         response = pb.PublishEventsResponse()
-        await self._events.publishing.publish(request.events, response, current().tenant, self._traced.traceparent())
+        await self._events.publishing.publish(request.events, response, current(), self._traced.traceparent())
         return response
 
     async def ListDeadLetters(self, request: Any, context: Any) -> Any:
@@ -88,7 +88,7 @@ class Events(pb_grpc.FeatureRetrievalServiceServicer):
         if view is None:
             hint = suggestion(name, list(snapshot.feature_views))
             raise NotFound(
-                f"no feature view {name!r}{hint}: see 'plait get featureview' for what there is", reason="FEATURE_VIEW_NOT_FOUND"
+                f"no feature view {name[:80]!r}{hint}: see 'plait get featureview' for what there is", reason="FEATURE_VIEW_NOT_FOUND"
             )
         check_readable(view, current())
         epochs = snapshot.epochs_of(tenant, name, view.version)

@@ -13,7 +13,8 @@ from feature_retrieval.aggregation.events import Refusal
 class Message:
     """One event as it came. `origin` names its place for people, `token` is what its source knows it by, `published_us` when it was appended.
 
-    `redrives`: how often it was a dead letter before.
+    `redrives`: how often it was a dead letter before. `publisher`: the id of the API key that published it, '' where it had none (a plait
+    service, Kafka): then only the tenant can be named as a writer.
     """
 
     tenant: str
@@ -23,6 +24,7 @@ class Message:
     token: Any
     published_us: int
     redrives: int = 0
+    publisher: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ class RedisStreamSource:
         key = tenant_key(b"e1", tenant)
         now_us = int(self._clock() * 1e6)
         state = await self._streams.state(key, GROUP)
-        oldest = await self._oldest(key)
+        oldest, _ = await self._oldest(key)
         waiting = -1 if state.lag is None else state.lag + state.pending
         return Backlog(waiting, now_us if oldest is None else _ms(oldest) * 1000 - 1)
 
@@ -102,20 +102,23 @@ class RedisStreamSource:
     async def _trim(self, tenants: Sequence[str]) -> None:
         for tenant in tenants:
             key = tenant_key(b"e1", tenant)
-            oldest = await self._oldest(key)
+            oldest, delivered = await self._oldest(key)
             until_ms = int((self._clock() - self._keep_s) * 1000)
-            minimum = b"%d" % max(0, until_ms) if oldest is None or _ms(oldest) > until_ms else oldest
+            # What is appended from here on is after `delivered`, whatever the clocks of this machine and Redis'.
+            first_kept = oldest or delivered
+            minimum = b"%d" % max(0, until_ms) if _ms(first_kept) > until_ms else first_kept
             all_here(await self._streams.ask(key, [pack(b"XTRIM", [key, b"MINID", b"~", minimum])]))
 
-    async def _oldest(self, key: bytes) -> bytes | None:
-        """Return the id of the oldest entry that is not acknowledged, delivered or not; None where there is none."""
+    async def _oldest(self, key: bytes) -> tuple[bytes | None, bytes]:
+        """Return the id of the oldest entry that is not acknowledged, delivered or not (None where there is none), and that of the last one
+        that was delivered."""
         pending, groups = await self._streams.ask(key, [pack(b"XPENDING", [key, GROUP]), pack(b"XINFO", [b"GROUPS", key])])
+        delivered = _last_delivered(groups) if isinstance(groups, list) else b""
         if isinstance(pending, list) and pending[0]:
             first: bytes = pending[1]
-            return first
-        delivered = _last_delivered(groups) if isinstance(groups, list) else b""
+            return first, delivered or b"0-0"
         waiting = await self._streams.range(key, after=delivered, count=1)
-        return waiting[0].id if waiting else None
+        return waiting[0].id if waiting else None, delivered or b"0-0"
 
 
 def _last_delivered(groups: Sequence[Any]) -> bytes:
@@ -140,5 +143,6 @@ def _message(tenant: str, entry: Entry) -> Message:
         origin=f"redis:events:{entry.id.decode()}",
         token=entry.id,
         published_us=_ms(entry.id) * 1000,
-        redrives=int(redrives) if redrives.isdigit() else 0,
+        redrives=int(redrives) if redrives.isdigit() and len(redrives) < 10 else 0,  # anybody may append
+        publisher=entry.fields.get(b"w", b"").decode(errors="replace"),
     )

@@ -27,7 +27,10 @@ Ack = Literal["auto", "applied", "synced", "replicated"]
 
 BARRIER_KEY: Final = b"w1"
 _BARRIERS: Final = 8  # under way at once to one server, and at most a quarter of its connections
-_APART_S: Final = 0.12  # between two that are under way: where a file is synced every second each takes up to that, and eight span it
+_APART_S: Final = (
+    0.12  # at most, between two that are under way: where a file is synced every second each takes up to that, and eight span it
+)
+_FADES: Final = 0.9  # how much of the longest wait counts after each shorter one
 _ASK_AGAIN_S: Final = 60.0  # a server without an append-only file may have been given one
 
 
@@ -87,7 +90,7 @@ class Acknowledging:
         """Return which run of the server answered, and how safe everything is that it took before."""
         lanes = self._lanes.setdefault(node, _Lanes(min(_BARRIERS, max(1, node.connections // 4))))
         try:
-            await lanes.turn()
+            sent_at = await lanes.turn()
         finally:
             del self._next[node]  # whoever comes from here on may have written after it was sent
         replies: list[Any] = []
@@ -98,7 +101,7 @@ class Acknowledging:
         except TimeoutError as error:
             raise unavailable() from error
         finally:
-            lanes.leave()
+            lanes.leave(sent_at)
         return run, self._verdict(node, replies)
 
     def _wait(self) -> bytes:
@@ -133,21 +136,23 @@ class Acknowledging:
 
 
 class _Lanes:
-    """Barriers to one server: so many at once, and spread over the time they take, so that nobody waits long for the next to be sent."""
+    """Barriers to one server: so many at once, and spread over the time they take, so that nobody waits long for the next to be sent. Where a
+    disk is quick they follow each other as quickly."""
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._free = asyncio.Semaphore(count)
         self._under_way = 0
         self._sent_at = 0.0
+        self._took_s = _APART_S * count
 
     def __repr__(self) -> str:
         return f"<_Lanes under_way={self._under_way}/{self._count}>"
 
-    async def turn(self) -> None:
-        """Wait until the next may be sent; call `leave` once it is answered."""
+    async def turn(self) -> float:
+        """Wait until the next may be sent; return what to call `leave` with once it is answered."""
         await self._free.acquire()
-        pause_s = self._sent_at + _APART_S - time.monotonic()
+        pause_s = self._sent_at + min(_APART_S, self._took_s / self._count) - time.monotonic()
         if self._under_way and pause_s > 0:
             try:
                 await asyncio.sleep(pause_s)
@@ -156,9 +161,11 @@ class _Lanes:
                 raise
         self._sent_at = time.monotonic()
         self._under_way += 1
+        return self._sent_at
 
-    def leave(self) -> None:
+    def leave(self, sent_at: float) -> None:
         """One is answered."""
+        self._took_s = max(time.monotonic() - sent_at, _FADES * self._took_s)
         self._under_way -= 1
         self._free.release()
 

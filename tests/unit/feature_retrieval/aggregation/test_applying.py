@@ -313,6 +313,16 @@ async def test_an_erased_entity_refuses_older_events_and_counts_later_ones_from_
         assert values_of(USERS, user)["views"] == 4  # nobody erased the user
 
 
+async def test_nothing_is_applied_to_a_redis_that_has_not_heard_of_every_erasure(redis_url: str) -> None:
+    async def not_loaded() -> None:
+        raise Unavailable("Postgres is away", reason="ERASURES_NOT_LOADED")
+
+    async with opened(redis_url) as store:
+        with pytest.raises(Unavailable):
+            await Applying(store, lambda: PLANS, erasures_loaded=not_loaded, clock=lambda: NOW_S).apply(messages([event("e1")]))
+        assert set((await rows_of(store)).values()) == {None}
+
+
 async def test_an_erasure_between_reading_and_swapping_wins(redis_url: str) -> None:
     async with opened(redis_url) as store:
         await applying(store).apply(messages([event("e1", at_s=NOW_S - 100)]))

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -19,6 +20,7 @@ from feature_retrieval.settings import EventSettings
 from feature_retrieval.sources import EventSource, Message
 from feature_retrieval.sources.redis_stream import RedisStreamSource
 from feature_retrieval.store.redis import RedisStore
+from feature_retrieval.store.streams import Streams
 
 _KAFKA = os.environ.get("PLAIT_TEST_KAFKA", "")
 
@@ -114,7 +116,15 @@ async def test_what_is_refused_is_a_dead_letter_and_done(world: World) -> None:
     await source.acknowledge([bad, good])
     (entry,) = (await world.dead_letters.page("shop", size=10, token="", reason="")).entries
     fields = dict(entry.fields)
-    assert fields == {b"r": b"VALUE_INVALID", b"m": b"mend it", b"e": b"bad", b"t": b"00-trace", b"o": bad.origin.encode(), b"n": b"0"}
+    assert fields == {
+        b"r": b"VALUE_INVALID",
+        b"m": b"mend it",
+        b"e": b"bad",
+        b"t": b"00-trace",
+        b"o": bad.origin.encode(),
+        b"n": b"0",
+        b"w": b"",
+    }
     assert (await source.backlog_of("shop")).events == 0
     await source.close()
 
@@ -149,4 +159,34 @@ async def test_events_that_are_not_acknowledged_are_never_trimmed(redis_url: str
     assert left[-1].fields == {b"e": b"2999"}
     payloads = {entry.fields[b"e"] for entry in left}
     assert {message.payload for message in messages[1000:]} <= payloads
+    await store.close()
+
+
+async def test_what_is_appended_while_it_is_trimmed_stays_whatever_the_clocks_say(redis_url: str) -> None:
+    key = tenant_key(b"e1", "shop")
+
+    class Raced(Streams):
+        """More is appended right before the trimming."""
+
+        async def ask(self, key: bytes, commands: Sequence[bytes], script: Any = None) -> list[Any]:
+            if any(b"XTRIM" in command for command in commands):
+                await self.append([key] * 3000, [{b"e": b"new"}] * 3000)
+            return await super().ask(key, commands, script)
+
+    store = RedisStore(redis_url)
+    streams = Raced(store.dispatch)
+    await streams.append([key], [{b"e": b"old"}])
+    source = RedisStreamSource(
+        streams,
+        DeadLetters(streams),
+        lambda: ["shop"],
+        consumer="a",
+        claim_after_s=900,
+        keep_s=0,
+        clock=iter(range(10**10, 10**11)).__next__,
+    )
+    [message] = await source.read(1, 0.01)
+    await source.acknowledge([message])
+    await source.read(1, 0.01)
+    assert await streams.length(key) >= 3000
     await store.close()

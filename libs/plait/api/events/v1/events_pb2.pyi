@@ -142,7 +142,7 @@ class DeadLetter(_message.Message):
     """Its place in the dead-letter stream; goes back in RedriveDeadLetters."""
     reason: _builtins.str
     """A stable word: EVENT_UNREADABLE, EVENT_ID_INVALID, EVENT_TYPE_UNKNOWN, EVENT_TIME_IN_FUTURE, EVENT_TIME_INVALID, EVENT_TOO_LATE,
-    ENTITY_ID_INVALID, ENTITY_ERASED, VALUE_INVALID.
+    ENTITY_ID_INVALID, ENTITY_ERASED, VALUE_INVALID, VIEW_NOT_WRITABLE.
     """
     message: _builtins.str
     """What to do about it; holds no ids and no values."""

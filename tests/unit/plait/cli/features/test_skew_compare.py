@@ -188,3 +188,15 @@ def test_rows_of_another_shape_version_or_set_are_not_compared() -> None:
     other = served("a", 10, GOOD, (1, 2), feature_set="away")
     found = compare([older, short, other], SET, VIEWS, [offline_of(batch_of({("a", 10): ROW}))], 0)
     assert (found.rows, found.misfits, found.views) == (2, 2, {})
+
+
+def test_a_number_beyond_its_tensor_is_expected_to_be_a_default_as_it_is_served() -> None:
+    price = Feature(name="price", dtype="float64", default=-1)
+    made = Offline(FeatureView(name="large", entity=Entity(type="item"), features=(price,)))
+    batch = pb.FeatureBatch(feature_view="large", event_times_us=[1, 2, 3], ids={"string_ids": ["a", "b", "c"]})
+    batch.columns.add(features=["price"], dtype=types_pb2.DATA_TYPE_FLOAT64, data=np.array([1e39, 2.5, math.inf], "<f8").tobytes())
+    made.add(batch)
+    made.finish()
+    places = np.arange(3, dtype=np.intp)
+    assert made.expected(price, places, np.dtype(np.float32)).tolist() == [[-1], [2.5], [math.inf]]
+    assert made.expected(price, places, np.dtype(np.float64)).tolist() == [[1e39], [2.5], [math.inf]]

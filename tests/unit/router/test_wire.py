@@ -1,0 +1,91 @@
+"""The scanner of the wire format sees what protobuf's own parser sees, and never a name that is not there."""
+
+import contextlib
+import random
+
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plait.api.inference.v2 import inference_pb2
+from plait.api.model_worker.v1 import model_worker_service_pb2 as worker
+from plait.api.types.v1 import types_pb2
+from plait.errors import InvalidArgument
+from router import wire
+
+NAMES = st.text(max_size=300)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> bytes:
+    """Serialized requests: fields in any order, some given twice, unknown ones of every wire type between them."""
+    pieces = [
+        inference_pb2.ModelInferRequest(**{field: draw(NAMES)}).SerializeToString() for field in ("model_name", "model_version", "id") * 2
+    ]
+    pieces.append(inference_pb2.ModelInferRequest(raw_input_contents=[draw(st.binary(max_size=200))]).SerializeToString())
+    pieces += [
+        b"\xf8\x3f\x96\x01",
+        b"\xf9\x3f12345678",
+        b"\xfa\x3f\x02hi",
+        b"\xfb\x3f\x08\x01\x0a\x01x\xfc\x3f",
+        b"\xfd\x3f1234",
+        b"\x08\x05",
+    ]
+    return b"".join(draw(st.permutations(pieces))[: draw(st.integers(0, len(pieces)))])
+
+
+def parsed(data: bytes) -> wire.Head:
+    message = inference_pb2.ModelInferRequest.FromString(data)
+    return wire.Head(message.model_name, message.model_version, message.id)
+
+
+@given(requests())
+def test_a_head_is_what_the_parser_reads(data: bytes) -> None:
+    assert wire.head(data) == parsed(data)
+
+
+@given(requests(), st.randoms())
+def test_a_truncated_message_is_an_error_or_a_shorter_message(data: bytes, chance: random.Random) -> None:
+    short = data[: chance.randint(0, len(data))]
+    try:
+        expected = parsed(short)
+    except DecodeError:
+        with pytest.raises(InvalidArgument) as caught:
+            wire.head(short)
+        assert caught.value.reason == "MALFORMED_MESSAGE"
+    else:
+        assert wire.head(short) == expected
+
+
+@given(st.binary(max_size=64))
+def test_random_bytes_never_do_worse_than_malformed(data: bytes) -> None:
+    for read in (wire.head, wire.parts):
+        with contextlib.suppress(InvalidArgument):
+            read(data)
+
+
+@given(requests(), NAMES, NAMES, st.integers(0, 2**40))
+def test_a_renamed_request_in_a_frame_differs_by_its_name_alone(data: bytes, model: str, version: str, timeout_us: int) -> None:
+    header = types_pb2.CallHeader(call_id=7, timeout_us=timeout_us, tenant="shop")
+    frame = worker.StreamInferRequest.FromString(wire.frame(header, wire.renamed(data, model, version)))
+    expected = inference_pb2.ModelInferRequest.FromString(data)
+    expected.model_name, expected.model_version = model, version
+    assert frame.call == header
+    assert frame.request == expected
+
+
+@given(st.integers(0, 2**64 - 1), st.booleans(), st.booleans(), st.booleans(), NAMES)
+def test_an_answer_is_cut_in_its_parts(call_id: int, response: bool, status: bool, load: bool, name: str) -> None:
+    answer = worker.StreamInferResponse(call_id=call_id)
+    if response:
+        answer.response.model_name = name
+    if status:
+        answer.status.SetInParent()
+    if load:
+        answer.load.in_flight = 3
+    parts = wire.parts(answer.SerializeToString())
+    assert parts.call_id == call_id
+    assert parts.response == (answer.response.SerializeToString() if answer.HasField("response") else None)
+    assert parts.status == (b"" if status else None)
+    assert parts.load == (answer.load.SerializeToString() if load else None)
