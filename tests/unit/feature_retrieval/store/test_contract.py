@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fakes.redis_places import Place
 
+from feature_retrieval.replicas import Replicas
 from feature_retrieval.row_codec import KeySpace
 from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import APPLIED, ERASED, OLDER, RedisStore, Swap
@@ -343,3 +344,25 @@ async def test_who_gives_up_never_leaves_an_answer_to_the_next(placed: RedisStor
     assert True in results
     assert await read(placed, [7]) == [row(8)]
     assert "connections=0+" in repr(placed)
+
+
+# --- replicas -----------------------------------------------------------------------------------------------------------------------------
+
+
+async def test_replicas_know_of_each_other(placed: RedisStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feature_retrieval.replicas._YOUNG_S", 0.001)
+    one, other = (Replicas(placed.dispatch, name, lambda known=known: known) for name, known in (("one", 7), ("other", 6)))  # type: ignore[misc]
+    await other.announce()
+    with pytest.raises(Unavailable) as caught:
+        await one.check_heard(7)
+    assert caught.value.reason == "REPLICA_BEHIND"
+    await other.close()
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await one.check_heard(7)
+            except Unavailable:
+                await asyncio.sleep(0.005)
+            else:
+                break
+    await one.close()
