@@ -148,6 +148,20 @@ async def test_the_stream_is_replayed_page_by_page_once_everyone_has_heard(redis
         assert await rows_of(store, epoch=1) == await rows_of(store, epoch=2)
 
 
+async def test_events_count_from_whom_they_counted_when_they_were_published(redis_url: str) -> None:
+    guarded = dataclasses.replace(LISTINGS, writers=(ADMIN.caller, "shop-key"))
+    snapshot = dataclasses.replace(BUILT, feature_views={**BUILT.feature_views, LISTINGS.name: guarded})
+    async with opened(redis_url) as store:
+        replays = replaying(store, snapshot)
+        given = await replayed(replays, events=[event("given")])
+        assert (given.applied, list(given.errors)) == (1, [])
+        publishers = [b"shop-key", b"someone-else", b""]
+        fields = [{b"e": event(f"by {who!r}").SerializeToString(), b"w": who} for who in publishers]
+        await store.streams.append([tenant_key(b"e1", "default")] * 3, fields)
+        kept = await replayed(replays)
+        assert (kept.applied, kept.unused, list(kept.errors)) == (1, 2, [])  # (another view counts the others)
+
+
 @pytest.mark.parametrize(
     ("request_", "call", "kind", "reason"),
     [
