@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import SecretStr
 
 from feature_retrieval.app import open_service
-from feature_retrieval.settings import FeatureRetrievalSettings, IngestionSettings, PrivacySettings, RedisSettings
+from feature_retrieval.settings import FeatureRetrievalSettings, IngestionSettings, PrivacySettings, RowStoreSettings
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.registry.manifests import Manifest
@@ -96,7 +96,7 @@ async def features_process(
         _, key = await registry.create_key("default", ["features", "admin"], actor="test")
         settings = FeatureRetrievalSettings(
             rpc=RpcSettings(grace_s=5),
-            redis=RedisSettings(url=SecretStr(redis_url)),
+            redis=RowStoreSettings(url=SecretStr(redis_url)),
             registry=RegistrySettings(dsn=SecretStr(dsn)),
             ingestion=IngestionSettings(ack="applied"),
             privacy=PrivacySettings(key=SecretStr(PRIVACY_KEY)),

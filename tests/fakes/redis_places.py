@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from feature_retrieval.settings import IngestionSettings, RedisSettings
+from feature_retrieval.settings import IngestionSettings, RowStoreSettings
 from feature_retrieval.store.opening import open_store
 from feature_retrieval.store.redis import RedisStore
 from plait.telemetry.metrics import Metrics
@@ -16,7 +16,7 @@ from plait.telemetry.metrics import Metrics
 class Place:
     """A deployment: what reaches it, and how to empty it."""
 
-    settings: RedisSettings
+    settings: RowStoreSettings
     flush: Callable[[], None]
 
     def open(self, **ingestion: Any) -> RedisStore:

@@ -10,7 +10,7 @@ from tests.fakes.event_world import LISTINGS, NOW_S, USERS, event
 from tests.fakes.redis_cluster import RedisCluster
 
 from feature_retrieval.row_codec import KeySpace
-from feature_retrieval.settings import IngestionSettings, RedisSettings
+from feature_retrieval.settings import IngestionSettings, RowStoreSettings
 from feature_retrieval.store.opening import open_store
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.telemetry.metrics import Metrics
@@ -47,7 +47,7 @@ async def test_on_a_cluster_events_count_once_and_dead_letters_go_their_way() ->
     chance.shuffle(again)
     offers = sum(each.type == event("", "make_offer").type for each in events)
     async with RedisCluster() as cluster:
-        store = open_store(RedisSettings.model_validate({"mode": "cluster", "url": cluster.url}), IngestionSettings(), Metrics())
+        store = open_store(RowStoreSettings.model_validate({"mode": "cluster", "url": cluster.url}), IngestionSettings(), Metrics())
         async with event_service(store) as service:
             await service.publish(events, SHOP)
             await service.publish(again[:300], MALL)

@@ -23,11 +23,11 @@ from feature_retrieval.erasing import Erasing
 from feature_retrieval.erasure_guard import ErasureGuard
 from feature_retrieval.row_codec import KeySpace, tenant_key
 from feature_retrieval.sources import Message
-from feature_retrieval.store.commands import pack
 from plait.api.events.v1 import events_pb2
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import from_rpc_error
+from plait.redis.commands import pack
 from plait.registry.certificates import Signer
 from plait.registry.manifests import Manifest
 from plait.registry.records import Epochs, Feature, FeatureSet, FeatureView, ModelInput, Snapshot

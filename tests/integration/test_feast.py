@@ -22,12 +22,13 @@ from tests.fakes.feature_world import TOKEN, statuses, tensor
 from typer.testing import CliRunner
 
 from feature_retrieval.app import open_service
-from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings, RedisSettings
+from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings, RowStoreSettings
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.api.types.v1 import types_pb2
 from plait.cli.main import app
 from plait.local.redis import EmbeddedRedis
+from plait.redis.settings import RedisSettings
 from plait.registry.manifests import Manifest, load
 from plait.registry.records import FeatureSet, ModelInput
 from plait.registry.store import Store
@@ -119,7 +120,7 @@ async def service(redis_url: str, feast_url: str, dsn: str, manifests: Sequence[
         await store.apply(manifests, actor="test", reason="")
     settings = FeatureRetrievalSettings(
         rpc=RpcSettings(service_token=SecretStr("t0ken"), grace_s=2),
-        redis=RedisSettings(url=SecretStr(redis_url)),
+        redis=RowStoreSettings(url=SecretStr(redis_url)),
         registry=RegistrySettings(dsn=SecretStr(dsn)),
         feast=FeastSettings(enabled=bool(feast_url), serving=True, redis=RedisSettings(url=SecretStr(feast_url or redis_url))),
     )

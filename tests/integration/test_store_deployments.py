@@ -15,7 +15,7 @@ from tests.fakes.feature_world import TOKEN, make_batch, statuses, tensor
 from tests.fakes.redis_cluster import RedisCluster
 
 from feature_retrieval.app import open_service
-from feature_retrieval.settings import FeatureRetrievalSettings, PrivacySettings, RedisSettings
+from feature_retrieval.settings import FeatureRetrievalSettings, PrivacySettings, RowStoreSettings
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.registry.manifests import Manifest
@@ -41,7 +41,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 async def running(url: str, dsn: str) -> AsyncIterator[tuple[Any, Any]]:
     settings = FeatureRetrievalSettings(
         rpc=RpcSettings(service_token=SecretStr("t0ken"), grace_s=5),
-        redis=RedisSettings(url=SecretStr(url), mode="cluster"),
+        redis=RowStoreSettings(url=SecretStr(url), mode="cluster"),
         registry=RegistrySettings(dsn=SecretStr(dsn)),
         privacy=PrivacySettings(key=SecretStr("k" * 32)),
     )

@@ -40,16 +40,17 @@ from feature_retrieval.settings import FeastSettings, FeatureRetrievalSettings, 
 from feature_retrieval.skew_log import SkewLog
 from feature_retrieval.sources import EventSource
 from feature_retrieval.sources.redis_stream import RedisStreamSource
-from feature_retrieval.store.opening import open_store, topology_of
+from feature_retrieval.store.opening import open_store
 from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.store.rows import Rows
-from feature_retrieval.store.topologies import Topology
 from feature_retrieval.views import Plans
 from feature_retrieval.write_metrics import WriteMetrics
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.errors import Unavailable
+from plait.redis.opening import topology_of
+from plait.redis.topologies import Topology
 from plait.registry.certificates import Signer
 from plait.registry.database import open_pool
 from plait.registry.records import Snapshot

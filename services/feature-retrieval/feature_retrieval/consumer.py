@@ -15,8 +15,8 @@ from feature_retrieval.aggregation.events import Refusal
 from feature_retrieval.freshness import Freshness
 from feature_retrieval.publishing import Settling
 from feature_retrieval.sources import EventSource, Message
-from feature_retrieval.store.dispatch import Receipt
 from plait.errors import PlaitError, Unavailable
+from plait.redis.dispatch import Receipt
 from plait.telemetry.logging import get_logger
 from plait.telemetry.tracing import Tracing, off
 

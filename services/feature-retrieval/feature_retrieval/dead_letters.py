@@ -14,10 +14,10 @@ from typing import Final
 from feature_retrieval.aggregation.events import MAX_EVENT_BYTES, Refusal
 from feature_retrieval.row_codec import tenant_key
 from feature_retrieval.sources import Message
-from feature_retrieval.store.dispatch import all_here
-from feature_retrieval.store.scripts import Script
 from feature_retrieval.store.streams import Entry, Streams
 from plait.errors import InvalidArgument, NotFound, Violation
+from plait.redis.dispatch import all_here
+from plait.redis.script import Script
 
 MAX_KEPT: Final = 100_000
 _PAGE: Final = 500  # entries looked at per round trip

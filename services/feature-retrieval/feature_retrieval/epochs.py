@@ -14,10 +14,10 @@ from typing import Any, Final
 from feature_retrieval.ingestion import MAX_FUTURE_S, Keep, kept_nowhere, view_of
 from feature_retrieval.permissions import check_admin, check_writable
 from feature_retrieval.row_codec import FLAG_BACKFILL, HEADER_BYTES, KeySpace
-from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import APPLIED, RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, NotFound
+from plait.redis.dispatch import Receipt
 from plait.registry.records import FeatureView, Snapshot
 from plait.rpc.call import Call
 

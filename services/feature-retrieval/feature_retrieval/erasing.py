@@ -16,10 +16,10 @@ from feature_retrieval.epochs import READ_TIMEOUT_S, event_time_us
 from feature_retrieval.ingestion import MAX_FUTURE_S
 from feature_retrieval.permissions import check_admin
 from feature_retrieval.row_codec import HEADER_BYTES, Id, KeySpace, decode_id, encode_id
-from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.write_metrics import WriteMetrics
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, Violation
+from plait.redis.dispatch import Receipt
 from plait.registry.certificates import Signer
 from plait.registry.entity_ids import composites, read_ids
 from plait.registry.erasures import Erasure

@@ -18,12 +18,12 @@ from feature_retrieval.entity_ids import MAX_ROWS
 from feature_retrieval.permissions import check_admin, check_writable
 from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, RowCodec, header
 from feature_retrieval.snapshots_in_use import SnapshotsInUse
-from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import APPLIED, ERASED, RedisStore
 from feature_retrieval.views import schemas_of
 from feature_retrieval.write_metrics import WriteMetrics
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, Violation
+from plait.redis.dispatch import Receipt
 from plait.registry.entity_ids import read_ids
 from plait.registry.explain import suggestion
 from plait.registry.records import FeatureSchema, FeatureView, Snapshot

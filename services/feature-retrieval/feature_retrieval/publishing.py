@@ -11,9 +11,9 @@ from feature_retrieval.aggregation.plan import AggregationPlans
 from feature_retrieval.permissions import publisher_of
 from feature_retrieval.row_codec import tenant_key
 from feature_retrieval.sources import Backlog
-from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.streams import Streams
 from plait.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from plait.redis.dispatch import Receipt
 from plait.rpc.call import Call
 
 MAX_EVENTS: Final = 1_000

@@ -14,11 +14,11 @@ from typing import Any, Final
 from feature_retrieval.epochs import event_time_us
 from feature_retrieval.ingestion import MAX_FUTURE_S, view_of
 from feature_retrieval.permissions import check_admin, check_writable
-from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.postgres import DurableRows, Place
 from feature_retrieval.store.redis import APPLIED, RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, InvalidArgument
+from plait.redis.dispatch import Receipt
 from plait.registry.records import FeatureView, Snapshot
 from plait.rpc.call import Call
 from plait.rpc.pace import Pace

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
-from feature_retrieval.store.commands import pack
-from feature_retrieval.store.dispatch import Dispatch, all_here, late
 from feature_retrieval.store.scripts import ANNOUNCE
 from plait.errors import Unavailable
+from plait.redis.commands import pack
+from plait.redis.dispatch import Dispatch, all_here, late
 from plait.registry.records import Snapshot
 from plait.telemetry.logging import get_logger
 

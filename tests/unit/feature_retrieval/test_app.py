@@ -20,7 +20,7 @@ from tests.fakes.feature_world import TOKEN, make_batch, statuses, tensor
 from feature_retrieval.app import CurrentPlans, open_service
 from feature_retrieval.erasure_guard import LOADED_KEY
 from feature_retrieval.row_codec import entity_prefix
-from feature_retrieval.settings import FeatureRetrievalSettings, NearCacheSettings, RedisSettings
+from feature_retrieval.settings import FeatureRetrievalSettings, NearCacheSettings, RowStoreSettings
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.errors import Unavailable, from_rpc_error
@@ -47,7 +47,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 def settings_of(redis_url: str, registry: RegistrySettings, **more: Any) -> FeatureRetrievalSettings:
     return FeatureRetrievalSettings(
         rpc=RpcSettings(service_token=SecretStr("t0ken"), grace_s=5),
-        redis=RedisSettings(url=SecretStr(redis_url)),
+        redis=RowStoreSettings(url=SecretStr(redis_url)),
         registry=registry,
         **more,
     )

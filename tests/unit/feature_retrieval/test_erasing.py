@@ -23,7 +23,7 @@ from feature_retrieval.erasing import FOR_EVER_US, Erasing
 from feature_retrieval.erasure_guard import LOADED_KEY, ErasureGuard
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.row_codec import KeySpace, encode_id
-from feature_retrieval.settings import RedisSettings
+from feature_retrieval.settings import RowStoreSettings
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.write_metrics import WriteMetrics
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
@@ -305,7 +305,7 @@ async def test_of_a_cluster_one_node_that_was_lost_is_told_again(postgres_dsn: s
     async with RedisCluster() as cluster, await Store.open(postgres_dsn) as registry:
         await registry.migrate()
         await registry.apply([Manifest(record=VIEW)], actor="test")
-        store = Place(RedisSettings.model_validate({"mode": "cluster", "url": cluster.url}), cluster.flush).open(ack="applied")
+        store = Place(RowStoreSettings.model_validate({"mode": "cluster", "url": cluster.url}), cluster.flush).open(ack="applied")
         world = World(store, registry)
         for entity in ids:
             assert await world.write("stats", entity) == []

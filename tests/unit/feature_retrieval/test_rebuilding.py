@@ -21,11 +21,11 @@ from feature_retrieval.erasure_guard import ErasureGuard
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.rebuilding import Rebuilding
 from feature_retrieval.row_codec import KeySpace, encode_id
-from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.postgres import DurableRows
 from feature_retrieval.store.redis import RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from plait.redis.dispatch import Receipt
 from plait.registry.certificates import Signer
 from plait.registry.database import Pool, open_pool
 from plait.registry.manifests import Manifest

@@ -18,7 +18,7 @@ from pydantic import SecretStr
 
 from feature_retrieval.app import open_service
 from feature_retrieval.erasure_guard import LOADED_KEY
-from feature_retrieval.settings import FeatureRetrievalSettings, RedisSettings
+from feature_retrieval.settings import FeatureRetrievalSettings, RowStoreSettings
 from marketplace import manifests, producer, train
 from marketplace.data import Dataset
 from marketplace.features import Features
@@ -48,7 +48,7 @@ async def feature_retrieval(redis_url: str, registry: Path) -> AsyncIterator[str
         client.set(LOADED_KEY, 0)  # there is no Postgres to ask which entities were erased
     settings = FeatureRetrievalSettings(
         rpc=RpcSettings(grace_s=5),
-        redis=RedisSettings(url=SecretStr(redis_url)),
+        redis=RowStoreSettings(url=SecretStr(redis_url)),
         registry=RegistrySettings(dsn=SecretStr("postgresql://plait@127.0.0.1:1/none"), last_known_good=registry),
     )
     async with AsyncExitStack() as stack:

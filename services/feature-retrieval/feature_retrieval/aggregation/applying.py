@@ -22,9 +22,9 @@ from feature_retrieval.ingestion import nothing_was_erased
 from feature_retrieval.row_codec import MAX_ID_BYTES, Id, KeySpace, encode_id, split
 from feature_retrieval.snapshots_in_use import SnapshotsInUse
 from feature_retrieval.sources import Message
-from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import RedisStore, Swap
 from plait.errors import InvalidArgument, Unavailable
+from plait.redis.dispatch import Receipt
 from plait.registry.entity_ids import composites, read_ids
 from plait.registry.records import Entity
 

@@ -16,10 +16,10 @@ from feature_retrieval.ingestion import view_of
 from feature_retrieval.permissions import check_admin, check_writable, publisher_of
 from feature_retrieval.row_codec import tenant_key
 from feature_retrieval.sources import Message
-from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.store.streams import Entry
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound
+from plait.redis.dispatch import Receipt
 from plait.registry.records import FeatureView, Snapshot
 from plait.rpc.call import Call
 

@@ -17,13 +17,13 @@ from feature_retrieval.batch_encoding import Encoder
 from feature_retrieval.feast import values
 from feature_retrieval.feast.keys import EntityKeys, field_of, time_field_of
 from feature_retrieval.row_codec import FOREIGN, KeySpace, RowCodec, decode_id
-from feature_retrieval.store.commands import pack
-from feature_retrieval.store.dispatch import Dispatch, Missing, late
 from feature_retrieval.store.rows import Read, Rows
-from feature_retrieval.store.topologies import Topology
 from feature_retrieval.views import schemas_of
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import Unavailable
+from plait.redis.commands import pack
+from plait.redis.dispatch import Dispatch, Missing, late
+from plait.redis.topologies import Topology
 from plait.registry.records import FeastSource, FeatureView, Snapshot
 from plait.telemetry.logging import get_logger
 

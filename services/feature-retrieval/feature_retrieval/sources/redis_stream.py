@@ -14,9 +14,9 @@ from feature_retrieval.aggregation.events import Refusal
 from feature_retrieval.dead_letters import DeadLetters
 from feature_retrieval.row_codec import tenant_key
 from feature_retrieval.sources import Backlog, Message
-from feature_retrieval.store.commands import pack
-from feature_retrieval.store.dispatch import all_here
 from feature_retrieval.store.streams import Entry, Streams
+from plait.redis.commands import pack
+from plait.redis.dispatch import all_here
 
 GROUP: Final = b"plait"
 _UPKEEP_S: Final = 5.0  # between looks for what the dead left, and trims

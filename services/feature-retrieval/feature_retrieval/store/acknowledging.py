@@ -13,12 +13,12 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 
-from feature_retrieval.store.commands import pack
-from feature_retrieval.store.connections import RETRY_AFTER_S, Node, Refusal, refused, unavailable
-from feature_retrieval.store.dispatch import Receipt
-from feature_retrieval.store.topologies import Topology
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, Unavailable
+from plait.redis.commands import pack
+from plait.redis.connections import RETRY_AFTER_S, Node, Refusal, refused, unavailable
+from plait.redis.dispatch import Receipt
+from plait.redis.topologies import Topology
 from plait.telemetry.logging import get_logger
 
 log = get_logger(__name__)

@@ -19,15 +19,16 @@ import numpy as np
 
 from feature_retrieval.store import scanning, tracking
 from feature_retrieval.store.acknowledging import Ack, Acknowledging
-from feature_retrieval.store.commands import pack, pack_gets, slot_of
-from feature_retrieval.store.connections import Access, Refusal, unavailable
-from feature_retrieval.store.dispatch import Dispatch, Missing, Receipt, all_here, late
 from feature_retrieval.store.rows import Read
 from feature_retrieval.store.scanning import Page
-from feature_retrieval.store.scripts import ERASE, SWAP, WRITE, Script
+from feature_retrieval.store.scripts import ERASE, SWAP, WRITE
 from feature_retrieval.store.streams import Streams
-from feature_retrieval.store.topologies import Single, Topology
 from feature_retrieval.store.tracking import Listener
+from plait.redis.commands import pack, pack_gets, slot_of
+from plait.redis.connections import Access, Refusal, unavailable
+from plait.redis.dispatch import Dispatch, Missing, Receipt, all_here, late
+from plait.redis.script import Script
+from plait.redis.topologies import Single, Topology
 
 READ_CHUNK: Final = 1024  # keys of one MGET; large reads are several, so that a deadline keeps what has arrived
 WRITE_CHUNK: Final = 32  # rows of one script call, each with its mark, so that it never blocks Redis for long

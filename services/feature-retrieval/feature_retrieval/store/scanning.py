@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from feature_retrieval.store.commands import literally, pack
-from feature_retrieval.store.connections import Node, Refusal, refused
-from feature_retrieval.store.topologies import Topology
 from plait.errors import InvalidArgument
+from plait.redis.commands import literally, pack
+from plait.redis.connections import Node, Refusal, refused
+from plait.redis.topologies import Topology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

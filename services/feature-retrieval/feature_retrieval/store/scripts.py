@@ -6,32 +6,9 @@ compared as two 32-bit halves because Lua's numbers are doubles; bytes one by on
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
-from feature_retrieval.store.commands import pack
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """A Lua script and the name Redis gives it."""
-
-    body: bytes
-    sha: bytes = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sha", hashlib.sha1(self.body).hexdigest().encode())  # noqa: S324  (the name Redis gives a script)
-
-    def call(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> bytes:
-        """Return the packed call."""
-        return pack(b"EVALSHA", [self.sha, b"%d" % len(keys), *keys, *arguments])
-
-    def load(self) -> bytes:
-        """Return the packed command that makes it known to a server."""
-        return pack(b"SCRIPT", [b"LOAD", self.body])
-
+from plait.redis.script import Script
 
 # KEYS: n rows, then the erasure marks of their entities. ARGV: time to live and longest extra, ms; a seed; n rows.
 # Answers a digit per row: 0 older, 1 applied, 2 its entity was erased since. A row replaces another only if (event time, sequence, streamed

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from feature_retrieval.store.commands import pack
-from feature_retrieval.store.connections import Refusal, refused, unavailable
-from feature_retrieval.store.dispatch import Dispatch, Receipt, all_here, late
-from feature_retrieval.store.scripts import Script
+from plait.redis.commands import pack
+from plait.redis.connections import Refusal, refused, unavailable
+from plait.redis.dispatch import Dispatch, Receipt, all_here, late
+from plait.redis.script import Script
 
 _POLL_S: Final = 0.05  # between looks at streams that no single command can wait for
 

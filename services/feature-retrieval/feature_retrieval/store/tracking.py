@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Final
 
-from feature_retrieval.store.connections import PushConnection, unavailable
-from feature_retrieval.store.topologies import Topology
+from plait.redis.connections import PushConnection, unavailable
+from plait.redis.topologies import Topology
 
 _TURN_S: Final = 1.0  # how long to wait before a server is asked for a sign of life
 _SILENCE_S: Final = 5.0

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from feature_retrieval.feast.keys import EntityKeys, field_of, time_field_of
 from feature_retrieval.feast.reading import FeastRows
 from feature_retrieval.row_codec import Id, KeySpace, RowCodec, header
-from feature_retrieval.store.connections import Access
 from feature_retrieval.store.rows import Read
-from feature_retrieval.store.topologies import Single
 from feature_retrieval.views import schemas_of
 from plait.api.feast.types import value_pb2 as feast
 from plait.errors import Unavailable
+from plait.redis.connections import Access
+from plait.redis.topologies import Single
 from plait.registry.records import Entity, FeastSource, Feature, FeatureView, KeyPart, Snapshot
 
 PAIR = Entity(type="pair", key="composite", parts=(KeyPart(name="b", type="int64"), KeyPart(name="a")))

@@ -15,7 +15,7 @@ from tests.fakes.redis_places import Place
 from tests.fakes.redis_sentinel import SENTINEL_PASSWORD, SERVICE, RedisSentinel
 from tests.fakes.tcp_proxy import TcpProxy
 
-from feature_retrieval.settings import RedisSettings
+from feature_retrieval.settings import RowStoreSettings
 from feature_retrieval.store.redis import RedisStore
 from plait.local.redis import EmbeddedRedis
 
@@ -51,14 +51,14 @@ def tls_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLCo
 
 
 @pytest_asyncio.fixture
-async def redis_behind_tls(redis_server: EmbeddedRedis, tls_files: tuple[Path, ssl.SSLContext]) -> AsyncIterator[RedisSettings]:
+async def redis_behind_tls(redis_server: EmbeddedRedis, tls_files: tuple[Path, ssl.SSLContext]) -> AsyncIterator[RowStoreSettings]:
     """The session's server through a door that speaks TLS; the settings that open it."""
     folder, context = tls_files
     host, port = redis_server.address.split(":")
     async with TcpProxy((host, int(port)), tls=context) as door:
         url = redis_server.url.replace("redis://", "rediss://").replace(f":{port}/", f":{door.port}/")
         files = {f"tls_{name}": folder / f"{name}.pem" for name in ("ca", "cert", "key")}
-        yield RedisSettings.model_validate({"url": url, **files})
+        yield RowStoreSettings.model_validate({"url": url, **files})
 
 
 @pytest.fixture(params=["single", "cluster", "sentinel", "tls"])
@@ -72,11 +72,11 @@ def place(request: pytest.FixtureRequest) -> Place:
 def _place(request: pytest.FixtureRequest, kind: str) -> Place:
     if kind == "cluster":
         cluster: RedisCluster = request.getfixturevalue("redis_cluster")
-        return Place(RedisSettings.model_validate({"mode": "cluster", "url": cluster.url}), cluster.flush)
+        return Place(RowStoreSettings.model_validate({"mode": "cluster", "url": cluster.url}), cluster.flush)
     if kind == "sentinel":
         sentinel: RedisSentinel = request.getfixturevalue("redis_sentinel")
         options = {"mode": "sentinel", "url": sentinel.url, "nodes": sentinel.address, "sentinel_service": SERVICE}
-        return Place(RedisSettings.model_validate(options | {"sentinel_password": SENTINEL_PASSWORD}), sentinel.flush)
+        return Place(RowStoreSettings.model_validate(options | {"sentinel_password": SENTINEL_PASSWORD}), sentinel.flush)
     server: EmbeddedRedis = request.getfixturevalue("redis_server")
 
     def flush() -> None:
@@ -84,7 +84,9 @@ def _place(request: pytest.FixtureRequest, kind: str) -> Place:
             client.flushall()
             client.script_flush()
 
-    return Place(request.getfixturevalue("redis_behind_tls") if kind == "tls" else RedisSettings.model_validate({"url": server.url}), flush)
+    return Place(
+        request.getfixturevalue("redis_behind_tls") if kind == "tls" else RowStoreSettings.model_validate({"url": server.url}), flush
+    )
 
 
 @pytest_asyncio.fixture

@@ -15,12 +15,12 @@ import redis
 from tests.fakes.redis_cluster import RedisCluster
 from tests.fakes.redis_places import Place
 
-from feature_retrieval.settings import RedisSettings
-from feature_retrieval.store.dispatch import Receipt
+from feature_retrieval.settings import RowStoreSettings
 from feature_retrieval.store.redis import RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, Unavailable
 from plait.local.redis import EmbeddedRedis
+from plait.redis.dispatch import Receipt
 
 
 def row(event_time_us: int) -> bytes:
@@ -145,7 +145,7 @@ async def test_many_who_wait_share_a_barrier_and_none_sent_before_their_write(tm
 
 async def test_a_server_that_holds_nothing_any_more_vouches_for_nothing() -> None:
     async with RedisCluster() as cluster:
-        place = Place(RedisSettings.model_validate({"mode": "cluster", "url": cluster.url}), cluster.flush)
+        place = Place(RowStoreSettings.model_validate({"mode": "cluster", "url": cluster.url}), cluster.flush)
         store = place.open(ack="replicated")
         try:
             receipt = await write(store, 1, b"{m}k")

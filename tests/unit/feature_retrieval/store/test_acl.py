@@ -12,11 +12,11 @@ import pytest
 import redis
 
 from feature_retrieval.row_codec import KeySpace
-from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import APPLIED, RedisStore, Swap
 from feature_retrieval.store.tracking import Listener
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.local.redis import EmbeddedRedis
+from plait.redis.dispatch import Receipt
 
 _DOCS = Path(__file__).parents[4] / "docs" / "redis.md"
 _TENANTS = ["a", "shop", "*" * 3, "b" * 42, "b" * 43, "c" * 62, "c" * 63, "d-1", "[x]", "sh"]

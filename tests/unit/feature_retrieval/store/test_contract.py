@@ -15,11 +15,11 @@ from tests.fakes.redis_places import Place
 
 from feature_retrieval.replicas import Replicas
 from feature_retrieval.row_codec import KeySpace
-from feature_retrieval.store.dispatch import Receipt
 from feature_retrieval.store.redis import APPLIED, ERASED, OLDER, RedisStore, Swap
 from feature_retrieval.store.tracking import Listener
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, InvalidArgument, Unavailable
+from plait.redis.dispatch import Receipt
 
 FLAG_BACKFILL = 2
 SPACE = KeySpace.of("shop", "item", "stats", 1)

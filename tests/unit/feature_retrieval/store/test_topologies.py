@@ -15,12 +15,12 @@ from tests.fakes.redis_places import Place
 from tests.fakes.redis_sentinel import SENTINEL_PASSWORD, SERVICE, RedisSentinel
 
 from feature_retrieval.row_codec import KeySpace
-from feature_retrieval.settings import RedisSettings
-from feature_retrieval.store.commands import slot_of
-from feature_retrieval.store.dispatch import Receipt
+from feature_retrieval.settings import RowStoreSettings
 from feature_retrieval.store.redis import APPLIED, OLDER, RedisStore
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import Unavailable
+from plait.redis.commands import slot_of
+from plait.redis.dispatch import Receipt
 
 SPACE = KeySpace.of("shop", "item", "stats", 1)
 IDS = list(range(150))
@@ -32,7 +32,7 @@ def row(event_time_us: int) -> bytes:
 
 @asynccontextmanager
 async def opened(**options: Any) -> AsyncIterator[RedisStore]:
-    place = Place(RedisSettings.model_validate(options), lambda: None)
+    place = Place(RowStoreSettings.model_validate(options), lambda: None)
     store = place.open(ack="auto")
     try:
         yield store
@@ -124,7 +124,7 @@ async def test_a_dead_server_of_a_cluster_takes_only_its_own_rows_with_it() -> N
 async def test_writes_go_on_after_a_failover_and_nothing_replicated_is_lost() -> None:
     async with RedisSentinel() as sentinel:
         place = Place(
-            RedisSettings.model_validate(
+            RowStoreSettings.model_validate(
                 {
                     "mode": "sentinel",
                     "url": sentinel.url,

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from feature_retrieval.settings import RedisSettings
-from feature_retrieval.store.connections import Node
-from feature_retrieval.store.opening import address_of, topology_of
-from feature_retrieval.store.topologies import Cluster, Sentinel, Single
+from plait.redis.connections import Node
+from plait.redis.opening import address_of, topology_of
+from plait.redis.settings import RedisSettings
+from plait.redis.topologies import Cluster, Sentinel, Single
 
 
 def topology(**settings: Any) -> Any:

@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 from typing import Any, Final, Protocol
 
-from feature_retrieval.store.commands import SLOTS, slot_of
-from feature_retrieval.store.connections import Access, Address, Node, unavailable
 from plait.errors import Unavailable
+from plait.redis.commands import SLOTS, slot_of
+from plait.redis.connections import Access, Address, Node, unavailable
 from plait.telemetry.logging import get_logger
 
 log = get_logger(__name__)

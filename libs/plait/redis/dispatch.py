@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
-from feature_retrieval.store.commands import pack
-from feature_retrieval.store.connections import Node, Refusal, refused, unavailable
-from feature_retrieval.store.scripts import Script
-from feature_retrieval.store.topologies import Topology
 from plait.errors import Unavailable
+from plait.redis.commands import pack
+from plait.redis.connections import Node, Refusal, refused, unavailable
+from plait.redis.script import Script
+from plait.redis.topologies import Topology
 
 _ATTEMPTS: Final = 6
 _PAUSE_S: Final = 0.02  # before a command is sent again that met a slot on the move

@@ -11,7 +11,7 @@ from redis.connection import Connection
 from redis.crc import key_slot
 
 from feature_retrieval.row_codec import KeySpace
-from feature_retrieval.store.commands import literally, pack, pack_gets, slot_of
+from plait.redis.commands import literally, pack, pack_gets, slot_of
 
 _IDS = st.text(st.sampled_from("a}{*?[]\\\0ü"), max_size=9) | st.integers(-(1 << 63), (1 << 63) - 1)
 

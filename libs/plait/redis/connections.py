@@ -32,8 +32,8 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from feature_retrieval.store.commands import pack
 from plait.errors import Unavailable
+from plait.redis.commands import pack
 from plait.telemetry.logging import get_logger
 
 log = get_logger(__name__)
