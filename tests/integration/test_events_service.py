@@ -229,6 +229,23 @@ def refusal_of(reason: str) -> Refusal:
     return Refusal(reason, "")
 
 
+async def test_whatever_somebody_appends_to_the_stream_the_events_after_it_count(service: EventService) -> None:
+    good = event("e1").SerializeToString()
+    odd: list[dict[bytes, bytes]] = [
+        {b"z": b"z"},
+        {b"e": b"\xff", b"t": b"\xff", b"w": b"\xff", b"n": b"9" * 5000},
+        {b"e": good, b"t": b"\xff", b"w": b"\xff", b"n": b"-1"},
+        {b"e": good, b"n": b"9" * 5000},
+    ]
+    await service.store.streams.append([tenant_key(b"e1", "shop")] * len(odd), odd)
+    await service.publish([event("e2")])
+    async with consuming(service.consumer()):
+        await settled(service)
+    assert await value(service) == 2
+    found = await letters(service)
+    assert sorted((letter.reason, letter.redrives) for letter in found.dead_letters) == [("EVENT_ID_INVALID", 0), ("EVENT_UNREADABLE", 0)]
+
+
 @pytest.mark.parametrize("word", ["", "x", "1", "-1-1", "0-0", f"{1 << 64}-0", f"1-{1 << 64}", "9" * 5000 + "-1"])
 async def test_what_is_no_dead_letter_s_id_blames_the_caller(service: EventService, word: str) -> None:
     def redrive() -> Any:

@@ -213,6 +213,10 @@ async def _status(where: Target, view: str) -> dict[str, Any]:
     return fields | {name: None for name in ("building_epoch", "previous_epoch") if not found.HasField(name)}
 
 
+class _TypeUnknown(ValueError):
+    """An event has no type, or one that there is not; says which there are."""
+
+
 def read_events(source: Path) -> Iterator[tuple[int, Event]]:
     """Yield line number and event of every line that is not empty. Raises InvalidArgument (EVENT_UNREADABLE) naming file and line."""
     from plait.errors import InvalidArgument  # noqa: PLC0415
@@ -222,6 +226,8 @@ def read_events(source: Path) -> Iterator[tuple[int, Event]]:
             if line.strip():
                 try:
                     yield number, event_of(json.loads(line))
+                except _TypeUnknown as error:
+                    raise InvalidArgument(f"{source}:{number}: an event's type is one of {error}", reason="EVENT_UNREADABLE") from error
                 except (ValueError, TypeError, AttributeError) as error:
                     raise InvalidArgument(
                         f"{source}:{number}: this is not an event: see 'plait features publish --help' ({type(error).__name__})",
@@ -238,6 +244,9 @@ def event_of(document: dict[str, Any]) -> Event:
     kind = document.get("type")
     if isinstance(kind, str) and not kind.startswith("EVENT_TYPE_"):
         document["type"] = f"EVENT_TYPE_{kind.upper()}"
+    known = list(events_pb2.EventType.keys())[1:]
+    if not isinstance(kind, int) and document.get("type") not in known:  # a number is for the service to judge
+        raise _TypeUnknown(", ".join(name.removeprefix("EVENT_TYPE_").lower() for name in known))
     for name in ("subject", "object"):
         about = document.get(name)
         if isinstance(about, dict) and len(about) == 1 and not {"entity_type", "entityType"} & about.keys():

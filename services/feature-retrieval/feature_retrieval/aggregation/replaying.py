@@ -55,9 +55,9 @@ class Replaying:
             raise InvalidArgument(f"{len(request.events)} events are given: at most {MAX_EVENTS} are allowed in a call")
         if request.events:
             given = [(event.SerializeToString(), publisher_of(call)) for event in request.events]
-        else:  # (what counted from whom when it was published counts now)
-            retained = await self._retained(request.cursor, response, snapshot, call.tenant)
-            given = [(entry.fields.get(b"e", b""), entry.fields.get(b"w", b"").decode(errors="replace")) for entry in retained]
+        else:  # by whom each was published decides here as it did there
+            found = await self._retained(request.cursor, response, snapshot, call.tenant)
+            given = [(entry.fields.get(b"e", b""), entry.fields.get(b"w", b"").decode(errors="replace")) for entry in found]
         messages = [
             Message(tenant=call.tenant, payload=payload, traceparent="", origin="replay", token=None, published_us=0, publisher=publisher)
             for payload, publisher in given

@@ -164,29 +164,26 @@ async def test_events_that_are_not_acknowledged_are_never_trimmed(redis_url: str
 
 async def test_what_is_appended_while_it_is_trimmed_stays_whatever_the_clocks_say(redis_url: str) -> None:
     key = tenant_key(b"e1", "shop")
+    due: list[int] = []
 
     class Raced(Streams):
         """More is appended right before the trimming."""
 
         async def ask(self, key: bytes, commands: Sequence[bytes], script: Any = None) -> list[Any]:
-            if any(b"XTRIM" in command for command in commands):
-                await self.append([key] * 3000, [{b"e": b"new"}] * 3000)
+            if due and b"XTRIM" in commands[0]:
+                await self.append([key] * due[0], [{b"e": b"new"}] * due.pop())
             return await super().ask(key, commands, script)
 
     store = RedisStore(redis_url)
     streams = Raced(store.dispatch)
     await streams.append([key], [{b"e": b"old"}])
+    ahead_s = iter(range(10**10, 10**11, 10))  # of Redis' clock; every look for what to trim is due
     source = RedisStreamSource(
-        streams,
-        DeadLetters(streams),
-        lambda: ["shop"],
-        consumer="a",
-        claim_after_s=900,
-        keep_s=0,
-        clock=iter(range(10**10, 10**11)).__next__,
+        streams, DeadLetters(streams), lambda: ["shop"], consumer="a", claim_after_s=900, keep_s=0, clock=ahead_s.__next__
     )
-    [message] = await source.read(1, 0.01)
-    await source.acknowledge([message])
+    await source.acknowledge(await source.read(1, 0.01))
+    due.append(3000)
     await source.read(1, 0.01)
+    assert not due
     assert await streams.length(key) >= 3000
     await store.close()
