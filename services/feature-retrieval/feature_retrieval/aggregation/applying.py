@@ -145,15 +145,13 @@ class Applying:
             if isinstance(parsed, Refusal):
                 outcome.refused[position] = parsed
                 continue
-            views = plans.fed_by(parsed, message.tenant, message.publisher)
+            views = plans.fed_by(parsed, message.tenant, message.publisher, None if onto is None else (onto.view, onto.version))
             if isinstance(views, Refusal):
                 outcome.refused[position] = views
                 continue
             used = False
             ids = _NOBODY
             for view in views:
-                if onto is not None and (view.view.name, view.view.version) != (onto.view, onto.version):
-                    continue
                 entity = _entity(view.about(parsed).ids, view.view.entity)
                 refusal = entity if isinstance(entity, Refusal) else view.refusal(parsed, now_us, however_late=onto is not None)
                 if refusal is not None:

@@ -155,12 +155,17 @@ class AggregationPlans:
             number: tuple(view for view in self.views if number in view.types) for number in TYPES.values()
         }
 
-    def fed_by(self, parsed: Parsed, tenant: str, publisher: str) -> Sequence[AggregatedView] | Refusal:
+    def fed_by(
+        self, parsed: Parsed, tenant: str, publisher: str, only: tuple[str, int] | None = None
+    ) -> Sequence[AggregatedView] | Refusal:
         """Return the views that count an event of a publisher: its type, about such an entity, from whom they take events at all.
 
-        Views whose writers do not name the publisher pass it by; it is refused where that leaves none.
+        Views whose writers do not name the publisher pass it by; it is refused where that leaves none. `only`: name and version of
+        the one view that is asked for.
         """
         found = [view for view in self.by_type[parsed.type] if view.about(parsed).entity_type == view.view.entity.type]
+        if only is not None:
+            found = [view for view in found if (view.view.name, view.view.version) == only]
         open_to = [view for view in found if not view.view.writers or may_feed(view.view, tenant, publisher)]
         return NOT_WRITABLE if found and not open_to else open_to
 
