@@ -33,8 +33,10 @@ from plait.settings import ChannelSettings, RpcSettings
 from plait.telemetry.metrics import Metrics
 from router.admission import Admission
 from router.consulting import Consulting
+from router.expectations import Expectations
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.ladder import Ladder
 from router.ranking import Ranking
 from router.servicer import RouterServicer
 from router.settings import AdmissionSettings, FeaturesSettings, WorkersSettings
@@ -147,9 +149,11 @@ async def router_world(
     feature_client = FeatureClient(FeaturesSettings(addresses=features, ejection_s=0.05), channel)
     pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
     metrics = Metrics()
+    consulting = Consulting(feature_client, pool, features_share)
     ranking = Ranking(
         gate=Gate(Admission(admission or AdmissionSettings())),
-        consulting=Consulting(feature_client, pool, features_share),
+        consulting=consulting,
+        ladder=Ladder(consulting, Expectations(), metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )

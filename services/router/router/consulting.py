@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -11,12 +12,13 @@ from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as feat
 from plait.api.model_worker.v1 import model_worker_service_pb2 as worker_pb
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
-from plait.errors import DeadlineExceeded
+from plait.errors import DeadlineExceeded, PlaitError
 from router import degradation
 from router.feature_client import FeatureClient, Unreachable
 from router.ordering import best_first
 from router.question import Question, Response
-from router.tensors import copy_outputs, fill_infer, scores_of
+from router.route_table import Arm, Input, Popularity
+from router.tensors import column_of, copy_outputs, fill_infer, scores_of
 from router.validation import count
 from router.worker_pool import WorkerPool
 
@@ -41,7 +43,7 @@ class Consulting:
     async def answer(self, question: Question) -> Response:
         """Return the answer to a question; errors are those of the contract."""
         watch = question.watch
-        features = await self.read(question)
+        features = await self._features_of(question)
         watch.featured = watch.stamp()
         answer = await self.infer(question, features)
         watch.predicted = watch.stamp()
@@ -58,20 +60,53 @@ class Consulting:
             watch.write(response.timings, answer, features.store_us)
         return response
 
-    async def read(self, question: Question) -> features_pb.GetFeaturesResponse:
-        """Read what is not given inline; where that cannot be done in time, defaults stand in (if the route takes them) and are told as such."""
-        inputs = question.arm.inputs
+    async def by_popularity(self, question: Question, popularity: Popularity) -> Response:
+        """Return the answer to a Rank without a model: by one feature of the candidates, read unless it was; where it cannot be had, all
+        candidates score alike and keep the caller's order."""
+        question.watch.admitted = question.watch.featured = question.watch.predicted = question.watch.stamp()
+        name, rows = popularity.place.name, len(question.candidates)
+        tensor = question.inline.get(name)
+        if tensor is None:
+            features = await self._features_with(question, popularity)
+            tensor = next((t for t in features.tensors if t.name == name), None)
+            question.reasons += degradation.reasons(features.views)
+        question.watch.featured = question.watch.predicted = question.watch.stamp()
+        if tensor is None:
+            return ordered(question, np.zeros(rows, np.float32))
+        return ordered(question, column_of(tensor, popularity.place, rows))
+
+    async def _features_with(self, question: Question, popularity: Popularity) -> features_pb.GetFeaturesResponse:
+        """What was read already, where the feature is among it; otherwise only the input that holds it, or that it cannot be had."""
+        known = question.features_for
+        if question.features is not None and known is not None and known.feature_set == popularity.arm.feature_set:
+            return question.features
+        try:
+            return await self.read(question, popularity.arm, (popularity.input,))
+        except PlaitError:
+            rows = {name: count(question.ids[name]) for name in popularity.input.entities}
+            return degradation.defaults((popularity.input,), rows, types_pb2.ROW_STATUS_UNAVAILABLE)
+
+    async def _features_of(self, question: Question) -> features_pb.GetFeaturesResponse:
+        """Read what is not given inline, unless it was read for another variant that takes the same."""
+        arm, known = question.arm, question.features_for
+        if question.features is not None and known is not None and (known is arm or _alike(known, arm)):
+            return question.features
+        inputs = arm.inputs
         if question.inline:
             inputs = tuple(item for item in inputs if item.name not in question.inline)
-            if not inputs:
-                return features_pb.GetFeaturesResponse()
+        features = await self.read(question, arm, inputs) if inputs else features_pb.GetFeaturesResponse()
+        question.features, question.features_for = features, arm
+        return features
+
+    async def read(self, question: Question, arm: Arm, inputs: Sequence[Input]) -> features_pb.GetFeaturesResponse:
+        """Read inputs of an arm; where that cannot be done in time, defaults stand in (if the route takes them) and are told as such."""
         entity_types = dict.fromkeys(entity for item in inputs for entity in item.entities)
         try:
             return await self._features.get(
                 question.route,
-                question.arm,
+                arm,
                 [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
-                [item.name for item in inputs] if question.inline else (),
+                () if inputs is arm.inputs else [item.name for item in inputs],
                 request_features=question.request.request_features,
                 deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
                 tenant=question.tenant,
@@ -91,6 +126,11 @@ class Consulting:
         tensors.update(question.inline)
         fill_infer(frame.request, question.arm, tensors, question.outputs, question.request_id)
         return await self._workers.infer(frame, deadline=question.deadline, tenant=question.tenant, request_id=question.request_id)
+
+
+def _alike(one: Arm, other: Arm) -> bool:
+    """Whether two variants are fed by the same tensors."""
+    return one.feature_set == other.feature_set and {i.name for i in one.inputs} == {i.name for i in other.inputs}
 
 
 def ordered(question: Question, scores: NDArray[np.float32]) -> pb.RankResponse:

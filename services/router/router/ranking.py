@@ -4,7 +4,7 @@
 
 A route's road is made once per snapshot, of the steps that the route uses and no others:
 
-    gate → features → predict → order
+    ladder → gate → features → predict → order
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from plait.telemetry.logging import get_logger
 from router.asking import Asking
 from router.consulting import Consulting
 from router.gate import Gate
-from router.question import Question, Road
+from router.ladder import Ladder
+from router.question import TIER_POPULARITY, Question, Road
 from router.route_table import NO_ROUTES, ServingRoute, compile_table
 from router.stopwatch import RankingMetrics, Stopwatch
 
@@ -39,9 +40,10 @@ class Ranking:
     world.
     """
 
-    def __init__(self, *, gate: Gate, consulting: Consulting, metrics: RankingMetrics, max_message_bytes: int) -> None:
+    def __init__(self, *, gate: Gate, consulting: Consulting, ladder: Ladder, metrics: RankingMetrics, max_message_bytes: int) -> None:
         self._gate = gate
         self._consulting = consulting
+        self._ladder = ladder
         self._metrics = metrics
         self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)))
         self._table = NO_ROUTES
@@ -78,12 +80,16 @@ class Ranking:
     def _road(self, route: ServingRoute) -> Road:
         """Return the steps of a route, the last one first: this is the only place where their order stands."""
         road: Road = self._consulting.answer
-        return self._gate.around(road)
+        road = self._gate.around(road)
+        if route.ladder:
+            road = self._ladder.around(road, route)  # outside of the gate: an overloaded model is a reason to answer otherwise
+        return road
 
     def _sign(self, response: R, question: Question, revision: int) -> R:
         """Say who answered, under which revision, and how well; count it once it is on its way: nobody waits for the counters."""
-        response.model = question.arm.model
-        response.model_version = question.arm.version
+        if question.tier != TIER_POPULARITY:
+            response.model = question.arm.model
+            response.model_version = question.arm.version
         response.variant = question.arm.name
         response.tier = question.tier
         response.request_id = question.request_id
