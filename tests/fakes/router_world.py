@@ -34,6 +34,7 @@ from plait.telemetry.metrics import Metrics
 from router.admission import Admission
 from router.consulting import Consulting
 from router.expectations import Expectations
+from router.exposures import Exposures
 from router.feature_client import FeatureClient
 from router.gate import Gate
 from router.ladder import Ladder
@@ -124,6 +125,10 @@ class RouterWorld:
     ) -> Any:
         return await self.stub.Rank(request, metadata=(*_metadata(key), *(headers or {}).items()), timeout=timeout_s)
 
+    async def explain(self, request: Any, *, key: str | None = KEY, headers: dict[str, str] | None = None) -> Any:
+        asked = pb.ExplainRequest(rank=request) if isinstance(request, pb.RankRequest) else pb.ExplainRequest(predict=request)
+        return await self.stub.Explain(asked, metadata=(*_metadata(key), *(headers or {}).items()), timeout=20.0)
+
     async def predict(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
         return await self.stub.Predict(request, metadata=_metadata(key), timeout=timeout_s)
 
@@ -154,6 +159,7 @@ async def router_world(
         gate=Gate(Admission(admission or AdmissionSettings())),
         consulting=consulting,
         ladder=Ladder(consulting, Expectations(), metrics),
+        exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )

@@ -16,6 +16,7 @@ from router import auth
 from router.admission import Admission
 from router.consulting import Consulting
 from router.expectations import Expectations
+from router.exposures import Exposures
 from router.feature_client import FeatureClient
 from router.gate import Gate
 from router.ladder import Ladder
@@ -43,6 +44,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
         gate=Gate(Admission(settings.admission)),
         consulting=consulting,
         ladder=Ladder(consulting, Expectations(), metrics),
+        exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
     )

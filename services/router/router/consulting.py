@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Awaitable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from router.worker_pool import WorkerPool
 if TYPE_CHECKING:
     from plait.api.inference.v2 import inference_pb2
 
+R = TypeVar("R")
+
 
 class Consulting:
     """Reads features, asks the model and makes the answer.
@@ -45,7 +47,7 @@ class Consulting:
         watch = question.watch
         features = await self._features_of(question)
         watch.featured = watch.stamp()
-        answer = await self.infer(question, features)
+        answer = await self._infer(question, features)
         watch.predicted = watch.stamp()
         question.reasons += degradation.reasons(features.views)
         response: Response
@@ -101,31 +103,55 @@ class Consulting:
     async def read(self, question: Question, arm: Arm, inputs: Sequence[Input]) -> features_pb.GetFeaturesResponse:
         """Read inputs of an arm; where that cannot be done in time, defaults stand in (if the route takes them) and are told as such."""
         entity_types = dict.fromkeys(entity for item in inputs for entity in item.entities)
+        asked = self._features.get(
+            question.route,
+            arm,
+            [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
+            () if inputs is arm.inputs else [item.name for item in inputs],
+            request_features=question.request.request_features,
+            ages=question.trail is not None,
+            deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
+            tenant=question.tenant,
+            request_id=question.request_id,
+        )
         try:
-            return await self._features.get(
-                question.route,
-                arm,
-                [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
-                () if inputs is arm.inputs else [item.name for item in inputs],
-                request_features=question.request.request_features,
-                deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
-                tenant=question.tenant,
-                request_id=question.request_id,
-            )
+            features = await _traced(question, "features", asked)
         except (Unreachable, DeadlineExceeded) as error:
             if not question.route.takes_defaults:
                 raise
             late = isinstance(error, DeadlineExceeded)
             status = types_pb2.ROW_STATUS_TIMED_OUT if late else types_pb2.ROW_STATUS_UNAVAILABLE
-            return degradation.defaults(inputs, {name: count(question.ids[name]) for name in entity_types}, status)
+            features = degradation.defaults(inputs, {name: count(question.ids[name]) for name in entity_types}, status)
+        if question.trail is not None:
+            question.trail.aged(features.views, arm.view_versions)
+        return features
 
-    async def infer(self, question: Question, features: features_pb.GetFeaturesResponse) -> inference_pb2.ModelInferResponse:
+    async def _infer(self, question: Question, features: features_pb.GetFeaturesResponse) -> inference_pb2.ModelInferResponse:
         """Have the question's model look at its features."""
         frame = worker_pb.StreamInferRequest()
         tensors = {tensor.name: tensor for tensor in features.tensors}
         tensors.update(question.inline)
         fill_infer(frame.request, question.arm, tensors, question.outputs, question.request_id)
-        return await self._workers.infer(frame, deadline=question.deadline, tenant=question.tenant, request_id=question.request_id)
+        return await _traced(
+            question,
+            "model",
+            self._workers.infer(frame, deadline=question.deadline, tenant=question.tenant, request_id=question.request_id),
+        )
+
+
+async def _traced(question: Question, what: str, asked: Awaitable[R]) -> R:
+    """Wait for a call to a service behind the router; an Explain learns what came of it."""
+    trail = question.trail
+    if trail is None:
+        return await asked
+    started = question.watch.stamp()
+    try:
+        answer = await asked
+    except PlaitError as error:
+        trail.tried(what, question.watch.stamp() - started, error)
+        raise
+    trail.tried(what, question.watch.stamp() - started)
+    return answer
 
 
 def _alike(one: Arm, other: Arm) -> bool:

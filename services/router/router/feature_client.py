@@ -55,11 +55,13 @@ class FeatureClient:
         inputs: Sequence[str],
         *,
         request_features: Sequence[types_pb2.Tensor] = (),
+        ages: bool = False,
         deadline: Deadline,
         tenant: str,
         request_id: str,
     ) -> pb.GetFeaturesResponse:
-        """Return the tensors of `inputs` (empty = all of the arm's feature set) for these ids and what the caller sent along.
+        """Return the tensors of `inputs` (empty = all of the arm's feature set) for these ids and what the caller sent along; with `ages`
+        also how old the rows are.
 
         Raises Unreachable when no replica can be reached, Unavailable (FEATURES_UNAVAILABLE) when none knows the feature set yet.
         FailedPrecondition (FEATURES_MISSING), Unavailable (STORE_UNAVAILABLE), ResourceExhausted and DeadlineExceeded are its own.
@@ -71,6 +73,7 @@ class FeatureClient:
         request.max_defaulted_share = route.max_defaulted_share
         request.inputs.extend(inputs)
         request.request_features.extend(request_features)
+        request.include_ages = ages
         for entity_type, ids in entities:
             request.entities.add(entity_type=entity_type).ids.CopyFrom(ids)
         try:

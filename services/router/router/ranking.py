@@ -14,36 +14,43 @@ import logging
 from typing import Final, TypeVar, cast
 
 from plait.api.router.v1 import router_service_pb2 as pb
+from plait.errors import InvalidArgument, Violation
 from plait.registry.records import Snapshot
 from plait.rpc.call import current
 from plait.telemetry.logging import get_logger
 from router.asking import Asking
 from router.consulting import Consulting
+from router.explanation import explain
+from router.exposures import Exposures
 from router.gate import Gate
 from router.ladder import Ladder
-from router.question import TIER_POPULARITY, Question, Road
+from router.question import TIER_POPULARITY, Question, Response, Road
 from router.route_table import NO_ROUTES, ServingRoute, compile_table
 from router.stopwatch import RankingMetrics, Stopwatch
+from router.trail import Trail
 
 log = get_logger(__name__)
 _stdlib_log: Final = logging.getLogger(__name__)
 
 _ENVELOPE: Final = 1 / 16  # of a message is kept for names, statuses and framing
 
-R = TypeVar("R", pb.RankResponse, pb.PredictResponse)
+R = TypeVar("R", bound=Response)
 
 
 class Ranking:
-    """Answers Rank and Predict.
+    """Answers Rank, Predict and Explain.
 
     `max_message_bytes` bounds the tensors of one request. `adopt` takes each new snapshot; a request reads the table once and so sees one
     world.
     """
 
-    def __init__(self, *, gate: Gate, consulting: Consulting, ladder: Ladder, metrics: RankingMetrics, max_message_bytes: int) -> None:
+    def __init__(
+        self, *, gate: Gate, consulting: Consulting, ladder: Ladder, exposures: Exposures, metrics: RankingMetrics, max_message_bytes: int
+    ) -> None:
         self._gate = gate
         self._consulting = consulting
         self._ladder = ladder
+        self._exposures = exposures
         self._metrics = metrics
         self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)))
         self._table = NO_ROUTES
@@ -77,6 +84,22 @@ class Ranking:
         response = await self._roads[question.route.name](question)
         return self._sign(cast("pb.PredictResponse", response), question, table.revision)
 
+    async def explain(self, request: pb.ExplainRequest) -> pb.ExplainResponse:
+        """Answer a Rank or Predict on the same road and tell how; InvalidArgument where neither is set, other errors are those of the call."""
+        call, watch, table, trail = current(), Stopwatch(), self._table, Trail()
+        self._gate.knock(call.deadline)
+        asked = request.WhichOneof("call")
+        if asked is None:
+            message = "nothing to explain: set rank or predict"
+            raise InvalidArgument(message, violations=[Violation("call", "expected rank or predict")])
+        getattr(request, asked).explain = True
+        if asked == "rank":
+            question = self._asking.rank(request.rank, table, call, watch, trail)
+        else:
+            question = self._asking.predict(request.predict, table, call, watch, trail)
+        response = await self._roads[question.route.name](question)
+        return explain(self._sign(response, question, table.revision), question, trail)
+
     def _road(self, route: ServingRoute) -> Road:
         """Return the steps of a route, the last one first: this is the only place where their order stands."""
         road: Road = self._consulting.answer
@@ -103,6 +126,7 @@ class Ranking:
     def _account(self, question: Question) -> None:
         """Count the answer, and log it where somebody looks: a log line costs as much as a stage."""
         watch = question.watch
+        self._exposures.note(question)
         self._metrics.answered(question.route.name, question.arm.name, question.reasons, watch)
         if _stdlib_log.isEnabledFor(logging.DEBUG):
             log.debug(

@@ -21,3 +21,7 @@ class RouterServicer(pb_grpc.RouterServiceServicer):
     async def Predict(self, request: Any, context: Any) -> Any:
         """Rows and tensors in, tensors out."""
         return await self._ranking.predict(request)
+
+    async def Explain(self, request: Any, context: Any) -> Any:
+        """The answer, and how it came to be."""
+        return await self._ranking.explain(request)
