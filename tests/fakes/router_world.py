@@ -32,6 +32,7 @@ from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings, RpcSettings
 from plait.telemetry.metrics import Metrics
 from router.admission import Admission
+from router.cascade import Cascade
 from router.consulting import Consulting
 from router.feature_client import FeatureClient
 from router.gate import Gate
@@ -145,9 +146,11 @@ async def router_world(
     feature_client = FeatureClient(FeaturesSettings(addresses=features, ejection_s=0.05), channel)
     pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
     metrics = Metrics()
+    consulting = Consulting(feature_client, pool, features_share)
     ranking = Ranking(
         gate=Gate(Admission(admission or AdmissionSettings())),
-        consulting=Consulting(feature_client, pool, features_share),
+        consulting=consulting,
+        cascade=Cascade(consulting, feature_client, features_share),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )

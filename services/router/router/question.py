@@ -21,7 +21,7 @@ class Question:
 
     `candidates` are the ids of the route's candidate type, in the caller's order; `rows` says how many rows the model gets. `ids` holds the
     ids of every entity type as they came. What the road learns on its way stands here too: `tier`, and `reasons` why the answer is not the
-    best possible.
+    best possible; `by_rule` how many candidates each business rule dropped, boosted or held back.
     """
 
     route: ServingRoute
@@ -38,6 +38,7 @@ class Question:
     watch: Stopwatch
     tier: str = TIER_FULL
     reasons: list[str] = field(default_factory=list)
+    by_rule: Mapping[str, int] = field(default_factory=dict)
 
 
 Response = pb.RankResponse | pb.PredictResponse

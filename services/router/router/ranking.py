@@ -4,7 +4,7 @@
 
 A route's road is made once per snapshot, of the steps that the route uses and no others:
 
-    gate → features → predict → order
+    gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from plait.registry.records import Snapshot
 from plait.rpc.call import current
 from plait.telemetry.logging import get_logger
 from router.asking import Asking
+from router.cascade import Cascade
 from router.consulting import Consulting
 from router.gate import Gate
 from router.question import Question, Road
@@ -39,9 +40,10 @@ class Ranking:
     world.
     """
 
-    def __init__(self, *, gate: Gate, consulting: Consulting, metrics: RankingMetrics, max_message_bytes: int) -> None:
+    def __init__(self, *, gate: Gate, consulting: Consulting, cascade: Cascade, metrics: RankingMetrics, max_message_bytes: int) -> None:
         self._gate = gate
         self._consulting = consulting
+        self._cascade = cascade
         self._metrics = metrics
         self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)))
         self._table = NO_ROUTES
@@ -77,7 +79,7 @@ class Ranking:
 
     def _road(self, route: ServingRoute) -> Road:
         """Return the steps of a route, the last one first: this is the only place where their order stands."""
-        road: Road = self._consulting.answer
+        road: Road = self._cascade.road(route, route.stages) if route.stages else self._consulting.answer
         return self._gate.around(road)
 
     def _sign(self, response: R, question: Question, revision: int) -> R:
@@ -97,6 +99,8 @@ class Ranking:
         """Count the answer, and log it where somebody looks: a log line costs as much as a stage."""
         watch = question.watch
         self._metrics.answered(question.route.name, question.arm.name, question.reasons, watch)
+        if question.by_rule:
+            self._metrics.ruled(question.route.name, question.by_rule)
         if _stdlib_log.isEnabledFor(logging.DEBUG):
             log.debug(
                 "answered",
