@@ -118,8 +118,10 @@ class RouterWorld:
     def address(self) -> str:
         return self.server.address
 
-    async def rank(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
-        return await self.stub.Rank(request, metadata=_metadata(key), timeout=timeout_s)
+    async def rank(
+        self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0, headers: dict[str, str] | None = None
+    ) -> Any:
+        return await self.stub.Rank(request, metadata=(*_metadata(key), *(headers or {}).items()), timeout=timeout_s)
 
     async def predict(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
         return await self.stub.Predict(request, metadata=_metadata(key), timeout=timeout_s)

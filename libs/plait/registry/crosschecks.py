@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from plait.registry import rules, set_checks
+from plait.registry import route_checks, rules, set_checks
 from plait.registry.explain import suggestion
 from plait.registry.findings import Finding, Steps
 from plait.registry.policies import Retrieve
 from plait.registry.problems import Problem, path
-from plait.registry.records import FeatureSet, Model, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec
+from plait.registry.records import Experiment, FeatureSet, Model, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec
 from plait.registry.resources import Key, records_of
 from plait.registry.rule_columns import RuleColumns, columns_named, rule_columns
 from plait.registry.shapes import SetShape
@@ -34,6 +34,9 @@ def check(snapshot: Snapshot) -> tuple[Problem, ...]:
                 found += _model(record, snapshot)
             case Route():
                 found += _route(record, snapshot)
+                found += route_checks.check_route(record, snapshot)
+            case Experiment():
+                found += route_checks.check_experiment(record, snapshot)
             case _:
                 pass
         where = f"{kind_of(record)} {record.name}"
@@ -54,8 +57,13 @@ def users_of(snapshot: Snapshot, key: Key) -> tuple[str, ...]:
         found += [f"Route {r.name}" for r in snapshot.routes.values() if r.stages and r.stages.rules == name]
     elif kind == "Model":
         found += [f"Route {r.name}" for r in snapshot.routes.values() if name in _models_named(r)]
+    elif kind == "Route":
+        found += [f"Experiment {e.name}" for e in snapshot.experiments.values() if e.route == name]
     elif kind == "Tenant":
-        found += [f"Route {r.name}" for r in snapshot.routes.values() if name in r.tenants]
+        found += [
+            f"Route {r.name}" for r in snapshot.routes.values() if name in r.tenants or any(name in rule.when.tenants for rule in r.rules)
+        ]
+        found += [f"Experiment {e.name}" for e in snapshot.experiments.values() if name in e.when.tenants]
         found += [f"API key {k.id}" for k in snapshot.keys.values() if k.tenant == name]
     return tuple(found)
 

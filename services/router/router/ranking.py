@@ -1,6 +1,6 @@
 """The page: the whole story of a request, in the order it happens; everything it calls is one file away.
 
-    authenticate (the server's interceptor) → knock → resolve route → assign variant → road → sign → answer
+    authenticate (the server's interceptor) → knock → resolve route → choose variant → road → sign → answer
 
 A route's road is made once per snapshot, of the steps that the route uses and no others:
 
@@ -91,6 +91,7 @@ class Ranking:
         response.request_id = question.request_id
         response.registry_revision = revision
         response.degraded_reasons.extend(question.reasons)
+        response.assignments.extend(question.assignments)
         question.watch.done = question.watch.stamp()
         asyncio.get_running_loop().call_soon(self._account, question)
         return response

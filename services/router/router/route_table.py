@@ -6,30 +6,34 @@ Pure: a snapshot in, an immutable table out. A route that cannot serve becomes a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 
+from plait.api.router.v1 import explanation_pb2
 from plait.api.types.v1 import types_pb2
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, NotFound, PermissionDenied
 from plait.registry.crosschecks import misfits, retriever, rules_of
 from plait.registry.entity_ids import Id
 from plait.registry.policies import Comparison, Stages
-from plait.registry.records import EMPTY, Entity, FeatureSet, Route, Signature, Snapshot, TensorSpec, Variant
+from plait.registry.records import EMPTY, Entity, Experiment, FeatureSet, Route, Signature, Snapshot, TensorSpec, Variant
 from plait.registry.rule_columns import columns_named
 from plait.registry.shapes import SetShape
-from router.experiments import assign
+from router.experiments import ServingExperiment, assign, compile_experiments
 from router.reranking import Cap, Test
+from router.rules import ServingRule, compile_condition
 
 _POLICIES: Final = {
     "fail": types_pb2.MISSING_POLICY_FAIL,
     "default": types_pb2.MISSING_POLICY_DEFAULT,
     "stale_ok": types_pb2.MISSING_POLICY_STALE_OK,
 }
+NO_BUCKET: Final = -1  # of a unit that the weights of the route assigned
 _NO_DEFAULTS: Final = 1e-9  # on the wire 0 means "no bound"; this is less than one row in any request
 
 
@@ -111,9 +115,10 @@ class ServingStages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingRoute:
-    """A route as requests meet it. `arms` are the variants that can serve; where none has a weight, `fault` says why.
+    """A route as requests meet it. `by_name` holds the variants that can serve; where none of them has a weight, `fault` says why.
 
-    `policy` and `max_defaulted_share` are as in GetFeaturesRequest.
+    `policy` and `max_defaulted_share` are as in GetFeaturesRequest. `by_weight` is what an answer says of a unit that weights assigned,
+    where there is more than one to choose from.
     """
 
     name: str
@@ -125,8 +130,12 @@ class ServingRoute:
     policy: types_pb2.MissingPolicy.ValueType
     max_defaulted_share: float
     tenants: frozenset[str]
-    arms: tuple[Arm, ...]
+    by_name: Mapping[str, Arm]
     weighted: tuple[Arm, ...]
+    by_weight: Mapping[str, tuple[explanation_pb2.Assignment, ...]]
+    sticky: str
+    rules: tuple[ServingRule, ...]
+    experiments: tuple[ServingExperiment, ...]
     fault: Fault | None = None
     left_out: Mapping[str, Fault] = field(default_factory=dict)
     stages: ServingStages | None = None
@@ -136,9 +145,14 @@ class ServingRoute:
         """Whether defaults may stand in for every feature of an answer."""
         return self.policy != types_pb2.MISSING_POLICY_FAIL and self.max_defaulted_share == 0
 
-    def assign(self, subject: Id) -> Arm:
-        """Return the subject's variant among those that can serve."""
-        return assign(self.name, subject, self.weighted)
+    @property
+    def plain(self) -> bool:
+        """Whether nothing of a request but its subject says which variant it gets."""
+        return not self.rules and not self.experiments and self.sticky == "subject"
+
+    def assign(self, unit: Id) -> Arm:
+        """Return the unit's variant, by weight, among those that can serve."""
+        return assign(self.name, unit, self.weighted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,11 +186,14 @@ class RouteTable:
 
 def compile_table(snapshot: Snapshot) -> RouteTable:
     """Return the table of a snapshot."""
-    routes = {name: _route(route, snapshot) for name, route in snapshot.routes.items()}
+    experiments: dict[str, list[Experiment]] = defaultdict(list)
+    for experiment in snapshot.experiments.values():
+        experiments[experiment.route].append(experiment)
+    routes = {name: _route(route, experiments[name], snapshot) for name, route in snapshot.routes.items()}
     return RouteTable(revision=snapshot.revision, routes=MappingProxyType(routes))
 
 
-def _route(route: Route, snapshot: Snapshot) -> ServingRoute:
+def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) -> ServingRoute:
     arms: list[Arm] = []
     left_out: dict[str, Fault] = {}
     for variant in route.variants:
@@ -199,17 +216,27 @@ def _route(route: Route, snapshot: Snapshot) -> ServingRoute:
         policy=_POLICIES[route.on_missing],
         max_defaulted_share=0.0 if share >= 1 else max(share, _NO_DEFAULTS),
         tenants=frozenset(route.tenants),
-        arms=tuple(arms),
+        by_name=MappingProxyType({arm.name: arm for arm in arms}),
         weighted=weighted,
+        by_weight=MappingProxyType(_by_weight(weighted)),
+        sticky=route.sticky,
+        rules=tuple(ServingRule(name=rule.name, variant=rule.variant, tests=compile_condition(rule.when)) for rule in route.rules),
+        experiments=compile_experiments(experiments),
         fault=fault,
         left_out=MappingProxyType(left_out),
         stages=None if isinstance(stages, Fault) else stages,
     )
 
 
+def _by_weight(arms: Sequence[Arm]) -> dict[str, tuple[explanation_pb2.Assignment, ...]]:
+    if len(arms) == 1:
+        return {}  # nobody was assigned anything
+    return {arm.name: (explanation_pb2.Assignment(variant=arm.name, bucket=NO_BUCKET),) for arm in arms}
+
+
 def _fault_of_all(route: Route, left_out: Mapping[str, Fault]) -> Fault:
     if not left_out:
-        return Fault(reason="ROUTE_EMPTY", message=f"route {route.name!r} has no variant: give it one and apply it again")
+        return Fault(reason="ROUTE_EMPTY", message=f"route {route.name!r} has no variant with a weight: give it one and apply it again")
     variant, fault = next(iter(left_out.items()))
     more = f" (and {len(left_out) - 1} more variants cannot serve)" if len(left_out) > 1 else ""
     return Fault(reason=fault.reason, message=f"route {route.name!r} cannot serve: variant {variant!r}: {fault.message}{more}")

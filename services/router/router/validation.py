@@ -23,6 +23,8 @@ MAX_ID_BYTES: Final = 256  # of a text, also as a part of a composite key
 MAX_PARTS: Final = 8
 MAX_NAME_BYTES: Final = 63
 MAX_REQUEST_ID_BYTES: Final = 128
+MAX_LABELS: Final = 16
+MAX_LABEL_BYTES: Final = 256
 MAX_DIMENSIONS: Final = 8
 _MAX_TOLD: Final = 20  # violations travel in a trailer of a few KiB
 _MAX_UTF8: Final = 4  # bytes per character
@@ -139,9 +141,23 @@ def _row_count(request: pb.PredictRequest, route: ServingRoute, arm: Arm, rows: 
 def _check_common(request: pb.RankRequest | pb.PredictRequest, found: Findings) -> None:
     if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
         found.add("request_id", f"expected at most {MAX_REQUEST_ID_BYTES} bytes, got {len(request.request_id.encode())}")
+    if request.labels:
+        _check_labels(request.labels, found)
     if not 0 < len(request.route.encode()) <= MAX_NAME_BYTES:
         found.add("route", f"expected the name of a route, 1 to {MAX_NAME_BYTES} bytes, got {len(request.route.encode())} bytes")
         found.raise_if_any()
+
+
+def _check_labels(labels: Mapping[str, str], found: Findings) -> None:
+    """Tells names only where they are fit to be told, and no values: they may be a person's."""
+    if len(labels) > MAX_LABELS:
+        found.add("labels", f"expected at most {MAX_LABELS}, got {len(labels)}")
+        return
+    for name, value in labels.items():
+        if not 0 < len(name.encode()) <= MAX_NAME_BYTES:
+            found.add("labels", f"expected names of 1 to {MAX_NAME_BYTES} bytes, got one of {len(name.encode())}")
+        elif len(value.encode()) > MAX_LABEL_BYTES:
+            found.add(f"labels[{name!r}]", f"expected at most {MAX_LABEL_BYTES} bytes, got {len(value.encode())}")
 
 
 def count(ids: types_pb2.EntityIds) -> int:
