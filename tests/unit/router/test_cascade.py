@@ -5,21 +5,32 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from tests.fakes.feature_retrieval import FakeFeatureRetrieval
 from tests.fakes.model_worker import FakeModelWorker
-from tests.fakes.router_world import DI, INPUTS, route, router_world, snapshot
+from tests.fakes.router_world import DI, INPUTS, SIGNATURE, route, router_world, snapshot
 from tests.unit.router.test_ranking import World, ask, rank, strings, tensor
 
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import FailedPrecondition, Unavailable
 from plait.registry import crosschecks
-from plait.registry.policies import Comparison, Diversity, Stages
-from plait.registry.records import Entity, Feature, FeatureSet, FeatureView, ModelInput, Snapshot
+from plait.registry.policies import Comparison, Diversity, Retrieve, Stages
+from plait.registry.records import (
+    Entity,
+    Feature,
+    FeatureSet,
+    FeatureView,
+    Model,
+    ModelInput,
+    ModelVersion,
+    Signature,
+    Snapshot,
+    TensorSpec,
+)
 
 NAN = float("nan")
 LISTING = FeatureView(name="listing", entity=Entity(type="item"), features=tuple(Feature(name=n) for n in ("sold", "promoted", "seller")))
@@ -41,6 +52,8 @@ class Listings(FakeFeatureRetrieval):
         self.rules_error: Exception | None = None
 
     async def fill(self, request: Any, response: Any) -> None:
+        if request.feature_set == "user-only":
+            request.inputs.append("user")
         if request.feature_set != "rules":
             await super().fill(request, response)
             return
@@ -156,3 +169,84 @@ def test_what_fits_is_fine() -> None:
     stages = Stages(rules="rules", filter=(SOLD_OUT,), boost=(PROMOTED,), diversity=(ONE_PER_SELLER,))
     assert not [problem for problem in crosschecks.check(registry(stages)) if "stages" in problem.field]
     assert "Route home" in crosschecks.users_of(registry(stages), ("FeatureSet", "rules"))
+
+
+class Retrieving(FakeModelWorker):
+    """Also answers ids, for the model called "two-tower", which looks at the user alone."""
+
+    ids: Any = np.array([3, 1, -1, 2, 3], "<i8")
+
+    async def fill(self, request: Any, response: Any) -> None:
+        if request.model_name != "two-tower":
+            await super().fill(request, response)
+            return
+        assert ([i.name for i in request.inputs], [o.name for o in request.outputs]) == (["user"], ["ids"])
+        if isinstance(self.ids, bytes):
+            response.outputs.add(name="ids", datatype="BYTES", shape=[1])
+            response.raw_output_contents.append(self.ids)
+        else:
+            response.outputs.add(name="ids", datatype="INT64", shape=self.ids.shape)
+            response.raw_output_contents.append(self.ids.tobytes())
+
+
+def with_retriever(key: Literal["string", "int64"], **stages: Any) -> Snapshot:
+    found = registry(Stages(retrieve=Retrieve(model="two-tower", use="1", limit=3), **stages))
+    found = replace(found, feature_views={**found.feature_views, "item-view": snapshot(item_key=key).feature_views["item-view"]})
+    towers = Signature(
+        inputs=(SIGNATURE.inputs[0],), outputs=(TensorSpec(name="ids", dtype="int64", shape=(-1,), per="request"),), feature_set="user-only"
+    )
+    users = FeatureSet(name="user-only", inputs=(found.feature_sets["ranker"].inputs[0],))
+    model = Model(name="two-tower", versions=(ModelVersion(version="1", artifact="/m/t", digest="sha256:t", signature=towers),))
+    return replace(found, feature_sets={**found.feature_sets, "user-only": users}, models={**found.models, "two-tower": model})
+
+
+@asynccontextmanager
+async def retrieving(key: Literal["string", "int64"]) -> AsyncIterator[World]:
+    async with (
+        Listings({}) as features,
+        Retrieving() as worker,
+        router_world(features.address, worker.address, with_retriever(key)) as router,
+    ):
+        yield World(router.ranking, features, worker)
+
+
+async def test_candidates_come_from_a_model_where_the_caller_gives_none() -> None:
+    async with retrieving("int64") as world:
+        answer = await ask(world.ranking, rank(candidates=None))
+        assert list(answer.item_ids.int64_ids) == [3, 2, 1]  # each once, without the padding
+        given = types_pb2.EntityIds(int64_ids=[7, 9])
+        assert list((await ask(world.ranking, rank(candidates=given))).item_ids.int64_ids) == [9, 7]
+        worker: Any = world.worker
+        worker.ids = np.array([-1], "<i8")
+        assert not (await ask(world.ranking, rank(candidates=None))).item_ids.int64_ids
+        worker.ids = np.arange(50, dtype="<i8")
+        assert len((await ask(world.ranking, rank(candidates=None))).item_ids.int64_ids) == 3
+
+
+async def test_retrieved_ids_may_be_texts_and_have_to_be_ones_of_candidates() -> None:
+    async with retrieving("string") as world:
+        worker: Any = world.worker
+        worker.ids = b"".join(len(text).to_bytes(4, "little") + text for text in (b"i4", b"", b"i8"))
+        assert list((await ask(world.ranking, rank(candidates=None))).item_ids.string_ids) == ["i8", "i4"]
+        for wrong in (b"\x09\0\0\0i4", np.array([1], "<i8")):
+            worker.ids = wrong
+            with pytest.raises(FailedPrecondition) as caught:
+                await ask(world.ranking, rank(candidates=None))
+            assert caught.value.reason == "SIGNATURE_MISMATCH"
+
+
+@pytest.mark.parametrize(
+    ("retrieve", "phrase"),
+    [
+        (Retrieve(model="gone", use="1"), "no model 'gone'"),
+        (Retrieve(model="two-tower", use="9"), "neither a version nor an alias '9'"),
+        (Retrieve(model="two-tower", use="1", output="scores"), "no output 'scores' of ids"),
+        (Retrieve(model="ranker", use="1", output="score"), "no output 'score' of ids"),
+    ],
+)
+def test_a_retriever_that_can_give_no_ids_is_refused(retrieve: Retrieve, phrase: str) -> None:
+    found = with_retriever("int64")
+    bad = replace(found, routes={"home": route(stages=Stages(retrieve=retrieve))})
+    assert phrase in next(problem.message for problem in crosschecks.check(bad) if problem.field == "spec.stages.retrieve")
+    assert not [problem for problem in crosschecks.check(found) if "stages" in problem.field]
+    assert "Route home" in crosschecks.users_of(found, ("Model", "two-tower"))
