@@ -29,6 +29,7 @@ log = get_logger(__name__)
 _MAX_TIMEOUT_S: Final = 3600.0
 
 Fill = Callable[[Any, Any], Awaitable[object]]
+Finish = Callable[[Any], None]
 
 
 async def serve(
@@ -41,14 +42,15 @@ async def serve(
     default_timeout_s: float = 10.0,
     tracing: Tracing | None = None,
     span_name: str = "",
+    finish: Finish | None = None,
 ) -> None:
     """Answer the calls of one stream until the client ends it (or the process drains), then finish those under way.
 
     `fill(request, response)` fills the response in place, or raises a PlaitError. `frames` yields Stream…Request messages
     (`.call`, `.request`), `response_type` is the Stream…Response (`.call_id`, `.response`, `.status`). Calls that bring no deadline get
-    `default_timeout_s`.
+    `default_timeout_s`. `finish` may add to each Stream…Response, failures included, just before it goes out.
     """
-    calls = _ServedCalls(context, fill, response_type, tracing or off(), span_name, default_timeout_s)
+    calls = _ServedCalls(context, fill, response_type, tracing or off(), span_name, default_timeout_s, finish)
     try:
         async for frame in frames:
             header = frame.call
@@ -67,13 +69,21 @@ class _ServedCalls:
     """The calls under way on one stream, server side."""
 
     def __init__(
-        self, context: Any, fill: Fill, response_type: type[Any], tracing: Tracing, span_name: str, default_timeout_s: float
+        self,
+        context: Any,
+        fill: Fill,
+        response_type: type[Any],
+        tracing: Tracing,
+        span_name: str,
+        default_timeout_s: float,
+        finish: Finish | None,
     ) -> None:
         self._fill = fill
         self._response_type = response_type
         self._tracing = tracing
         self._span_name = span_name
         self._default_timeout_s = default_timeout_s
+        self._finish = finish
         self._stream_call = current()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._writer = _Writer(context.write, "write answers")
@@ -112,6 +122,8 @@ class _ServedCalls:
         try:
             with self._tracing.span(self._span_name, kind=SpanKind.SERVER, traceparent=frame.call.traceparent):
                 answer = await self._run(call_id, frame)
+            if self._finish is not None:
+                self._finish(answer)
             self._writer.put(answer)
         finally:
             if self._tasks.get(call_id) is asyncio.current_task():
@@ -152,13 +164,17 @@ class _ServedCalls:
 class Multiplexer:
     """The client side: any number of concurrent calls over one stream, which is opened on first use and again after a break.
 
-    `open_stream` is the generated stub's stream method, ready to call (metadata included).
+    `open_stream` is the generated stub's stream method, ready to call (metadata included). `on_load` gets the `.load` of each answer that
+    brings one, before the caller gets its answer.
     """
 
-    def __init__(self, open_stream: Callable[[], Any], *, name: str, tracing: Tracing | None = None) -> None:
+    def __init__(
+        self, open_stream: Callable[[], Any], *, name: str, tracing: Tracing | None = None, on_load: Callable[[Any], None] | None = None
+    ) -> None:
         self._open_stream = open_stream
         self._name = name
         self._tracing = tracing or off()
+        self._on_load = on_load
         self._stream: _OpenStream | None = None
         self._ids = itertools.count(1)
 
@@ -197,7 +213,7 @@ class Multiplexer:
     async def _exchange(self, frame: Any, call_id: int, left_s: float) -> Any:
         stream = self._stream
         if stream is None or not stream.usable:
-            stream = self._stream = _OpenStream(self._open_stream(), self._name)
+            stream = self._stream = _OpenStream(self._open_stream(), self._name, self._on_load)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
         stream.waiting[call_id] = answer
@@ -221,8 +237,9 @@ class Multiplexer:
 class _OpenStream:
     """One stream of a Multiplexer, from its opening until it breaks; owns the task that reads it."""
 
-    def __init__(self, stream: Any, name: str) -> None:
+    def __init__(self, stream: Any, name: str, on_load: Callable[[Any], None] | None) -> None:
         self._stream = stream
+        self._on_load = on_load
         self._name = name
         self._writer = _Writer(stream.write, f"write {name}")
         self.waiting: dict[int, asyncio.Future[Any]] = {}
@@ -246,6 +263,8 @@ class _OpenStream:
         error: PlaitError = Unavailable(f"{self._name} ended the connection", reason="CONNECTION_LOST", retry_after_s=0.1)
         try:
             while (answer := await self._stream.read()) is not grpc.aio.EOF:
+                if self._on_load is not None and answer.HasField("load"):
+                    self._on_load(answer.load)
                 waiter = self.waiting.pop(answer.call_id, None)
                 if waiter is not None and not waiter.done():
                     waiter.set_result(answer)
