@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
-from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.errors import Cancelled, InvalidArgument, NotFound, PlaitError, Unavailable
 from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from plait.api.types.v1 import types_pb2
 
 _METHOD: Final = "plait.api.feature_retrieval.v1.FeatureRetrievalService/GetFeatures"
+_STREAM: Final = "/plait.api.feature_retrieval.v1.FeatureRetrievalService/StreamFeatures"
 _RETRY_S: Final = 0.25
 
 
@@ -36,7 +36,8 @@ class FeatureClient:
         self._connections = Connections(
             _METHOD,
             static.parse(settings.addresses),
-            _open_stream,
+            _STREAM,
+            pb.StreamFeaturesResponse,
             channel,
             per_replica=settings.connections,
             ejection_s=settings.ejection_s,
@@ -84,11 +85,6 @@ class FeatureClient:
     async def close(self) -> None:
         """Close every connection."""
         await self._connections.close()
-
-
-def _open_stream(channel: Any, metadata: Sequence[tuple[str, str]]) -> Any:
-    stub: Any = pb_grpc.FeatureRetrievalServiceStub(channel)
-    return stub.StreamFeatures(metadata=metadata)
 
 
 def _lags(error: PlaitError) -> bool:
