@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Final
 
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
-from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
 from plait.api.types.v1 import types_pb2
 from plait.errors import Cancelled, InvalidArgument, NotFound, PlaitError, Unavailable
 from plait.rpc.deadline import Deadline
@@ -18,6 +17,7 @@ from router.route_table import ServingRoute
 from router.settings import FeaturesSettings
 
 _METHOD: Final = "plait.api.feature_retrieval.v1.FeatureRetrievalService/GetFeatures"
+_STREAM: Final = "/plait.api.feature_retrieval.v1.FeatureRetrievalService/StreamFeatures"
 _RETRY_S: Final = 0.25
 
 
@@ -34,7 +34,8 @@ class FeatureClient:
         self._connections = Connections(
             _METHOD,
             static.parse(settings.addresses),
-            _open_stream,
+            _STREAM,
+            pb.StreamFeaturesResponse,
             channel,
             per_replica=settings.connections,
             ejection_s=settings.ejection_s,
@@ -85,11 +86,6 @@ class FeatureClient:
     async def close(self) -> None:
         """Close every connection."""
         await self._connections.close()
-
-
-def _open_stream(channel: Any, metadata: Sequence[tuple[str, str]]) -> Any:
-    stub: Any = pb_grpc.FeatureRetrievalServiceStub(channel)
-    return stub.StreamFeatures(metadata=metadata)
 
 
 def _lags(error: PlaitError) -> bool:
