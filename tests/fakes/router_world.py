@@ -34,8 +34,10 @@ from plait.telemetry.metrics import Metrics
 from router.admission import Admission
 from router.cascade import Cascade
 from router.consulting import Consulting
+from router.expectations import Expectations
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.ladder import Ladder
 from router.ranking import Ranking
 from router.servicer import RouterServicer
 from router.settings import AdmissionSettings, FeaturesSettings, WorkersSettings
@@ -153,6 +155,7 @@ async def router_world(
         gate=Gate(Admission(admission or AdmissionSettings())),
         consulting=consulting,
         cascade=Cascade(consulting, feature_client, features_share),
+        ladder=Ladder(consulting, Expectations(), metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )

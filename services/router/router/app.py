@@ -16,8 +16,10 @@ from router import auth
 from router.admission import Admission
 from router.cascade import Cascade
 from router.consulting import Consulting
+from router.expectations import Expectations
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.ladder import Ladder
 from router.ranking import Ranking
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
@@ -42,6 +44,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
         gate=Gate(Admission(settings.admission)),
         consulting=consulting,
         cascade=Cascade(consulting, features, settings.features.budget_share),
+        ladder=Ladder(consulting, Expectations(), metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
     )
