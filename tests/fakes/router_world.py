@@ -32,6 +32,7 @@ from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings, RpcSettings
 from plait.telemetry.metrics import Metrics
 from router.admission import Admission
+from router.cascade import Cascade
 from router.consulting import Consulting
 from router.expectations import Expectations
 from router.exposures import Exposures
@@ -158,6 +159,7 @@ async def router_world(
     ranking = Ranking(
         gate=Gate(Admission(admission or AdmissionSettings())),
         consulting=consulting,
+        cascade=Cascade(consulting, feature_client, features_share),
         ladder=Ladder(consulting, Expectations(), metrics),
         exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),

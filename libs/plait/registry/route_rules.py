@@ -29,7 +29,7 @@ _TIERS: Final = ("light", "cached", "popularity")  # from the best to the cheape
 # Nothing serves these yet, and a setting that would be ignored is refused.
 NOT_YET: Final = frozenset(
     {
-        "priority", "shadow", "cache", "repeat_window_s", "retry", "hedge", "required_views", "stages", "Pool", "weight", "quota",
+        "priority", "shadow", "cache", "repeat_window_s", "retry", "hedge", "required_views", "Pool", "weight", "quota",
     }
 )  # fmt: skip
 _PLAIN: Final = Route(name="plain", variants=())
@@ -200,10 +200,7 @@ def _policies(route: Route) -> Iterator[Finding]:
 def _stages(at: Steps, stages: Stages) -> Iterator[Finding]:
     retrieve = stages.retrieve
     if retrieve is not None:
-        if bool(retrieve.model) == bool(retrieve.feature):
-            yield (*at, "retrieve"), "needs either a model or a feature that candidates come from"
-        if retrieve.feature and not _FEATURE.match(retrieve.feature):
-            yield (*at, "retrieve", "feature"), f"expected view:feature of the subject, found {retrieve.feature[:80]!r}"
+        yield from findings.name((*at, "retrieve", "model"), retrieve.model)
         yield from findings.in_range((*at, "retrieve", "limit"), retrieve.limit, 1, MAX_CANDIDATES)
     for part in ("filter", "boost"):
         entries: tuple[Comparison, ...] = getattr(stages, part)

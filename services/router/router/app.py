@@ -14,6 +14,7 @@ from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
 from router import auth
 from router.admission import Admission
+from router.cascade import Cascade
 from router.consulting import Consulting
 from router.expectations import Expectations
 from router.exposures import Exposures
@@ -43,6 +44,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     ranking = Ranking(
         gate=Gate(Admission(settings.admission)),
         consulting=consulting,
+        cascade=Cascade(consulting, features, settings.features.budget_share),
         ladder=Ladder(consulting, Expectations(), metrics),
         exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),

@@ -8,7 +8,7 @@ place or workers. Which rung answered is told in the answer: nothing is passed o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from plait.api.router.v1 import explanation_pb2
@@ -20,6 +20,8 @@ from router.consulting import Consulting
 from router.expectations import Expectations
 from router.question import TIER_FULL, Question, Response, Road
 from router.route_table import Arm, Popularity, Rung, ServingRoute
+
+Filtering = Callable[[Question], Awaitable[None]]
 
 _MARGIN: Final = 1.2
 _UNKNOWN: Final = 0.1  # of what is left is kept for a rung of which nothing is known yet
@@ -42,17 +44,21 @@ class Ladder:
     def __repr__(self) -> str:
         return f"<Ladder free={self._free} {self._expectations!r}>"
 
-    def around(self, road: Road, route: ServingRoute) -> Road:
-        """Return the road with the route's rungs below it; the gate is part of `road`, so a full one is a reason to step down."""
+    def around(self, road: Road, route: ServingRoute, filtering: Filtering | None = None) -> Road:
+        """Return the road with the route's rungs below it; the gate is part of `road`, so a full one is a reason to step down.
+
+        `filtering` drops from a question what must not be shown, where no model is asked.
+        """
         below = route.ladder
 
         async def stepping(question: Question) -> Response:
-            return await self._step_down(road, question, [_FULL, *(rung for rung in below if _suits(rung, question))])
+            rungs = [_FULL, *(rung for rung in below if _suits(rung, question))]
+            return await self._step_down(road, question, rungs, filtering)
 
         return stepping
 
-    async def _step_down(self, road: Road, question: Question, rungs: Sequence[Rung]) -> Response:
-        whole, chosen = question.deadline, question.arm
+    async def _step_down(self, road: Road, question: Question, rungs: Sequence[Rung], filtering: Filtering | None) -> Response:
+        whole, chosen, told = question.deadline, question.arm, len(question.reasons)
         failed: PlaitError | None = None
         for place, rung in enumerate(rungs):
             below = rungs[place + 1] if place + 1 < len(rungs) else None
@@ -63,12 +69,13 @@ class Ladder:
                 continue
             question.deadline = whole if below is None else Deadline(whole.at_s - self._kept_s(below, chosen, question, left_s))
             try:
-                response = await self._ask(rung, road, question, failed)
+                response = await self._ask(rung, road, question, failed, filtering)
             except PlaitError as error:
                 _report(question, rung, "overloaded" if isinstance(error, ResourceExhausted) else "failed", left_s, expected_s)
                 if below is None or whole.expired or not _steps_down(error):
                     raise
                 failed = error
+                del question.reasons[told:]  # what was wrong with an answer that never came
                 continue
             self._settle(question, rung, chosen)
             _report(question, rung, "answered", left_s, expected_s)
@@ -77,9 +84,9 @@ class Ladder:
             return response
         raise AssertionError("the last rung answers or raises")
 
-    async def _ask(self, rung: Rung, road: Road, question: Question, failed: PlaitError | None) -> Response:
+    async def _ask(self, rung: Rung, road: Road, question: Question, failed: PlaitError | None, filtering: Filtering | None) -> Response:
         if rung.popularity is not None:
-            return await self._without_model(rung.popularity, question, failed)
+            return await self._without_model(rung.popularity, question, failed, filtering)
         watch, arm = question.watch, question.arm
         watch.admitted = 0.0
         try:
@@ -93,7 +100,9 @@ class Ladder:
         self._expectations.learn(arm, question.rows, watch.predicted - watch.admitted)
         return response
 
-    async def _without_model(self, popularity: Popularity, question: Question, failed: PlaitError | None) -> Response:
+    async def _without_model(
+        self, popularity: Popularity, question: Question, failed: PlaitError | None, filtering: Filtering | None
+    ) -> Response:
         """Bounded, so that what answers an overload does not become the next one; beyond it the first refusal stands."""
         if not self._free:
             raise failed or ResourceExhausted(
@@ -101,6 +110,8 @@ class Ladder:
             )
         self._free -= 1
         try:
+            if filtering is not None:
+                await filtering(question)
             return await self._consulting.by_popularity(question, popularity)
         finally:
             self._free += 1

@@ -4,7 +4,7 @@
 
 A route's road is made once per snapshot, of the steps that the route uses and no others:
 
-    ladder → gate → features → predict → order
+    ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from plait.registry.records import Snapshot
 from plait.rpc.call import current
 from plait.telemetry.logging import get_logger
 from router.asking import Asking
+from router.cascade import Cascade
 from router.consulting import Consulting
 from router.explanation import explain
 from router.exposures import Exposures
@@ -45,10 +46,19 @@ class Ranking:
     """
 
     def __init__(
-        self, *, gate: Gate, consulting: Consulting, ladder: Ladder, exposures: Exposures, metrics: RankingMetrics, max_message_bytes: int
+        self,
+        *,
+        gate: Gate,
+        consulting: Consulting,
+        cascade: Cascade,
+        ladder: Ladder,
+        exposures: Exposures,
+        metrics: RankingMetrics,
+        max_message_bytes: int,
     ) -> None:
         self._gate = gate
         self._consulting = consulting
+        self._cascade = cascade
         self._ladder = ladder
         self._exposures = exposures
         self._metrics = metrics
@@ -102,10 +112,12 @@ class Ranking:
 
     def _road(self, route: ServingRoute) -> Road:
         """Return the steps of a route, the last one first: this is the only place where their order stands."""
-        road: Road = self._consulting.answer
+        stages = route.stages
+        road: Road = self._cascade.road(route, stages) if stages else self._consulting.answer
         road = self._gate.around(road)
         if route.ladder:
-            road = self._ladder.around(road, route)  # outside of the gate: an overloaded model is a reason to answer otherwise
+            filtering = self._cascade.filtering(stages) if stages and stages.filters else None
+            road = self._ladder.around(road, route, filtering)  # outside of the gate: an overloaded model is a reason to answer otherwise
         return road
 
     def _sign(self, response: R, question: Question, revision: int) -> R:
@@ -117,7 +129,7 @@ class Ranking:
         response.tier = question.tier
         response.request_id = question.request_id
         response.registry_revision = revision
-        response.degraded_reasons.extend(question.reasons)
+        response.degraded_reasons.extend(dict.fromkeys(question.reasons))  # (two tiers may have met the same)
         response.assignments.extend(question.assignments)
         question.watch.done = question.watch.stamp()
         asyncio.get_running_loop().call_soon(self._account, question)
@@ -128,6 +140,8 @@ class Ranking:
         watch = question.watch
         self._exposures.note(question)
         self._metrics.answered(question.route.name, question.arm.name, question.reasons, watch)
+        if question.by_rule:
+            self._metrics.ruled(question.route.name, question.by_rule)
         if _stdlib_log.isEnabledFor(logging.DEBUG):
             log.debug(
                 "answered",

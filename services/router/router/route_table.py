@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
@@ -18,12 +18,15 @@ from plait.api.router.v1 import explanation_pb2
 from plait.api.types.v1 import types_pb2
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, NotFound, PermissionDenied
-from plait.registry.crosschecks import misfits
+from plait.registry.crosschecks import misfits, retriever, rules_of
 from plait.registry.entity_ids import Id
 from plait.registry.places import Place, place_of
+from plait.registry.policies import Comparison, Stages
 from plait.registry.records import EMPTY, Entity, Experiment, FeatureSet, Route, Signature, Snapshot, TensorSpec, Variant
+from plait.registry.rule_columns import columns_named
 from plait.registry.shapes import SetShape
 from router.experiments import ServingExperiment, assign, compile_experiments
+from router.reranking import Cap, Test
 from router.rules import ServingRule, compile_condition
 
 _POLICIES: Final = {
@@ -91,6 +94,29 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServingStages:
+    """The cascade around a route's model.
+
+    `retriever` gives candidates, by its output `output`, at most `limit`; None where callers give them. `rules_set` is the feature set whose
+    input `rules_input` [candidates, columns] of `rules_dtype` the filters, boosts and caps look at, `rules_entities` whose ids it takes; empty
+    where there is none. `rules_sent` and `retriever_sent`: the request-time features that each knows.
+    """
+
+    retriever: Arm | None = None
+    output: str = ""
+    limit: int = 0
+    retriever_sent: frozenset[str] = frozenset()
+    rules_set: str = ""
+    rules_input: str = ""
+    rules_dtype: str = ""
+    rules_entities: tuple[str, ...] = ()
+    rules_sent: frozenset[str] = frozenset()
+    filters: tuple[Test, ...] = ()
+    boosts: tuple[Test, ...] = ()
+    caps: tuple[Cap, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Popularity:
     """Where the popularity of candidates is read: an input of one of the route's variants, and the place in it."""
 
@@ -134,6 +160,7 @@ class ServingRoute:
     ladder: tuple[Rung, ...]
     fault: Fault | None = None
     left_out: Mapping[str, Fault] = field(default_factory=dict)
+    stages: ServingStages | None = None
 
     @property
     def takes_defaults(self) -> bool:
@@ -200,6 +227,8 @@ def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) 
     share = route.max_defaulted_share
     by_name = {arm.name: arm for arm in arms}
     weighted = tuple(arm for arm in arms if arm.weight > 0)
+    stages = None if route.stages is None else _stages(route, route.stages, snapshot)
+    fault = stages if isinstance(stages, Fault) else None if weighted else _fault_of_all(route, left_out)
     return ServingRoute(
         name=route.name,
         subject=route.subject,
@@ -217,8 +246,9 @@ def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) 
         rules=tuple(ServingRule(name=rule.name, variant=rule.variant, tests=compile_condition(rule.when)) for rule in route.rules),
         experiments=compile_experiments(experiments),
         ladder=tuple(_ladder(route, weighted or arms, by_name, snapshot)),
-        fault=None if weighted else _fault_of_all(route, left_out),
+        fault=fault,
         left_out=MappingProxyType(left_out),
+        stages=None if isinstance(stages, Fault) else stages,
     )
 
 
@@ -264,18 +294,67 @@ def _arm(route: Route, variant: Variant, snapshot: Snapshot) -> Arm | Fault:
     if problems or version.signature is None:
         listed = "; ".join(problems)
         return Fault(reason="SIGNATURE_MISMATCH", message=f"{listed}: publish a version that fits, or change the feature set")
-    feature_set = snapshot.feature_sets[version.signature.feature_set]
+    return _made(variant, version.version, version.signature, snapshot)
+
+
+def _made(variant: Variant, version: str, signature: Signature, snapshot: Snapshot) -> Arm:
+    feature_set = snapshot.feature_sets[signature.feature_set]
     shape = SetShape(feature_set, snapshot.feature_views)
     return Arm(
         name=variant.name,
         weight=variant.weight,
-        model=model.name,
-        version=version.version,
-        feature_set=version.signature.feature_set,
-        inputs=_inputs(version.signature, feature_set, shape),
-        outputs=tuple(tensor.name for tensor in version.signature.outputs),
+        model=variant.model,
+        version=version,
+        feature_set=signature.feature_set,
+        inputs=_inputs(signature, feature_set, shape),
+        outputs=tuple(tensor.name for tensor in signature.outputs),
         keys=_keys(feature_set, shape),
         view_versions=MappingProxyType({view.name: view.version for item in feature_set.inputs for view in shape.views_of(item)}),
+    )
+
+
+def _stages(route: Route, stages: Stages, snapshot: Snapshot) -> ServingStages | Fault:
+    made = ServingStages()
+    if stages.retrieve is not None:
+        found = retriever(route, stages.retrieve, snapshot)
+        if isinstance(found, str) or found.signature is None:
+            return Fault(reason="SIGNATURE_MISMATCH", message=f"route {route.name!r} cannot retrieve candidates: {found}")
+        arm = _made(Variant(name="retrieve", model=stages.retrieve.model, use=""), found.version, found.signature, snapshot)
+        sent = _sent(snapshot.feature_sets[arm.feature_set])
+        made = replace(made, retriever=arm, output=stages.retrieve.output, limit=stages.retrieve.limit, retriever_sent=sent)
+    if not stages.rules:
+        return made
+    columns = rules_of(route, snapshot)
+    if isinstance(columns, str) or any(column not in columns.places for _, column in columns_named(stages)):
+        why = columns if isinstance(columns, str) else f"feature set {stages.rules!r} lacks a column that they look at"
+        return Fault(reason="RULES_MISFIT", message=f"route {route.name!r} cannot apply its rules: {why}: change the set, or the route")
+    rules = snapshot.feature_sets[stages.rules]
+    shape = SetShape(rules, snapshot.feature_views)
+    return replace(
+        made,
+        rules_set=stages.rules,
+        rules_input=columns.item.name,
+        rules_dtype=BY_NAME[columns.item.dtype].numpy,
+        rules_entities=shape.entities_of(columns.item),
+        rules_sent=_sent(rules),
+        filters=tuple(_test(entry, columns.places) for entry in stages.filter),
+        boosts=tuple(_test(entry, columns.places) for entry in stages.boost),
+        caps=tuple(Cap(name=c.name, place=columns.places[c.column], at_most=c.at_most, within=c.within) for c in stages.diversity),
+    )
+
+
+def _sent(feature_set: FeatureSet) -> frozenset[str]:
+    return frozenset(feature.name for feature in feature_set.request)
+
+
+def _test(entry: Comparison, places: Mapping[str, int]) -> Test:
+    low, high = (entry.at_least, entry.at_most) if entry.equals is None else (entry.equals, entry.equals)
+    return Test(
+        name=entry.name,
+        place=places[entry.column],
+        at_least=-math.inf if low is None else low,
+        at_most=math.inf if high is None else high,
+        multiply=entry.multiply,
     )
 
 

@@ -62,7 +62,8 @@ def check_rank(request: pb.RankRequest, found: Findings) -> tuple[Id, Ids]:
 
     Raises at once, with everything found, where no route is named: there is nothing more to find then.
     """
-    candidates = _ids(request.candidates, "candidates", found, distinct=True)
+    given = count(request.candidates)
+    candidates = _ids(request.candidates, "candidates", found, distinct=True) if given else ()  # (a route may retrieve them)
     subject = _ids(request.subject, "subject", found)
     if len(subject) > 1:
         found.add("subject", f"expected exactly one id, got {len(subject)}")
@@ -75,6 +76,8 @@ def check_rank(request: pb.RankRequest, found: Findings) -> tuple[Id, Ids]:
 def check_rank_fits(request: pb.RankRequest, route: ServingRoute, arm: Arm, candidates: Ids, found: Findings) -> None:
     """Note what is wrong with a Rank on this route: kinds of ids, the route's own limit, inline features."""
     _check_kind(request.subject, arm.keys.get(route.subject), "subject", found)
+    if not count(request.candidates) and (route.stages is None or route.stages.retriever is None):
+        found.add("candidates", "expected at least one id, got none")
     _check_kind(request.candidates, arm.keys.get(route.candidate), "candidates", found)
     if route.max_candidates < len(candidates) <= MAX_ROWS:
         found.add("candidates", f"expected at most {route.max_candidates} on this route, got {len(candidates)}")

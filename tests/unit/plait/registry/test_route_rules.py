@@ -39,7 +39,7 @@ ROUTE = Route(
     hedge=Hedge(),
     required_views=("stats",),
     stages=Stages(
-        retrieve=Retrieve(feature="history:items"),
+        retrieve=Retrieve(model="two-tower", use="champion"),
         rules="listing",
         filter=(Comparison(name="sold-out", column="sold", at_least=1),),
         boost=(Comparison(name="promoted", column="promoted", equals=1, multiply=1.2),),
@@ -110,7 +110,7 @@ def test_what_uses_everything_is_fine(record: Any, monkeypatch: pytest.MonkeyPat
         (stages(rules=""), ("stages", "rules"), "is required"),
         (stages(filter=(), boost=(), diversity=()), ("stages", "rules"), "not looked at"),
         (stages(filter=(), boost=(), diversity=(), rules="", retrieve=None), ("stages",), "no stage"),
-        (stages(retrieve=Retrieve()), ("stages", "retrieve"), "either a model or a feature"),
+        (stages(retrieve=Retrieve(model="", use="1")), ("stages", "retrieve", "model"), "not a name"),
         (stages(filter=(Comparison(name="f", column="c"),)), ("stages", "filter", 0), "needs either equals"),
         (stages(filter=(Comparison(name="f", column="c", equals=1, at_most=2),)), ("stages", "filter", 0), "needs either equals"),
         (stages(filter=(Comparison(name="f", column="c", equals=1, multiply=2),)), ("stages", "filter", 0, "multiply"), "only drops"),
