@@ -29,8 +29,9 @@ from plait.registry.records import (
 )
 from plait.rpc.credentials import Authenticator, digest
 from plait.rpc.server import RpcServer
-from plait.settings import ChannelSettings, RpcSettings
+from plait.settings import ChannelSettings, RpcSettings, TelemetrySettings
 from plait.telemetry.metrics import Metrics
+from plait.telemetry.tracing import Tracing
 from router.admission import Admission
 from router.cascade import Cascade
 from router.consulting import Consulting
@@ -42,6 +43,7 @@ from router.ladder import Ladder
 from router.ranking import Ranking
 from router.servicer import RouterServicer
 from router.settings import AdmissionSettings, FeaturesSettings, WorkersSettings
+from router.shadow import Shadows
 from router.stopwatch import RankingMetrics
 from router.worker_pool import WorkerPool
 
@@ -111,9 +113,10 @@ def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_k
 class RouterWorld:
     """The router under test, as its clients see it."""
 
-    def __init__(self, server: RpcServer, ranking: Ranking, stub: Any, metrics: Metrics) -> None:
+    def __init__(self, server: RpcServer, ranking: Ranking, shadows: Shadows, stub: Any, metrics: Metrics) -> None:
         self.server = server
         self.ranking = ranking
+        self.shadows = shadows
         self.stub = stub
         self.metrics = metrics
 
@@ -148,6 +151,7 @@ async def router_world(
     token: str = "the-token",
     max_message_bytes: int = 16 << 20,
     features_share: float = 0.8,
+    telemetry: TelemetrySettings | None = None,
 ) -> AsyncIterator[RouterWorld]:
     """Run the router on a free port in front of comma separated addresses."""
     registry = registry or snapshot()
@@ -156,25 +160,31 @@ async def router_world(
     pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
     metrics = Metrics()
     consulting = Consulting(feature_client, pool, features_share)
+    gate = Gate(Admission(admission or AdmissionSettings()))
+    tracing = Tracing(telemetry or TelemetrySettings(), "router")
+    shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     ranking = Ranking(
-        gate=Gate(Admission(admission or AdmissionSettings())),
+        gate=gate,
         consulting=consulting,
         cascade=Cascade(consulting, feature_client, features_share),
         ladder=Ladder(consulting, Expectations(), metrics),
+        shadows=shadows,
         exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )
     ranking.adopt(registry)
     settings = RpcSettings(grace_s=5, max_message_bytes=max_message_bytes)
-    server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, required=True), metrics=metrics)
+    server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, required=True), metrics=metrics, tracing=tracing)
     server.add(pb_grpc.add_RouterServiceServicer_to_server, RouterServicer(ranking), SERVICE, scope="rank")
     await server.start()
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
         async with grpc.aio.insecure_channel(server.address, options=options) as to_router:
-            yield RouterWorld(server, ranking, pb_grpc.RouterServiceStub(to_router), metrics)
+            yield RouterWorld(server, ranking, shadows, pb_grpc.RouterServiceStub(to_router), metrics)
     finally:
         await server.drain()
+        await shadows.close()
         await feature_client.close()
         await pool.close()
+        tracing.close()

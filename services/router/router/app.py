@@ -24,6 +24,7 @@ from router.ladder import Ladder
 from router.ranking import Ranking
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
+from router.shadow import Shadows
 from router.stopwatch import RankingMetrics
 from router.worker_pool import WorkerPool
 
@@ -41,11 +42,15 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     workers = WorkerPool(settings.workers, _channel(settings.workers.channel, settings), tracing)
     stack.push_async_callback(workers.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
+    gate = Gate(Admission(settings.admission))
+    shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
+    stack.push_async_callback(shadows.close)
     ranking = Ranking(
-        gate=Gate(Admission(settings.admission)),
+        gate=gate,
         consulting=consulting,
         cascade=Cascade(consulting, features, settings.features.budget_share),
         ladder=Ladder(consulting, Expectations(), metrics),
+        shadows=shadows,
         exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),

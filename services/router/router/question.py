@@ -56,6 +56,17 @@ class Question:
     features_for: Arm | None = None
     trail: Trail | None = None
 
+    def suits(self, arm: Arm) -> bool:
+        """Whether another variant can answer this request at all: it was checked against the one that was chosen for it."""
+        meant = {item.name: item.spec for item in self.arm.inputs}
+        for item in arm.inputs:
+            if item.name in self.inline:
+                if meant.get(item.name) != item.spec:
+                    return False
+            elif any(entity not in self.ids for entity in item.entities):
+                return False
+        return all(name in arm.outputs for name in self.outputs)
+
 
 Response = pb.RankResponse | pb.PredictResponse
 Road = Callable[[Question], Awaitable[Response]]

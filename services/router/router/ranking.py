@@ -4,7 +4,7 @@
 
 A route's road is made once per snapshot, of the steps that the route uses and no others:
 
-    ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity]
+    shadows → ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity]
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from router.gate import Gate
 from router.ladder import Ladder
 from router.question import TIER_POPULARITY, Question, Response, Road
 from router.route_table import NO_ROUTES, ServingRoute, compile_table
+from router.shadow import Shadows
 from router.stopwatch import RankingMetrics, Stopwatch
 from router.trail import Trail
 
@@ -52,6 +53,7 @@ class Ranking:
         consulting: Consulting,
         cascade: Cascade,
         ladder: Ladder,
+        shadows: Shadows,
         exposures: Exposures,
         metrics: RankingMetrics,
         max_message_bytes: int,
@@ -60,6 +62,7 @@ class Ranking:
         self._consulting = consulting
         self._cascade = cascade
         self._ladder = ladder
+        self._shadows = shadows
         self._exposures = exposures
         self._metrics = metrics
         self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)))
@@ -118,6 +121,8 @@ class Ranking:
         if route.ladder:
             filtering = self._cascade.filtering(stages) if stages and stages.filters else None
             road = self._ladder.around(road, route, filtering)  # outside of the gate: an overloaded model is a reason to answer otherwise
+        if route.shadows:
+            road = self._shadows.around(road, route)
         return road
 
     def _sign(self, response: R, question: Question, revision: int) -> R:
