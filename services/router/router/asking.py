@@ -30,7 +30,7 @@ class Asking:
         check_rank_fits(request, route, arm, candidates, found)
         found.raise_if_any()
         ids = {route.subject: request.subject, route.candidate: request.candidates}
-        return self._question(request, call, route, arm, ids, candidates, len(candidates), (route.score,), watch)
+        return self._question(request, call, table, route, arm, ids, candidates, len(candidates), (route.score,), watch)
 
     def predict(self, request: pb.PredictRequest, table: RouteTable, call: Call, watch: Stopwatch) -> Question:
         """Return the question of a Predict; raises as `rank`."""
@@ -43,12 +43,13 @@ class Asking:
         found.raise_if_any()
         ids = {entity.entity_type: entity.ids for entity in request.entities}
         most = max(map(len, rows.values()), default=0)
-        return self._question(request, call, route, arm, ids, rows.get(route.candidate, ()), most, request.outputs, watch)
+        return self._question(request, call, table, route, arm, ids, rows.get(route.candidate, ()), most, request.outputs, watch)
 
     def _question(
         self,
         request: pb.RankRequest | pb.PredictRequest,
         call: Call,
+        table: RouteTable,
         route: ServingRoute,
         arm: Arm,
         ids: Mapping[str, types_pb2.EntityIds],
@@ -78,4 +79,5 @@ class Asking:
             tenant=call.tenant,
             deadline=call.deadline.at_most(route.timeout_s),
             watch=watch,
+            revision=table.revision,
         )

@@ -20,7 +20,7 @@ class Question:
     """What to read, what to run, for whom, and in whose time.
 
     `candidates` are the ids of the route's candidate type, in the caller's order; `rows` says how many rows the model gets. `ids` holds the
-    ids of every entity type as they came. What the road learns on its way stands here too: `tier`, and `reasons` why the answer is not the
+    ids of every entity type as they came. `revision` is the registry's. What the road learns on its way stands here too: `tier`, and `reasons` why the answer is not the
     best possible.
     """
 
@@ -36,6 +36,7 @@ class Question:
     tenant: str
     deadline: Deadline
     watch: Stopwatch
+    revision: int
     tier: str = TIER_FULL
     reasons: list[str] = field(default_factory=list)
 

@@ -18,6 +18,7 @@ from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, NotFound, PermissionDenied
 from plait.registry.crosschecks import misfits
 from plait.registry.entity_ids import Id
+from plait.registry.policies import CachePolicy
 from plait.registry.records import EMPTY, Entity, FeatureSet, Route, Signature, Snapshot, TensorSpec, Variant
 from plait.registry.shapes import SetShape
 from router.experiments import assign
@@ -99,6 +100,8 @@ class ServingRoute:
     policy: types_pb2.MissingPolicy.ValueType
     max_defaulted_share: float
     tenants: frozenset[str]
+    cache: CachePolicy | None
+    repeat_window_s: float
     arms: tuple[Arm, ...]
     weighted: tuple[Arm, ...]
     fault: Fault | None = None
@@ -170,6 +173,8 @@ def _route(route: Route, snapshot: Snapshot) -> ServingRoute:
         policy=_POLICIES[route.on_missing],
         max_defaulted_share=0.0 if share >= 1 else max(share, _NO_DEFAULTS),
         tenants=frozenset(route.tenants),
+        cache=route.cache,
+        repeat_window_s=route.repeat_window_s,
         arms=tuple(arms),
         weighted=weighted,
         fault=None if weighted else _fault_of_all(route, left_out),
