@@ -17,6 +17,7 @@ from typing import Final, Protocol
 import grpc
 
 from plait.errors import PermissionDenied, Unauthenticated
+from plait.rpc.identity.roles import granted, roles_with
 
 API_KEY_HEADER: Final = "x-api-key"
 AUTHORIZATION_HEADER: Final = "authorization"
@@ -54,7 +55,7 @@ class Identity:
 
 
 _SERVICE: Final = Identity(caller="service", tenant=DEFAULT_TENANT, scopes=frozenset(), is_service=True)
-ANONYMOUS: Final = Identity(caller="anonymous", tenant=DEFAULT_TENANT, scopes=frozenset({"rank", "features", "infer"}))
+ANONYMOUS: Final = Identity(caller="anonymous", tenant=DEFAULT_TENANT, scopes=granted(("rank", "features", "infer")))
 
 
 def new_key() -> tuple[str, str]:
@@ -115,9 +116,13 @@ class Authenticator:
             raise Unauthenticated("the API key is not known or was revoked: ask for a new one", reason="API_KEY_INVALID")
         if record.expires_at and record.expires_at <= time.time():
             raise Unauthenticated("the API key has expired: ask for a new one", reason="API_KEY_EXPIRED")
-        if scope not in record.scopes:
-            raise PermissionDenied(f"the API key lacks the scope '{scope}': ask for a key that has it", reason="SCOPE_MISSING")
-        return Identity(caller=record.id, tenant=record.tenant, scopes=frozenset(record.scopes))
+        scopes = granted(record.scopes)
+        if scope not in scopes:
+            raise PermissionDenied(
+                f"the API key lacks the scope '{scope}': ask for a key that has it (role {' or '.join(roles_with(scope))})",
+                reason="SCOPE_MISSING",
+            )
+        return Identity(caller=record.id, tenant=record.tenant, scopes=scopes)
 
 
 def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:

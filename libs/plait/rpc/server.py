@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final
 
 import grpc
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
@@ -24,6 +25,8 @@ from plait.telemetry.tracing import Tracing, off
 
 log = get_logger(__name__)
 
+_TEND_S: Final = 1.0
+
 
 class RpcServer:
     """Built by a service's `app`, run by `plait.rpc.process`. Add services, `start`, then `drain`."""
@@ -40,6 +43,7 @@ class RpcServer:
         """`loop_polls` as `CoreServer` has it."""
         self._settings = settings
         self._scopes: dict[str, str] = {}
+        self._method_scopes: dict[str, str] = {}
         self.metrics = metrics or Metrics()
         self.tracing = tracing or off()
         self._interceptor = CallInterceptor(
@@ -48,6 +52,7 @@ class RpcServer:
             self.metrics,
             max_in_flight=settings.max_in_flight,
             default_timeout_s=settings.default_timeout_s,
+            method_scopes=self._method_scopes,
         )
         self._health = HealthServicer()
         self._waiting: set[str] = set()  # services that have said they are not ready
@@ -70,10 +75,32 @@ class RpcServer:
     def __repr__(self) -> str:
         return f"<RpcServer {self.address or 'not started'} services={sorted(self._scopes)} {self._interceptor!r}>"
 
-    def add(self, register: Callable[[Any, Any], None], servicer: object, service_name: str, *, scope: str) -> None:
-        """Serve `servicer`, registered by its generated `add_…_to_server`; callers need `scope` (services have every scope)."""
+    def add(
+        self,
+        register: Callable[[Any, Any], None],
+        servicer: object,
+        service_name: str,
+        *,
+        scope: str,
+        scopes: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Serve `servicer`, registered by its generated `add_…_to_server`; callers need `scope` (services have every scope).
+
+        `scopes`: by name, the methods that ask for another.
+        """
         register(servicer, self._server)
         self._scopes[service_name] = scope
+        self._method_scopes.update({f"/{service_name}/{method}": asked for method, asked in scopes.items()})
+
+    def reexamine(self, _: object = None) -> None:
+        """End open streams whose callers would not be let in any more. Takes whatever a subscription hands over."""
+        self._interceptor.reexamine()
+
+    async def tend(self) -> None:
+        """Do, every second and for ever, what time brings: keys and tokens expire while streams are open."""
+        while True:
+            await asyncio.sleep(_TEND_S)
+            self._interceptor.reexamine()
 
     async def start(self) -> None:
         """Listen and answer, with health SERVING, but for services that have said they are not ready."""
