@@ -46,7 +46,7 @@ class Features(pb_grpc.FeatureRetrievalServiceServicer):
         async for request in requests:
             yield pb.IngestFeaturesResponse(batch_id=request.batch_id)
 
-    async def StreamFeatures(self, requests: Any, context: Any) -> None:
+    async def StreamFeatures(self, requests: Any, context: Any) -> None:  # type: ignore[override]
         async for request in requests:
             await context.write(pb.StreamFeaturesResponse(call_id=request.call.call_id))
 

@@ -15,8 +15,9 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
+from plait.rpc.certificates import Certificates, server_credentials
 from plait.rpc.core_server import CoreServer
-from plait.rpc.credentials import Authenticator, server_credentials
+from plait.rpc.credentials import Authenticator
 from plait.rpc.interceptor import CallInterceptor
 from plait.settings import RpcSettings
 from plait.telemetry.logging import get_logger
@@ -70,6 +71,11 @@ class RpcServer:
             if settings.server == "core"
             else grpc.aio.server(interceptors=interceptors, options=options)
         )
+        self._certificates: Certificates | None = None
+        if settings.tls_cert and settings.tls_key:
+            self._certificates = certificates = Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+            ends = self.metrics.gauge("plait_certificate_expiry_seconds", "when the certificate served ends, seconds since the epoch")
+            ends.set_function(lambda: certificates.material.ends_s)
         self.address = ""
 
     def __repr__(self) -> str:
@@ -97,10 +103,12 @@ class RpcServer:
         self._interceptor.reexamine()
 
     async def tend(self) -> None:
-        """Do, every second and for ever, what time brings: keys and tokens expire while streams are open."""
+        """Do, every second and for ever, what time brings: certificates are replaced, keys and tokens expire while streams are open."""
         while True:
             await asyncio.sleep(_TEND_S)
             self._interceptor.reexamine()
+            if self._certificates is not None:
+                await asyncio.to_thread(self._certificates.renew)  # a disk may be slow
 
     async def start(self) -> None:
         """Listen and answer, with health SERVING, but for services that have said they are not ready."""
@@ -132,8 +140,8 @@ class RpcServer:
 
     def _listen(self) -> int:
         target = f"{self._settings.host}:{self._settings.port}"
-        if self._settings.tls_cert and self._settings.tls_key:
-            credentials = server_credentials(self._settings.tls_cert, self._settings.tls_key, self._settings.tls_client_ca)
+        if self._certificates is not None:
+            credentials = server_credentials(self._certificates, mutual=self._settings.tls_client_ca is not None)
             return int(self._server.add_secure_port(target, credentials))
         return int(self._server.add_insecure_port(target))
 
