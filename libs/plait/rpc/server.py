@@ -76,10 +76,16 @@ class RpcServer:
             self._certificates = certificates = Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
             ends = self.metrics.gauge("plait_certificate_expiry_seconds", "when the certificate served ends, seconds since the epoch")
             ends.set_function(lambda: certificates.material.ends_s)
+        self._stops = False
         self.address = ""
 
     def __repr__(self) -> str:
         return f"<RpcServer {self.address or 'not started'} services={sorted(self._scopes)} {self._interceptor!r}>"
+
+    @property
+    def draining(self) -> bool:
+        """Whether it has begun to stop: calls are still answered, and better sent elsewhere."""
+        return self._stops
 
     def add(
         self,
@@ -131,6 +137,7 @@ class RpcServer:
 
     async def drain(self) -> None:
         """Say NOT_SERVING, let balancers notice, then refuse new calls and finish what is held within the grace."""
+        self._stops = True
         self._listens = False
         for name in ("", *self._scopes):
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
