@@ -66,7 +66,8 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
     servicer = RouterServicer(ranking, Invalidating(invalidations))  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
-    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE)
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
+    watcher.subscribe(server.reexamine)
     return server
 
 
