@@ -33,6 +33,7 @@ from plait.settings import ChannelSettings, RpcSettings
 from plait.telemetry.metrics import Metrics
 from router.admission import Admission
 from router.answers import Answers
+from router.cascade import Cascade
 from router.consulting import Consulting
 from router.feature_client import FeatureClient
 from router.gate import Gate
@@ -123,8 +124,10 @@ class RouterWorld:
     def address(self) -> str:
         return self.server.address
 
-    async def rank(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
-        return await self.stub.Rank(request, metadata=_metadata(key), timeout=timeout_s)
+    async def rank(
+        self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0, headers: dict[str, str] | None = None
+    ) -> Any:
+        return await self.stub.Rank(request, metadata=(*_metadata(key), *(headers or {}).items()), timeout=timeout_s)
 
     async def predict(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
         return await self.stub.Predict(request, metadata=_metadata(key), timeout=timeout_s)
@@ -156,9 +159,11 @@ async def router_world(
     metrics = Metrics()
     invalidations = Invalidations()
     answers, repeats = Answers(CacheSettings(), invalidations, metrics), Repeats(RepeatsSettings(), metrics)
+    consulting = Consulting(feature_client, pool, features_share)
     ranking = Ranking(
         gate=Gate(Admission(admission or AdmissionSettings())),
-        consulting=Consulting(feature_client, pool, features_share),
+        consulting=consulting,
+        cascade=Cascade(consulting, feature_client, features_share),
         answers=answers,
         repeats=repeats,
         metrics=RankingMetrics(metrics),

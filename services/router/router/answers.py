@@ -130,19 +130,21 @@ class Answers:
             made, shared = await self._flights.fly(key, make, question.deadline)
             response = _read(made.data, question)
         if shared:
-            question.arm, question.tier, question.reasons = made.arm, made.tier, list(made.reasons)
+            question.arm, question.tier = made.arm, made.tier
+            question.reasons += made.reasons
         response.cache = SHARED if shared else MISS
         return response
 
     async def _make(self, key: bytes, question: Question, road: Road) -> _Made:
         began_s, position = self._clock(), self._invalidations.position
+        known = len(question.reasons)  # of its choice, which is each caller's own
         response = await road(question)
         made_s = self._clock()
         made = _Made(
             data=response.SerializeToString(),
             arm=question.arm,
             tier=question.tier,
-            reasons=question.reasons,
+            reasons=question.reasons[known:],
             began_s=began_s,
             position=position,
         )

@@ -15,6 +15,7 @@ from plait.telemetry.tracing import Tracing
 from router import auth
 from router.admission import Admission
 from router.answers import Answers
+from router.cascade import Cascade
 from router.consulting import Consulting
 from router.feature_client import FeatureClient
 from router.gate import Gate
@@ -44,9 +45,11 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     answers, repeats = Answers(settings.cache, invalidations, metrics), Repeats(settings.repeats, metrics)
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
+    consulting = Consulting(features, workers, settings.features.budget_share)
     ranking = Ranking(
         gate=Gate(Admission(settings.admission)),
-        consulting=Consulting(features, workers, settings.features.budget_share),
+        consulting=consulting,
+        cascade=Cascade(consulting, features, settings.features.budget_share),
         answers=answers,
         repeats=repeats,
         metrics=RankingMetrics(metrics),

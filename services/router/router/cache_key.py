@@ -62,7 +62,9 @@ class Keys:
             yield part.encode()
         yield repr(replace(route, **_DECIDED_BEFORE)).encode()
         yield repr(replace(variant, weight=1.0) if variant else None).encode()
-        for name in sorted(_feature_sets(route, arm)):
+        retriever = question.route.stages.retriever if question.route.stages else None
+        yield repr((retriever.model, retriever.version) if retriever else None).encode()
+        for name in sorted(_feature_sets(route, arm, retriever)):
             feature_set = snapshot.feature_sets.get(name)
             yield repr(feature_set).encode()
             if feature_set is not None:
@@ -72,8 +74,9 @@ class Keys:
                     yield repr(snapshot.epochs_of(tenant, view.name, view.version).serving).encode()
 
 
-def _feature_sets(route: Route, arm: Arm) -> set[str]:
-    return {arm.feature_set} | ({route.stages.rules} if route.stages and route.stages.rules else set())
+def _feature_sets(route: Route, arm: Arm, retriever: Arm | None) -> set[str]:
+    rules = route.stages.rules if route.stages else ""
+    return {arm.feature_set, rules, retriever.feature_set if retriever else ""} - {""}
 
 
 def _asked(question: Question) -> Iterator[bytes]:

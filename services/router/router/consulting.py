@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -16,6 +18,7 @@ from router import degradation
 from router.feature_client import FeatureClient, Unreachable
 from router.ordering import best_first
 from router.question import Question, Response
+from router.route_table import Arm, Input
 from router.tensors import copy_outputs, fill_infer, scores_of
 from router.validation import count
 from router.worker_pool import WorkerPool
@@ -43,20 +46,33 @@ class Consulting:
         watch = question.watch
         features = await self.read(question)
         watch.featured = watch.stamp()
-        answer = await self.infer(question, features)
-        watch.predicted = watch.stamp()
         question.reasons += degradation.reasons(features.views)
+        return await self.conclude(question, features)
+
+    async def conclude(self, question: Question, features: features_pb.GetFeaturesResponse) -> Response:
+        """Have the model look at the features, and make the answer."""
+        answer = await self.infer(question, features)
+        question.watch.predicted = question.watch.stamp()
         response: Response
         if isinstance(question.request, pb.RankRequest):
-            scores = scores_of(answer, question.route.score, len(question.candidates))
-            response = ordered(question, scores)
+            response = ordered(question, scores_of(answer, question.route.score, len(question.candidates)))
         else:
             response = pb.PredictResponse()
             copy_outputs(answer, response.outputs)
+        self.tell(question, features, answer, response)
+        return response
+
+    def tell(
+        self,
+        question: Question,
+        features: features_pb.GetFeaturesResponse,
+        answer: inference_pb2.ModelInferResponse,
+        response: Response,
+    ) -> None:
+        """Add where the time went and what the features were like, if the caller asked."""
         if question.request.explain:
             degradation.report(features.views, response.feature_report)
-            watch.write(response.timings, answer, features.store_us)
-        return response
+            question.watch.write(response.timings, answer, features.store_us)
 
     async def read(self, question: Question) -> features_pb.GetFeaturesResponse:
         """Read what is not given inline; where that cannot be done in time, defaults stand in (if the route takes them) and are told as such."""
@@ -65,14 +81,37 @@ class Consulting:
             inputs = tuple(item for item in inputs if item.name not in question.inline)
             if not inputs:
                 return features_pb.GetFeaturesResponse()
+        names = [item.name for item in inputs] if question.inline else ()
+        return await self._read(question, question.arm.feature_set, inputs, names, question.request.request_features)
+
+    async def infer(self, question: Question, features: features_pb.GetFeaturesResponse) -> inference_pb2.ModelInferResponse:
+        """Have the question's model look at its features."""
+        tensors = {tensor.name: tensor for tensor in features.tensors}
+        tensors.update(question.inline)
+        return await self._infer(question, question.arm, tensors, question.outputs)
+
+    async def ask(self, question: Question, arm: Arm, outputs: Sequence[str], sent: AbstractSet[str]) -> inference_pb2.ModelInferResponse:
+        """Have another model look at features of its own, and return its answer; `sent`: which request-time features it knows."""
+        given = [tensor for tensor in question.request.request_features if tensor.name in sent]
+        features = await self._read(question, arm.feature_set, arm.inputs, (), given)
+        return await self._infer(question, arm, {tensor.name: tensor for tensor in features.tensors}, outputs)
+
+    async def _read(
+        self,
+        question: Question,
+        feature_set: str,
+        inputs: Sequence[Input],
+        names: Sequence[str],
+        request_features: Sequence[types_pb2.Tensor],
+    ) -> features_pb.GetFeaturesResponse:
         entity_types = dict.fromkeys(entity for item in inputs for entity in item.entities)
         try:
             return await self._features.get(
                 question.route,
-                question.arm,
+                feature_set,
                 [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
-                [item.name for item in inputs] if question.inline else (),
-                request_features=question.request.request_features,
+                names,
+                request_features=request_features,
                 deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
                 tenant=question.tenant,
                 request_id=question.request_id,
@@ -84,28 +123,28 @@ class Consulting:
             status = types_pb2.ROW_STATUS_TIMED_OUT if late else types_pb2.ROW_STATUS_UNAVAILABLE
             return degradation.defaults(inputs, {name: count(question.ids[name]) for name in entity_types}, status)
 
-    async def infer(self, question: Question, features: features_pb.GetFeaturesResponse) -> inference_pb2.ModelInferResponse:
-        """Have the question's model look at its features."""
+    async def _infer(
+        self, question: Question, arm: Arm, tensors: Mapping[str, types_pb2.Tensor], outputs: Sequence[str]
+    ) -> inference_pb2.ModelInferResponse:
         frame = worker_pb.StreamInferRequest()
-        tensors = {tensor.name: tensor for tensor in features.tensors}
-        tensors.update(question.inline)
-        fill_infer(frame.request, question.arm, tensors, question.outputs, question.request_id)
+        fill_infer(frame.request, arm, tensors, outputs, question.request_id)
         return await self._workers.infer(frame, deadline=question.deadline, tenant=question.tenant, request_id=question.request_id)
 
 
-def ordered(question: Question, scores: NDArray[np.float32]) -> pb.RankResponse:
-    """Return the answer to a Rank: its candidates by `scores` [candidates], best first; what is not finite is told."""
+def ordered(question: Question, scores: NDArray[np.float32], order: NDArray[np.intp] | None = None) -> pb.RankResponse:
+    """Return the answer to a Rank: its candidates by `scores` [candidates], best first, or in the `order` given; what is not finite is told."""
     if not np.isfinite(scores).all():
         question.reasons.append(degradation.SCORES_NOT_FINITE)
-    request = cast("pb.RankRequest", question.request)
-    order = best_first(scores, request.top_k)
+    top_k = cast("pb.RankRequest", question.request).top_k
+    order = best_first(scores, top_k) if order is None else order[: top_k or None]
     response = pb.RankResponse()
+    ids = question.ids[question.route.candidate]
     items: list[Any] = list(map(question.candidates.__getitem__, order.tolist()))
-    if request.candidates.string_ids:
+    if ids.string_ids:
         response.item_ids.string_ids.extend(items)
-    elif request.candidates.int64_ids:
+    elif ids.int64_ids:
         response.item_ids.int64_ids.extend(items)
     else:
-        response.item_ids.composite_ids.extend(map(request.candidates.composite_ids.__getitem__, order.tolist()))
+        response.item_ids.composite_ids.extend(map(ids.composite_ids.__getitem__, order.tolist()))
     response.scores.extend(scores[order].tolist())
     return response

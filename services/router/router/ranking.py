@@ -1,10 +1,10 @@
 """The page: the whole story of a request, in the order it happens; everything it calls is one file away.
 
-    authenticate (the server's interceptor) → knock → resolve route → assign variant → road → answer
+    authenticate (the server's interceptor) → knock → resolve route → choose variant → road → answer
 
 A route's road is made once per snapshot, of the steps that the route uses and no others:
 
-    asked before? → kept? → gate → features → predict → order → sign
+    [asked before? →] [kept? →] gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity] → sign
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from plait.rpc.call import current
 from plait.telemetry.logging import get_logger
 from router.answers import Answers
 from router.asking import Asking
+from router.cascade import Cascade
 from router.consulting import Consulting
 from router.gate import Gate
 from router.question import Question, Response, Road
@@ -44,6 +45,7 @@ class Ranking:
         *,
         gate: Gate,
         consulting: Consulting,
+        cascade: Cascade,
         answers: Answers,
         repeats: Repeats,
         metrics: RankingMetrics,
@@ -53,6 +55,7 @@ class Ranking:
         self._answers = answers
         self._repeats = repeats
         self._consulting = consulting
+        self._cascade = cascade
         self._metrics = metrics
         self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)))
         self._table = NO_ROUTES
@@ -87,7 +90,8 @@ class Ranking:
 
     def _road(self, route: ServingRoute) -> Road:
         """Return the steps of a route, the last one first: this is the only place where their order stands."""
-        road = self._gate.around(self._consulting.answer)
+        road: Road = self._cascade.road(route, route.stages) if route.stages else self._consulting.answer
+        road = self._gate.around(road)
         if route.cache is not None and route.cache.ttl_s:
             road = self._answers.around(road, route, route.cache)
         road = self._signed(road)
@@ -110,6 +114,7 @@ class Ranking:
         response.request_id = question.request_id
         response.registry_revision = question.revision
         response.degraded_reasons.extend(question.reasons)
+        response.assignments.extend(question.assignments)
         question.watch.done = question.watch.stamp()
         asyncio.get_running_loop().call_soon(self._account, question)
         return response
@@ -118,6 +123,8 @@ class Ranking:
         """Count the answer, and log it where somebody looks: a log line costs as much as a stage."""
         watch = question.watch
         self._metrics.answered(question.route.name, question.arm.name, question.reasons, watch)
+        if question.by_rule:
+            self._metrics.ruled(question.route.name, question.by_rule)
         if _stdlib_log.isEnabledFor(logging.DEBUG):
             log.debug(
                 "answered",

@@ -19,7 +19,7 @@ from plait.errors import FailedPrecondition, Unavailable
 from router.route_table import compile_table
 from router.tensors import copy_outputs, fill_infer, parameter, scores_of
 
-ARM = compile_table(snapshot()).find("home", "shop").arms[0]
+ARM = compile_table(snapshot()).find("home", "shop").weighted[0]
 LAYOUTS = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
 
 
