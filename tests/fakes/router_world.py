@@ -35,10 +35,12 @@ from router.admission import Admission
 from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
+from router.expectations import Expectations
 from router.feature_client import FeatureClient
 from router.gate import Gate
 from router.invalidating import Invalidating
 from router.invalidation import Invalidations
+from router.ladder import Ladder
 from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
@@ -164,6 +166,7 @@ async def router_world(
         gate=Gate(Admission(admission or AdmissionSettings())),
         consulting=consulting,
         cascade=Cascade(consulting, feature_client, features_share),
+        ladder=Ladder(consulting, Expectations(), metrics),
         answers=answers,
         repeats=repeats,
         metrics=RankingMetrics(metrics),

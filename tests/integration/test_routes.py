@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -13,8 +14,9 @@ from tests.integration.test_router import ids
 
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
-from plait.registry.policies import Buckets, Condition, ExperimentArm, Range, Rule
+from plait.registry.policies import Buckets, Condition, ExperimentArm, Range, Rule, Tier
 from plait.registry.records import Experiment, Variant
+from router.settings import AdmissionSettings
 
 VARIANTS = (
     Variant(name="main", model="ranker", use="champion"),
@@ -65,3 +67,57 @@ async def test_an_experiment_is_sticky_over_a_restart_and_told_in_the_answer() -
     assert all(bucket < 5000 for _, bucket in seen[0].values())
     assert set(Counter(variant for variant, _ in seen[0].values())) == {"main", "canary"}
     assert 0 < len(seen[0]) < 60
+
+
+LADDER = (Tier(tier="light", variant="canary"), Tier(tier="popularity", feature="item-view:f0"))
+
+
+async def test_with_every_worker_gone_candidates_come_by_popularity_and_it_is_told() -> None:
+    registry = snapshot(route(variants=VARIANTS, ladder=LADDER))
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker(lambda _, item: -item[:, 0]) as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        asked = rank(candidates=ids("i2", "i9", "i5"))
+        full = await router.rank(asked)
+        assert (full.tier, list(full.item_ids.string_ids), list(full.degraded_reasons)) == ("full", ["i2", "i5", "i9"], [])
+        await worker.server.drain()
+        answer = await router.rank(asked)
+        assert (answer.tier, list(answer.item_ids.string_ids)) == ("popularity", ["i9", "i5", "i2"])
+        assert (list(answer.degraded_reasons), answer.model, answer.variant) == (["tier_popularity"], "", "main")
+        assert len(features.calls) == 2  # what was read for the model is what it is ordered by
+        await features.server.drain()
+        answer = await router.rank(asked)
+        assert (answer.tier, list(answer.item_ids.string_ids)) == ("popularity", ["i2", "i9", "i5"])
+        assert list(answer.degraded_reasons) == ["features_unavailable", "tier_popularity"]
+
+
+async def test_a_model_that_hangs_leaves_time_for_the_light_one() -> None:
+    registry = snapshot(route(variants=VARIANTS, ladder=LADDER, timeout_s=1.0))
+    async with FakeFeatureRetrieval(INPUTS) as features, FakeModelWorker() as worker:
+        worker.gate = asyncio.Event()
+        worker.let_pass = lambda request: request.model_version == "1"
+        async with router_world(features.address, worker.address, registry) as router:
+            answer = await router.rank(rank())
+            assert (answer.tier, answer.variant, answer.model_version) == ("light", "canary", "1")
+            assert list(answer.degraded_reasons) == ["tier_light"]
+            worker.let_pass = lambda request: False
+            assert (await router.rank(rank())).tier == "popularity"
+
+
+async def test_where_the_router_is_full_popularity_answers_but_not_beyond_the_queue() -> None:
+    registry = snapshot(route(variants=VARIANTS[:1], ladder=LADDER[1:]))
+    admission = AdmissionSettings(limit=1, queue=1, max_wait_s=0.01)
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry, admission=admission) as router,
+    ):
+        worker.gate = asyncio.Event()
+        first = asyncio.create_task(router.rank(rank()))
+        await worker.started.wait()
+        answer = await router.rank(rank(candidates=ids("i1", "i7")))
+        assert (answer.tier, list(answer.item_ids.string_ids)) == ("popularity", ["i7", "i1"])
+        worker.gate.set()
+        assert (await first).tier == "full"

@@ -9,14 +9,19 @@ from collections.abc import Iterator
 
 from plait.registry.explain import suggestion
 from plait.registry.findings import Finding, Steps
+from plait.registry.places import place_of
 from plait.registry.policies import Condition
 from plait.registry.records import Experiment, FeatureSet, Route, Snapshot, Variant
+from plait.registry.shapes import SetShape
 
 
 def check_route(route: Route, snapshot: Snapshot) -> Iterator[Finding]:
     """Yield what rules name and nobody knows."""
     for index, rule in enumerate(route.rules):
         yield from _condition(("rules", index, "when"), rule.when, route, snapshot)
+    for index, tier in enumerate(route.ladder):
+        if tier.tier == "popularity":
+            yield from _popularity(("ladder", index, "feature"), tier.feature, route, snapshot)
 
 
 def check_experiment(experiment: Experiment, snapshot: Snapshot) -> Iterator[Finding]:
@@ -41,6 +46,17 @@ def feature_set_of(variant: Variant, snapshot: Snapshot) -> FeatureSet | None:
     if version is None or version.signature is None:
         return None
     return snapshot.feature_sets.get(version.signature.feature_set)
+
+
+def _popularity(at: Steps, feature: str, route: Route, snapshot: Snapshot) -> Iterator[Finding]:
+    """A variant that gets requests by weight has to read it, as one number of the candidates: what was read for it is ordered by."""
+    found = [feature_set_of(variant, snapshot) for variant in route.variants if variant.weight > 0]
+    for feature_set in found:
+        if feature_set is None:
+            return  # told elsewhere
+        if place_of(feature, route.candidate, feature_set, SetShape(feature_set, snapshot.feature_views)) is not None:
+            return
+    yield at, f"no variant with a weight reads {feature!r} as one number of {route.candidate!r}: add it to the feature set, or take another"
 
 
 def _layer(experiment: Experiment, snapshot: Snapshot) -> Iterator[Finding]:

@@ -29,7 +29,7 @@ _TIERS: Final = ("light", "cached", "popularity")  # from the best to the cheape
 # Nothing serves these yet, and a setting that would be ignored is refused.
 NOT_YET: Final = frozenset(
     {
-        "priority", "ladder", "shadow", "scores_ttl_s", "retry", "hedge", "required_views", "Pool", "weight", "quota",
+        "priority", "shadow", "scores_ttl_s", "retry", "hedge", "required_views", "Pool", "weight", "quota",
     }
 )  # fmt: skip
 _PLAIN: Final = Route(name="plain", variants=())
@@ -158,6 +158,8 @@ def _tier(at: Steps, tier: Tier, route: Route) -> Iterator[Finding]:
     for kind, name in takes.items():
         if kind != tier.tier and getattr(tier, name):
             yield (*at, name), f"belongs to tier {kind}, not to {tier.tier}; leave it out"
+    if tier.tier == "cached" and "cache" in NOT_YET:
+        yield (*at, "tier"), "is not served yet; leave it out"
     if tier.tier == "light":
         yield from _known_variant((*at, "variant"), tier.variant, route)
     elif tier.tier == "cached":

@@ -172,7 +172,8 @@ def _anew(question: Question) -> Question:
     """Return the same question in nobody's time but the route's own."""
     again = copy.copy(question)
     again.deadline = Deadline.after(question.route.timeout_s)
-    again.watch, again.reasons = Stopwatch(), []
+    again.watch, again.reasons, again.by_rule = Stopwatch(), [], {}
+    again.features = again.features_for = None
     return again
 
 

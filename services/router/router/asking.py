@@ -98,10 +98,10 @@ class Asking:
             metadata=call.metadata,
             deadline=call.deadline.at_most(route.timeout_s),
             watch=watch,
-            revision=table.revision,
             reasons=[*choice.reasons],
             assignments=choice.assignments,
             trail=trail,
+            revision=table.revision,
         )
 
 

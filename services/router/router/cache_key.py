@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from plait.api.router.v1 import router_service_pb2 as pb
-from plait.registry.records import EMPTY, Route, Snapshot
+from plait.registry.records import EMPTY, ModelVersion, Route, Snapshot
 from plait.registry.shapes import SetShape
 from router.question import Question
 from router.route_table import Arm
@@ -62,8 +62,8 @@ class Keys:
             yield part.encode()
         yield repr(replace(route, **_DECIDED_BEFORE)).encode()
         yield repr(replace(variant, weight=1.0) if variant else None).encode()
-        retriever = question.route.stages.retriever if question.route.stages else None
-        yield repr((retriever.model, retriever.version) if retriever else None).encode()
+        retriever = _retriever(route, snapshot)
+        yield repr(retriever).encode()
         for name in sorted(_feature_sets(route, arm, retriever)):
             feature_set = snapshot.feature_sets.get(name)
             yield repr(feature_set).encode()
@@ -74,9 +74,20 @@ class Keys:
                     yield repr(snapshot.epochs_of(tenant, view.name, view.version).serving).encode()
 
 
-def _feature_sets(route: Route, arm: Arm, retriever: Arm | None) -> set[str]:
-    rules = route.stages.rules if route.stages else ""
-    return {arm.feature_set, rules, retriever.feature_set if retriever else ""} - {""}
+def _retriever(route: Route, snapshot: Snapshot) -> ModelVersion | None:
+    """Return the version that finds candidates: its alias may move while the manifest stays."""
+    retrieve = route.stages.retrieve if route.stages else None
+    model = snapshot.models.get(retrieve.model) if retrieve else None
+    return model.resolve(retrieve.use) if model and retrieve else None
+
+
+def _feature_sets(route: Route, arm: Arm, retriever: ModelVersion | None) -> set[str]:
+    found = {arm.feature_set}
+    if route.stages and route.stages.rules:
+        found.add(route.stages.rules)
+    if retriever is not None and retriever.signature is not None:
+        found.add(retriever.signature.feature_set)
+    return found
 
 
 def _asked(question: Question) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ What the rules look at is read beside the model's features, in the same moment. 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final, cast
 
 import numpy as np
@@ -46,7 +46,7 @@ class Cascade:
             if stages.retriever is not None and not len(question.candidates):
                 await self._retrieve(question, stages)
                 if not len(question.candidates):
-                    return pb.RankResponse()
+                    return _nothing(question)
             return await self._rank(question, stages) if stages.rules_set else await plain(question)
 
         return staged
@@ -72,19 +72,15 @@ class Cascade:
 
     async def _rank(self, question: Question, stages: ServingStages) -> Response:
         watch = question.watch
-        features, columns = await asyncio.gather(self._consulting.read(question), self._columns(question, stages))
+        features, columns = await asyncio.gather(self._consulting.features_of(question), self._columns(question, stages))
         watch.featured = watch.stamp()
         question.reasons += degradation.reasons(features.views)
         if columns is None:
             question.reasons.append(RULES_UNAVAILABLE)
             return await self._consulting.conclude(question, features)
-        gone, removed = dropped(columns, stages.filters)
-        if removed and gone.any():
-            kept = np.flatnonzero(~gone)
-            columns = columns[kept]
-            _keep(question, features, kept)
+        columns, removed = _filtered(question, features, columns, stages)
         if not len(question.candidates):
-            return pb.RankResponse()
+            return _nothing(question)
         answer = await self._consulting.infer(question, features)
         watch.predicted = watch.stamp()
         scores, lifted = boosted(scores_of(answer, question.route.score, len(question.candidates)), columns, stages.boosts)
@@ -93,6 +89,18 @@ class Cascade:
         response = ordered(question, scores, order)
         self._consulting.tell(question, features, answer, response)
         return response
+
+    def filtering(self, stages: ServingStages) -> Callable[[Question], Awaitable[None]]:
+        """Return what drops candidates for an answer that needs no model: also then nothing may be shown that is sold out."""
+
+        async def filtering(question: Question) -> None:
+            columns = await self._columns(question, stages)
+            if columns is None:
+                question.reasons.append(RULES_UNAVAILABLE)
+            else:
+                _, question.by_rule = _filtered(question, question.features, columns, stages)
+
+        return filtering
 
     async def _columns(self, question: Question, stages: ServingStages) -> NDArray[np.floating] | None:
         """Return what the rules look at [candidates, columns], None where it cannot be had and the route goes on without."""
@@ -117,13 +125,29 @@ class Cascade:
         return np.frombuffer(tensor.data, stages.rules_dtype).reshape(rows, -1)
 
 
+def _nothing(question: Question) -> pb.RankResponse:
+    question.watch.featured = question.watch.predicted = question.watch.stamp()
+    return pb.RankResponse()
+
+
+def _filtered(
+    question: Question, features: features_pb.GetFeaturesResponse | None, columns: NDArray[np.floating], stages: ServingStages
+) -> tuple[NDArray[np.floating], dict[str, int]]:
+    gone, removed = dropped(columns, stages.filters)
+    if removed and gone.any():
+        kept = np.flatnonzero(~gone)
+        columns = columns[kept]
+        _keep(question, features, kept)
+    return columns, removed
+
+
 def _lost(view: Any) -> bool:
     """Whether rows of a view could not be read at all, as against not being there."""
     counts = view.status_counts
     return any(status < len(counts) and counts[status] for status in (types_pb2.ROW_STATUS_TIMED_OUT, types_pb2.ROW_STATUS_UNAVAILABLE))
 
 
-def _keep(question: Question, features: features_pb.GetFeaturesResponse, kept: NDArray[np.intp]) -> None:
+def _keep(question: Question, features: features_pb.GetFeaturesResponse | None, kept: NDArray[np.intp]) -> None:
     """Leave only some of the candidates in the question and in the tensors it will be answered from."""
     per_row = {item.name for item in question.arm.inputs if item.per_row}
     places = kept.tolist()
@@ -139,7 +163,8 @@ def _keep(question: Question, features: features_pb.GetFeaturesResponse, kept: N
     question.ids = {**question.ids, candidate: ids}
     question.candidates = cast("Any", list(map(question.candidates.__getitem__, places)))
     question.rows = len(places)
-    _take(features.tensors, per_row, rows, kept)
+    if features is not None:
+        _take(features.tensors, per_row, rows, kept)
     if question.inline:
         copies = {name: types_pb2.Tensor() for name in question.inline}
         for name, copy in copies.items():

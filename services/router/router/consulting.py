@@ -13,13 +13,13 @@ from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as feat
 from plait.api.model_worker.v1 import model_worker_service_pb2 as worker_pb
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
-from plait.errors import DeadlineExceeded
+from plait.errors import DeadlineExceeded, PlaitError
 from router import degradation
 from router.feature_client import FeatureClient, Unreachable
 from router.ordering import best_first
 from router.question import Question, Response
-from router.route_table import Arm, Input
-from router.tensors import copy_outputs, fill_infer, scores_of
+from router.route_table import Arm, Input, Popularity
+from router.tensors import column_of, copy_outputs, fill_infer, scores_of
 from router.validation import count
 from router.worker_pool import WorkerPool
 
@@ -44,7 +44,7 @@ class Consulting:
     async def answer(self, question: Question) -> Response:
         """Return the answer to a question; errors are those of the contract."""
         watch = question.watch
-        features = await self.read(question)
+        features = await self.features_of(question)
         watch.featured = watch.stamp()
         question.reasons += degradation.reasons(features.views)
         return await self.conclude(question, features)
@@ -74,15 +74,43 @@ class Consulting:
             degradation.report(features.views, response.feature_report)
             question.watch.write(response.timings, answer, features.store_us)
 
-    async def read(self, question: Question) -> features_pb.GetFeaturesResponse:
-        """Read what is not given inline; where that cannot be done in time, defaults stand in (if the route takes them) and are told as such."""
-        inputs = question.arm.inputs
+    async def by_popularity(self, question: Question, popularity: Popularity) -> Response:
+        """Return the answer to a Rank without a model: by one feature of the candidates, read unless it was; where it cannot be had, all
+        candidates score alike and keep the caller's order."""
+        question.watch.admitted = question.watch.featured = question.watch.predicted = question.watch.stamp()
+        name, rows = popularity.place.name, len(question.candidates)
+        tensor = question.inline.get(name)
+        if tensor is None:
+            features = await self._features_with(question, popularity)
+            tensor = next((t for t in features.tensors if t.name == name), None)
+            question.reasons += degradation.reasons(features.views)
+        question.watch.featured = question.watch.predicted = question.watch.stamp()
+        if tensor is None:
+            return ordered(question, np.zeros(rows, np.float32))
+        return ordered(question, column_of(tensor, popularity.place, rows))
+
+    async def _features_with(self, question: Question, popularity: Popularity) -> features_pb.GetFeaturesResponse:
+        """What was read already, where the feature is among it; otherwise only the input that holds it, or that it cannot be had."""
+        known = question.features_for
+        if question.features is not None and known is not None and known.feature_set == popularity.arm.feature_set:
+            return question.features
+        try:
+            return await self.read(question, popularity.arm, (popularity.input,))
+        except PlaitError:
+            rows = {name: count(question.ids[name]) for name in popularity.input.entities}
+            return degradation.defaults((popularity.input,), rows, types_pb2.ROW_STATUS_UNAVAILABLE)
+
+    async def features_of(self, question: Question) -> features_pb.GetFeaturesResponse:
+        """Read what is not given inline, unless it was read for another variant that takes the same."""
+        arm, known = question.arm, question.features_for
+        if question.features is not None and known is not None and (known is arm or _alike(known, arm)):
+            return question.features
+        inputs = arm.inputs
         if question.inline:
             inputs = tuple(item for item in inputs if item.name not in question.inline)
-            if not inputs:
-                return features_pb.GetFeaturesResponse()
-        names = [item.name for item in inputs] if question.inline else ()
-        return await self._read(question, question.arm.feature_set, inputs, names, question.request.request_features)
+        features = await self.read(question, arm, inputs) if inputs else features_pb.GetFeaturesResponse()
+        question.features, question.features_for = features, arm
+        return features
 
     async def infer(self, question: Question, features: features_pb.GetFeaturesResponse) -> inference_pb2.ModelInferResponse:
         """Have the question's model look at its features."""
@@ -93,25 +121,24 @@ class Consulting:
     async def ask(self, question: Question, arm: Arm, outputs: Sequence[str], sent: AbstractSet[str]) -> inference_pb2.ModelInferResponse:
         """Have another model look at features of its own, and return its answer; `sent`: which request-time features it knows."""
         given = [tensor for tensor in question.request.request_features if tensor.name in sent]
-        features = await self._read(question, arm.feature_set, arm.inputs, (), given)
+        features = await self.read(question, arm, arm.inputs, given)
         return await self._infer(question, arm, {tensor.name: tensor for tensor in features.tensors}, outputs)
 
-    async def _read(
-        self,
-        question: Question,
-        feature_set: str,
-        inputs: Sequence[Input],
-        names: Sequence[str],
-        request_features: Sequence[types_pb2.Tensor],
+    async def read(
+        self, question: Question, arm: Arm, inputs: Sequence[Input], sent: Sequence[types_pb2.Tensor] | None = None
     ) -> features_pb.GetFeaturesResponse:
+        """Read inputs of an arm; where that cannot be done in time, defaults stand in (if the route takes them) and are told as such.
+
+        `sent`: the request-time features to pass on, None = all.
+        """
         entity_types = dict.fromkeys(entity for item in inputs for entity in item.entities)
         try:
             return await self._features.get(
                 question.route,
-                feature_set,
+                arm.feature_set,
                 [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
-                names,
-                request_features=request_features,
+                () if inputs is arm.inputs else [item.name for item in inputs],
+                request_features=question.request.request_features if sent is None else sent,
                 deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
                 tenant=question.tenant,
                 request_id=question.request_id,
@@ -129,6 +156,11 @@ class Consulting:
         frame = worker_pb.StreamInferRequest()
         fill_infer(frame.request, arm, tensors, outputs, question.request_id)
         return await self._workers.infer(frame, deadline=question.deadline, tenant=question.tenant, request_id=question.request_id)
+
+
+def _alike(one: Arm, other: Arm) -> bool:
+    """Whether two variants are fed by the same tensors."""
+    return one.feature_set == other.feature_set and {i.name for i in one.inputs} == {i.name for i in other.inputs}
 
 
 def ordered(question: Question, scores: NDArray[np.float32], order: NDArray[np.intp] | None = None) -> pb.RankResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as features_pb
 from plait.api.router.v1 import explanation_pb2
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
@@ -17,6 +18,7 @@ from router.trail import Trail
 from router.validation import Ids
 
 TIER_FULL = "full"
+TIER_POPULARITY = "popularity"  # no model answered
 
 
 @dataclass(slots=True, kw_only=True)  # (frozen would triple the cost of making one)
@@ -24,10 +26,10 @@ class Question:
     """What to read, what to run, for whom, and in whose time.
 
     `subject` is the one id it is about, if there is one. `candidates` are the ids of the route's candidate type, in the caller's order; `rows` says how many rows the model gets. `ids` holds the
-    ids of every entity type as they came. `metadata` and `scopes` are the call's,
-    `revision` is the registry's. `assignments`: what the experiments, or the weights, made of
+    ids of every entity type as they came. `metadata` and `scopes` are the call's, `revision` is the registry's. `assignments`: what the experiments, or the weights, made of
     it. What the road learns on its way stands here too: `tier`, `reasons` why the answer is not the best possible, `by_rule` how many
-    candidates each business rule dropped, boosted or held back, and the `trail` of an Explain.
+    candidates each business rule dropped, boosted or held back, the `features` that were read (for the inputs of `features_for`), and the
+    `trail` of an Explain.
     """
 
     route: ServingRoute
@@ -51,6 +53,8 @@ class Question:
     reasons: list[str] = field(default_factory=list)
     by_rule: Mapping[str, int] = field(default_factory=dict)
     assignments: Sequence[explanation_pb2.Assignment] = ()
+    features: features_pb.GetFeaturesResponse | None = None
+    features_for: Arm | None = None
     trail: Trail | None = None
 
 

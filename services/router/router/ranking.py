@@ -4,7 +4,7 @@
 
 A route's road is made once per snapshot, of the steps that the route uses and no others:
 
-    [asked before? →] [kept? →] gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity] → sign
+    asked before? → kept? → ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity] → sign
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from router.asking import Asking
 from router.cascade import Cascade
 from router.consulting import Consulting
 from router.gate import Gate
-from router.question import Question, Response, Road
+from router.ladder import Ladder
+from router.question import TIER_POPULARITY, Question, Response, Road
 from router.repeats import Repeats
 from router.route_table import NO_ROUTES, ServingRoute, compile_table
 from router.stopwatch import RankingMetrics, Stopwatch
@@ -46,6 +47,7 @@ class Ranking:
         gate: Gate,
         consulting: Consulting,
         cascade: Cascade,
+        ladder: Ladder,
         answers: Answers,
         repeats: Repeats,
         metrics: RankingMetrics,
@@ -56,6 +58,7 @@ class Ranking:
         self._repeats = repeats
         self._consulting = consulting
         self._cascade = cascade
+        self._ladder = ladder
         self._metrics = metrics
         self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)))
         self._table = NO_ROUTES
@@ -90,8 +93,12 @@ class Ranking:
 
     def _road(self, route: ServingRoute) -> Road:
         """Return the steps of a route, the last one first: this is the only place where their order stands."""
-        road: Road = self._cascade.road(route, route.stages) if route.stages else self._consulting.answer
+        stages = route.stages
+        road: Road = self._cascade.road(route, stages) if stages else self._consulting.answer
         road = self._gate.around(road)
+        if route.ladder:
+            filtering = self._cascade.filtering(stages) if stages and stages.filters else None
+            road = self._ladder.around(road, route, filtering)  # outside of the gate: an overloaded model is a reason to answer otherwise
         if route.cache is not None and route.cache.ttl_s:
             road = self._answers.around(road, route, route.cache)
         road = self._signed(road)
@@ -107,13 +114,14 @@ class Ranking:
 
     def _sign(self, response: Response, question: Question) -> Response:
         """Say who answered, under which revision, and how well; count it once it is on its way: nobody waits for the counters."""
-        response.model = question.arm.model
-        response.model_version = question.arm.version
+        if question.tier != TIER_POPULARITY:
+            response.model = question.arm.model
+            response.model_version = question.arm.version
         response.variant = question.arm.name
         response.tier = question.tier
         response.request_id = question.request_id
         response.registry_revision = question.revision
-        response.degraded_reasons.extend(question.reasons)
+        response.degraded_reasons.extend(dict.fromkeys(question.reasons))  # (two tiers may have met the same)
         response.assignments.extend(question.assignments)
         question.watch.done = question.watch.stamp()
         asyncio.get_running_loop().call_soon(self._account, question)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
@@ -20,6 +20,7 @@ from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, NotFound, PermissionDenied
 from plait.registry.crosschecks import misfits, retriever, rules_of
 from plait.registry.entity_ids import Id
+from plait.registry.places import Place, place_of
 from plait.registry.policies import CachePolicy, Comparison, Stages
 from plait.registry.records import EMPTY, Entity, Experiment, FeatureSet, Route, Signature, Snapshot, TensorSpec, Variant
 from plait.registry.rule_columns import columns_named
@@ -114,6 +115,24 @@ class ServingStages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Popularity:
+    """Where the popularity of candidates is read: an input of one of the route's variants, and the place in it."""
+
+    arm: Arm
+    input: Input
+    place: Place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rung:
+    """One tier of a ladder: a lighter `arm`, or `popularity`; neither is the route's own variant."""
+
+    tier: str
+    arm: Arm | None = None
+    popularity: Popularity | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServingRoute:
     """A route as requests meet it. `by_name` holds the variants that can serve; where none of them has a weight, `fault` says why.
 
@@ -130,14 +149,15 @@ class ServingRoute:
     policy: types_pb2.MissingPolicy.ValueType
     max_defaulted_share: float
     tenants: frozenset[str]
+    by_name: Mapping[str, Arm]
     cache: CachePolicy | None
     repeat_window_s: float
-    by_name: Mapping[str, Arm]
     weighted: tuple[Arm, ...]
     by_weight: Mapping[str, tuple[explanation_pb2.Assignment, ...]]
     sticky: str
     rules: tuple[ServingRule, ...]
     experiments: tuple[ServingExperiment, ...]
+    ladder: tuple[Rung, ...]
     fault: Fault | None = None
     left_out: Mapping[str, Fault] = field(default_factory=dict)
     stages: ServingStages | None = None
@@ -205,6 +225,7 @@ def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) 
         else:
             arms.append(made)
     share = route.max_defaulted_share
+    by_name = {arm.name: arm for arm in arms}
     weighted = tuple(arm for arm in arms if arm.weight > 0)
     stages = None if route.stages is None else _stages(route, route.stages, snapshot)
     fault = stages if isinstance(stages, Fault) else None if weighted else _fault_of_all(route, left_out)
@@ -218,18 +239,37 @@ def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) 
         policy=_POLICIES[route.on_missing],
         max_defaulted_share=0.0 if share >= 1 else max(share, _NO_DEFAULTS),
         tenants=frozenset(route.tenants),
+        by_name=MappingProxyType(by_name),
         cache=route.cache,
         repeat_window_s=route.repeat_window_s,
-        by_name=MappingProxyType({arm.name: arm for arm in arms}),
         weighted=weighted,
         by_weight=MappingProxyType(_by_weight(weighted)),
         sticky=route.sticky,
         rules=tuple(ServingRule(name=rule.name, variant=rule.variant, tests=compile_condition(rule.when)) for rule in route.rules),
         experiments=compile_experiments(experiments),
+        ladder=tuple(_ladder(route, weighted or arms, by_name, snapshot)),
         fault=fault,
         left_out=MappingProxyType(left_out),
         stages=None if isinstance(stages, Fault) else stages,
     )
+
+
+def _ladder(route: Route, arms: Sequence[Arm], by_name: Mapping[str, Arm], snapshot: Snapshot) -> Iterator[Rung]:
+    """A rung whose variant cannot serve is left out, as the variant is."""
+    for tier in route.ladder:
+        if tier.tier == "light" and tier.variant in by_name:
+            yield Rung(tier=tier.tier, arm=by_name[tier.variant])
+        elif tier.tier == "popularity":
+            found = next((p for arm in arms if (p := _popularity(tier.feature, route, arm, snapshot)) is not None), None)
+            if found is not None:
+                yield Rung(tier=tier.tier, popularity=found)
+
+
+def _popularity(feature: str, route: Route, arm: Arm, snapshot: Snapshot) -> Popularity | None:
+    feature_set = snapshot.feature_sets[arm.feature_set]
+    place = place_of(feature, route.candidate, feature_set, SetShape(feature_set, snapshot.feature_views))
+    item = None if place is None else next((item for item in arm.inputs if item.name == place.name), None)
+    return None if place is None or item is None else Popularity(arm=arm, input=item, place=place)
 
 
 def _by_weight(arms: Sequence[Arm]) -> dict[str, tuple[explanation_pb2.Assignment, ...]]:

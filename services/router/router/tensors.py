@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from plait.dtypes import BY_OIP
+from plait.dtypes import BY_NAME, BY_OIP
 from plait.errors import FailedPrecondition, Unavailable
+from plait.registry.places import Place
 from router.route_table import Arm
 
 if TYPE_CHECKING:
@@ -89,6 +90,14 @@ def _texts(raw: bytes) -> Iterator[str]:
             raise ValueError("an element ends beyond the tensor")
         yield raw[at + 4 : end].decode()
         at = end
+
+
+def column_of(tensor: types_pb2.Tensor, place: Place, rows: int) -> NDArray[np.float32]:
+    """Return one column [rows] of a feature tensor as float32; what is not known, or not finite, is as low as the lowest that is."""
+    with np.errstate(over="ignore"):
+        column = np.frombuffer(tensor.data, BY_NAME[place.dtype].numpy).reshape(rows, -1)[:, place.column].astype(np.float32)
+    known = np.isfinite(column)
+    return column if known.all() else np.where(known, column, column[known].min() if known.any() else 0).astype(np.float32)
 
 
 def copy_outputs(response: inference_pb2.ModelInferResponse, into: Any) -> None:

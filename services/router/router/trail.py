@@ -12,4 +12,5 @@ class Trail:
     """Reports in the order things happened; `not_in` says why a unit is not in an experiment."""
 
     rules: list[explanation_pb2.RuleReport] = field(default_factory=list)
+    tiers: list[explanation_pb2.TierReport] = field(default_factory=list)
     not_in: dict[str, str] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import FailedPrecondition, Unavailable
 from plait.registry import crosschecks
-from plait.registry.policies import Comparison, Diversity, Retrieve, Stages
+from plait.registry.policies import Comparison, Diversity, Retrieve, Stages, Tier
 from plait.registry.records import (
     Entity,
     Feature,
@@ -132,6 +132,24 @@ async def test_without_the_rules_columns_nothing_is_filtered_and_that_is_told(fa
         answer = await ask(world.ranking, rank(candidates=strings("i1", "i2")))
         assert list(answer.item_ids.string_ids) == ["i2", "i1"]
         assert list(answer.degraded_reasons) == ["rules_unavailable"]
+
+
+async def test_without_a_model_nothing_is_shown_that_is_sold_out_either() -> None:
+    ladder = (Tier(tier="popularity", feature="item-view:f0"),)
+    stages = Stages(rules="rules", filter=(SOLD_OUT,))
+    async with (
+        Listings({"i3": (1, 0, 1)}) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry(stages, ladder=ladder)) as router,
+    ):
+        world = World(router.ranking, features, worker)
+        worker.error = Unavailable("away")
+        answer = await ask(world.ranking, rank(candidates=strings("i1", "i3", "i2")))
+        assert (answer.tier, list(answer.item_ids.string_ids)) == ("popularity", ["i2", "i1"])
+        features.rules_error = Unavailable("redis is away", reason="STORE_UNAVAILABLE")
+        answer = await ask(world.ranking, rank(candidates=strings("i1", "i3", "i2")))
+        assert list(answer.item_ids.string_ids) == ["i3", "i2", "i1"]
+        assert list(answer.degraded_reasons) == ["rules_unavailable", "tier_popularity"]
 
 
 async def test_a_predict_has_no_order_to_change() -> None:

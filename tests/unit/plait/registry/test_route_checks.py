@@ -9,7 +9,7 @@ import pytest
 from tests.fakes.router_world import route, snapshot
 
 from plait.registry.crosschecks import check, users_of
-from plait.registry.policies import Buckets, Condition, ExperimentArm, Range, Rule
+from plait.registry.policies import Buckets, Condition, ExperimentArm, Range, Rule, Tier
 from plait.registry.records import Experiment, RequestFeature, Snapshot, Tenant
 
 
@@ -33,6 +33,7 @@ def test_what_fits_has_no_problems() -> None:
     first, second = experiment("a", buckets=Buckets(count=5000)), experiment("b", buckets=Buckets(first=5000, count=5000))
     others = experiment("c", layer="other", unit="tenant"), experiment("d", status="draft"), experiment("e", status="stopped")
     assert problems(world(first, second, *others)) == []
+    assert problems(world(ladder=(Tier(tier="popularity", feature="item-view:f0"),))) == []
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,8 @@ def test_what_fits_has_no_problems() -> None:
         (world(experiment(when=Condition(tenants=("sho",)))), "Experiment x spec.when.tenants[0]", "no tenant 'sho'"),
         (world(experiment(), experiment("y", buckets=Buckets(first=9_999, count=1))), "Experiment x spec.buckets", "9999 to 9999"),
         (world(experiment(), experiment("y", unit="tenant")), "Experiment y spec.unit", "deals by subject"),
+        (world(ladder=(Tier(tier="popularity", feature="item-view:f9"),)), "Route home spec.ladder[0].feature", "reads 'item-view:f9'"),
+        (world(ladder=(Tier(tier="popularity", feature="user-view:f0"),)), "Route home spec.ladder[0].feature", "one number of 'item'"),
         (ruled(tenants=("nobody",)), "Route home spec.rules[0].when.tenants[0]", "no tenant"),
         (ruled(request_features={"hour": Range(at_least=1)}), "Route home spec.rules[0].when.request_features.hour", "declares it"),
     ],
