@@ -179,10 +179,10 @@ async def router_world(
         consulting=consulting,
         cascade=Cascade(consulting, feature_client, features_share),
         ladder=Ladder(consulting, Expectations(), metrics),
-        shadows=shadows,
-        exposures=Exposures(metrics),
         answers=answers,
         repeats=repeats,
+        shadows=shadows,
+        exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )

@@ -70,7 +70,7 @@ def labels_of(texts: list[str] | None) -> dict[str, str]:
 
 
 def numbers(texts: list[str], option: str) -> list[int]:
-    """Return ids as whole numbers."""
+    """Return whole-number ids; raises typer.BadParameter on another."""
     try:
         return [int(text) for text in texts]
     except ValueError:

@@ -53,10 +53,10 @@ class Ranking:
         consulting: Consulting,
         cascade: Cascade,
         ladder: Ladder,
-        shadows: Shadows,
-        exposures: Exposures,
         answers: Answers,
         repeats: Repeats,
+        shadows: Shadows,
+        exposures: Exposures,
         metrics: RankingMetrics,
         max_message_bytes: int,
     ) -> None:
@@ -113,8 +113,7 @@ class Ranking:
             question = self._asking.rank(request.rank, table, call, watch, trail)
         else:
             question = self._asking.predict(request.predict, table, call, watch, trail)
-        response = await self._roads[question.route.name](question)
-        return explain(response, question, trail)
+        return explain(await self._roads[question.route.name](question), question, trail)
 
     def _road(self, route: ServingRoute) -> Road:
         """Return the steps of a route, the last one first: this is the only place where their order stands."""
