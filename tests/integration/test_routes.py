@@ -17,6 +17,7 @@ from tests.integration.test_router import ids
 from plait.api.router.v1 import explanation_pb2
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
+from plait.errors import from_rpc_error
 from plait.registry.policies import Buckets, CachePolicy, Condition, ExperimentArm, Range, Rule, Tier
 from plait.registry.records import Experiment, Variant
 from router.settings import AdmissionSettings
@@ -205,3 +206,26 @@ async def test_explain_looks_at_the_cache_and_uses_none() -> None:
         assert (told.cache_would_be, told.rank.cache) == (explanation_pb2.CACHE_STATUS_HIT, explanation_pb2.CACHE_STATUS_UNSPECIFIED)
         assert len(worker.requests) == 3
         assert (await router.rank(rank(request_id="r2"))).cache == explanation_pb2.CACHE_STATUS_HIT
+
+
+@pytest.mark.parametrize("on_missing", ["default", "stale_ok", "fail"])
+async def test_a_view_that_is_required_is_whatever_the_policy_says(on_missing: str) -> None:
+    registry = snapshot(route(on_missing=on_missing, required_views=("item-view",)), route("lenient", on_missing=on_missing))
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        features.statuses = {types_pb2.ROW_STATUS_NULL: 1}
+        assert (await router.rank(rank())).tier == "full"
+        for status in (types_pb2.ROW_STATUS_STALE, types_pb2.ROW_STATUS_NOT_FOUND, types_pb2.ROW_STATUS_UNAVAILABLE):
+            features.statuses = {status: 1}
+            assert (await router.rank(rank(route="lenient"))).tier == "full"  # (the fake leaves the policy to the router)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await router.rank(rank())
+            error = from_rpc_error(caught.value)
+            assert (error.reason, "1 of 2 rows of feature view 'item-view'" in str(error)) == ("FEATURES_MISSING", True)
+        await features.server.drain()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.rank(rank())
+        assert from_rpc_error(caught.value).reason == "FEATURES_UNAVAILABLE"

@@ -160,6 +160,7 @@ class ServingRoute:
     max_candidates: int
     policy: types_pb2.MissingPolicy.ValueType
     max_defaulted_share: float
+    required_views: frozenset[str]
     tenants: frozenset[str]
     by_name: Mapping[str, Arm]
     cache: CachePolicy | None
@@ -178,7 +179,7 @@ class ServingRoute:
     @property
     def takes_defaults(self) -> bool:
         """Whether defaults may stand in for every feature of an answer."""
-        return self.policy != types_pb2.MISSING_POLICY_FAIL and self.max_defaulted_share == 0
+        return self.policy != types_pb2.MISSING_POLICY_FAIL and self.max_defaulted_share == 0 and not self.required_views
 
     @property
     def plain(self) -> bool:
@@ -251,6 +252,7 @@ def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) 
         max_candidates=route.max_candidates,
         policy=_POLICIES[route.on_missing],
         max_defaulted_share=0.0 if share >= 1 else max(share, _NO_DEFAULTS),
+        required_views=frozenset(route.required_views),
         tenants=frozenset(route.tenants),
         by_name=MappingProxyType(by_name),
         cache=route.cache,
