@@ -419,7 +419,10 @@ async def test_who_was_erased_is_counted_from_zero_whatever_is_delivered_again(s
         await service.publish([*old, event("late", at_s=NOW_S - 1), event("new", at_s=service.now_s)])
         await settled(service)
         assert await value(service) == 1
-        assert {letter.reason for letter in (await letters(service)).dead_letters} == {"ENTITY_ERASED"}
+        dead = (await letters(service)).dead_letters
+        assert {(letter.reason, letter.payload) for letter in dead} == {("ENTITY_ERASED", b"")}  # the bytes hold who was erased
+        redrive = pb.RedriveDeadLettersRequest(reason="ENTITY_ERASED")
+        assert (await service.stub.RedriveDeadLetters(redrive, metadata=SHOP, timeout=20)).redriven == 0
 
 
 async def test_explain_shows_what_a_window_is_worth(service: EventService) -> None:

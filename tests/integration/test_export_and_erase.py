@@ -74,6 +74,13 @@ async def test_erased_entities_are_gone_and_certified(process: FeaturesProcess, 
     assert [error.reason for error in answer.errors] == ["ENTITY_ERASED"]
     assert "ann" not in file.read_text()
 
+    again = await process.plait("erase", "item", "--ids", "cid", "--reason", "asked", "--certificate", file, "--yes")
+    assert again.exit_code == 2
+    assert await process.read("home", ["cid"]) == [3]  # no certificate is lost, and nobody erased without one
+    refused = await process.plait("erase", "nothing", "--ids", "x", "--reason", "asked", "--certificate", tmp_path / "no.json", "--yes")
+    assert "[ENTITY_TYPE_NOT_FOUND]" in refused.stderr
+    assert not (tmp_path / "no.json").exists()
+
     good = await process.plait("verify", file, PLAIT_FEATURE_RETRIEVAL_PRIVACY__KEY=PRIVACY_KEY)
     assert good.exit_code == 0, good.stderr
     nowhere = await process.plait("verify", file, "--state", tmp_path)

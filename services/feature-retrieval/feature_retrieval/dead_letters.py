@@ -1,7 +1,8 @@
 """Events that could not be applied, kept with their bytes and the reason, and appended again once the reason is gone.
 
 They lie in a stream per tenant beside the events', in the same slot, so that moving one there or back is one script: it is in one of the two,
-whoever dies in between. The stream holds about the newest 100 000.
+whoever dies in between. The stream holds about the newest 100 000. Of events about somebody erased only the reason is kept: their bytes hold
+the id, and nobody could apply them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from feature_retrieval.aggregation.events import MAX_EVENT_BYTES, Refusal
+from feature_retrieval.aggregation.events import ERASED, MAX_EVENT_BYTES, Refusal
 from feature_retrieval.row_codec import tenant_key
 from feature_retrieval.sources import Message
 from feature_retrieval.store.streams import Entry, Streams
@@ -34,6 +35,7 @@ return 1
 """)
 
 # KEYS: the stream of dead letters, that of events. ARGV: ids. Appends them as events, counting how often, and removes them; answers how many.
+# One without bytes stays: there is nothing to append.
 _REDRIVE: Final = Script(b"""
 local moved = 0
 for i = 1, #ARGV do
@@ -42,10 +44,12 @@ for i = 1, #ARGV do
     local fields = {}
     local given = found[1][2]
     for at = 1, #given, 2 do fields[given[at]] = given[at + 1] end
-    local redrives = tostring(tonumber(fields['n'] or '0') + 1)
-    redis.call('XADD', KEYS[2], '*', 'e', fields['e'], 't', fields['t'] or '', 'n', redrives, 'w', fields['w'] or '')
-    redis.call('XDEL', KEYS[1], ARGV[i])
-    moved = moved + 1
+    if fields['e'] ~= '' then
+      local redrives = tostring(tonumber(fields['n'] or '0') + 1)
+      redis.call('XADD', KEYS[2], '*', 'e', fields['e'], 't', fields['t'] or '', 'n', redrives, 'w', fields['w'] or '')
+      redis.call('XDEL', KEYS[1], ARGV[i])
+      moved = moved + 1
+    end
   end
 end
 return moved
@@ -138,7 +142,7 @@ def _fields(message: Message, refusal: Refusal) -> dict[bytes, bytes]:
     return {
         b"r": refusal.reason.encode(),
         b"m": refusal.message.encode(),
-        b"e": message.payload[:MAX_EVENT_BYTES],
+        b"e": b"" if refusal == ERASED else message.payload[:MAX_EVENT_BYTES],
         b"t": message.traceparent.encode(),
         b"o": message.origin.encode(),
         b"n": b"%d" % message.redrives,

@@ -33,10 +33,10 @@ MAX_IDS: Final = 1000
 FOR_EVER_US: Final = (1 << 63) - 1
 _KEYS_AT_ONCE: Final = 20_000  # of one read
 NOT_COVERED: Final = (
-    "dead letters, until they are redriven or trimmed",
+    "dead letters from before, until they are redriven or trimmed",
     "the event stream, until it is trimmed; its events of this entity are refused",
     "which events were taken (aggregated views), until window and lateness have passed; holds the id, no values",
-    "the skew log's files, until they are deleted",
+    "the skew log's files and exported files, until they are deleted",
     "Redis' and Postgres' backups and append-only files, until they are rewritten",
     "rows in a Feast store that views are read from: delete them there",
     "the table plait.erasure, which remembers the id so that it can be refused",

@@ -36,7 +36,10 @@ def erase(
     entity_type: Annotated[str, typer.Argument(metavar="TYPE", help="Entity type, for example user.", show_default=False)],
     reason: Annotated[str, typer.Option("--reason", help="Why, for the record; no ids.", show_default=False)],
     certificate: Annotated[
-        Path, typer.Option("--certificate", metavar="FILE", dir_okay=False, help="Where the certificates go, as JSON.", show_default=False)
+        Path,
+        typer.Option(
+            "--certificate", metavar="FILE", dir_okay=False, help="Where the certificates go, as JSON; a new file.", show_default=False
+        ),
     ],
     ids: Annotated[str, typer.Option("--ids", help="Ids, separated by commas.", show_default=False)] = "",
     ids_from: Annotated[
@@ -68,7 +71,12 @@ def erase(
     where = target(address, api_key, tls, ca, insecure, state)
     if not yes:
         typer.confirm(f"Erase {len(wanted):,} entities of type {entity_type} at {where.address}? It cannot be undone.", abort=True)
-    documents = run(_erase(entity_type, wanted, reason, certificate, where, for_ever=for_ever))
+    _claim(certificate)
+    try:
+        documents = run(_erase(entity_type, wanted, reason, certificate, where, for_ever=for_ever))
+    finally:
+        if not certificate.stat().st_size:  # nothing was certified: the same command may be run again
+            certificate.unlink()
     if as_json:
         write_json({"certificates": documents})
         return
@@ -126,6 +134,16 @@ def _key_on(state: Path) -> str:
     if not key:
         raise typer.BadParameter(f"no mesh on {state} has one: give --state, --key or {_KEY}", param_hint="--key")
     return key
+
+
+def _claim(file: Path) -> None:
+    """Make the file of the certificates, before anything is erased: neither may it fail to be written, nor replace others."""
+    try:
+        file.open("x").close()
+    except FileExistsError:
+        raise typer.BadParameter(f"{file} is there already: certificates are not overwritten", param_hint="--certificate") from None
+    except OSError as error:
+        raise typer.BadParameter(f"{file} cannot be written: {type(error).__name__}", param_hint="--certificate") from None
 
 
 def _ids(given: str, file: Path | None, *, int_ids: bool, json_ids: bool) -> list[Any]:

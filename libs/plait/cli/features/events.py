@@ -221,10 +221,15 @@ def read_events(source: Path) -> Iterator[tuple[int, Event]]:
     """Yield line number and event of every line that is not empty. Raises InvalidArgument (EVENT_UNREADABLE) naming file and line."""
     from plait.errors import InvalidArgument  # noqa: PLC0415
 
-    with sys.stdin if str(source) == "-" else source.open(encoding="utf-8") as lines:
+    try:
+        opened = sys.stdin if str(source) == "-" else source.open(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise typer.BadParameter(f"{source} cannot be read: {error.strerror}", param_hint="--from") from None
+    with opened as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
+                    line.encode()  # of bytes that are no UTF-8 this line is wrong, and named
                     yield number, event_of(json.loads(line))
                 except _TypeUnknown as error:
                     raise InvalidArgument(f"{source}:{number}: an event's type is one of {error}", reason="EVENT_UNREADABLE") from error

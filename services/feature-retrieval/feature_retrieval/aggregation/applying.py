@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from feature_retrieval.aggregation.events import Parsed, Refusal, parse
+from feature_retrieval.aggregation.events import ERASED, Parsed, Refusal, parse
 from feature_retrieval.aggregation.plan import AggregatedView, AggregationPlans
 from feature_retrieval.aggregation.windows import MICRO
 from feature_retrieval.ingestion import nothing_was_erased
@@ -33,7 +33,6 @@ _READ_TIMEOUT_S: Final = 5.0
 _REPLAYED_KNOWN_US: Final = 7 * 86_400 * MICRO  # a replay may be cut off, go on days later, and repeat what it had replayed
 
 _NOBODY: Final[tuple[Id | None, Id | None]] = (None, None)
-ERASED: Final = Refusal("ENTITY_ERASED", "the entity was erased after this event: it stays erased")
 _TWO_IDS: Final = Refusal("ENTITY_ID_INVALID", "an event is about exactly one subject and at most one object")
 _BAD_ID: Final = Refusal("ENTITY_ID_INVALID", f"an id has 1 to {MAX_ID_BYTES} bytes of UTF-8")
 

@@ -41,6 +41,7 @@ NOT_WRITABLE: Final = Refusal(
     "VIEW_NOT_WRITABLE", "every view that counts such events names others in spec.writers: its owner has to add the tenant or the API key"
 )
 VALUES_INVALID: Final = Refusal("VALUE_INVALID", f"value and values must be finite numbers, at most {MAX_VALUES} of them")
+ERASED: Final = Refusal("ENTITY_ERASED", "the entity was erased after this event: it stays erased, and the event itself is not kept")
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,14 @@ def test_a_line_that_is_no_event_is_named(features: Plait, tmp_path: Path, bad: 
     assert f"{file}:2:" in failed.stderr
 
 
+def test_a_file_that_cannot_be_read_is_named(features: Plait, tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(line("e1").encode() + b"\n\xff\n")
+    failed = features("publish", "--from", tmp_path / "bytes")
+    assert (failed.exit_code, f"{tmp_path / 'bytes'}:2:" in failed.stderr) == (1, True)
+    for place in (tmp_path, tmp_path / "none"):
+        assert features("publish", "--from", place).exit_code == 2
+
+
 def test_dead_letters_are_listed_and_redriven(features: Plait, running: Running) -> None:
     features("publish", "--from", "-", input="\n".join(line(f"e{n}", type="make_offer") for n in range(3)))  # they lack a price
     running.settled()
