@@ -13,12 +13,13 @@ from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import DeadlineExceeded
 from router import degradation
+from router.connections import CallPlan
 from router.feature_client import FeatureClient, Unreachable
 from router.ordering import best_first
+from router.pools import Pools
 from router.question import Question, Response
 from router.tensors import copy_outputs, fill_infer, scores_of
 from router.validation import count
-from router.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from plait.api.inference.v2 import inference_pb2
@@ -30,7 +31,7 @@ class Consulting:
     `features_share`: the part of what is left of a budget that features may take, so that late ones degrade the answer instead of failing it.
     """
 
-    def __init__(self, features: FeatureClient, workers: WorkerPool, features_share: float) -> None:
+    def __init__(self, features: FeatureClient, workers: Pools, features_share: float) -> None:
         self._features = features
         self._workers = workers
         self._features_share = features_share
@@ -90,7 +91,18 @@ class Consulting:
         tensors = {tensor.name: tensor for tensor in features.tensors}
         tensors.update(question.inline)
         fill_infer(frame.request, question.arm, tensors, question.outputs, question.request_id)
-        return await self._workers.infer(frame, deadline=question.deadline, tenant=question.tenant, request_id=question.request_id)
+        arm = question.arm
+        call = CallPlan(
+            model=arm.model,
+            version=arm.version,
+            rows=question.rows,
+            deadline=question.deadline,
+            tenant=question.tenant,
+            request_id=question.request_id,
+            attempts=question.route.attempts,
+            hedge=question.route.hedge,
+        )
+        return await self._workers.infer(frame, call)
 
 
 def ordered(question: Question, scores: NDArray[np.float32]) -> pb.RankResponse:

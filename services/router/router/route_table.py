@@ -18,6 +18,7 @@ from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, NotFound, PermissionDenied
 from plait.registry.crosschecks import misfits
 from plait.registry.entity_ids import Id
+from plait.registry.policies import Hedge
 from plait.registry.records import EMPTY, Entity, FeatureSet, Route, Signature, Snapshot, TensorSpec, Variant
 from plait.registry.shapes import SetShape
 from router.experiments import assign
@@ -87,7 +88,7 @@ class Arm:
 class ServingRoute:
     """A route as requests meet it. `arms` are the variants that can serve; where none has a weight, `fault` says why.
 
-    `policy` and `max_defaulted_share` are as in GetFeaturesRequest.
+    `policy` and `max_defaulted_share` are as in GetFeaturesRequest. `attempts` and `hedge` say how its model is called.
     """
 
     name: str
@@ -95,6 +96,8 @@ class ServingRoute:
     candidate: str
     score: str
     timeout_s: float
+    attempts: int
+    hedge: Hedge | None
     max_candidates: int
     policy: types_pb2.MissingPolicy.ValueType
     max_defaulted_share: float
@@ -166,6 +169,8 @@ def _route(route: Route, snapshot: Snapshot) -> ServingRoute:
         candidate=route.candidate,
         score=route.score,
         timeout_s=route.timeout_s,
+        attempts=route.retry.attempts,
+        hedge=route.hedge,
         max_candidates=route.max_candidates,
         policy=_POLICIES[route.on_missing],
         max_defaulted_share=0.0 if share >= 1 else max(share, _NO_DEFAULTS),

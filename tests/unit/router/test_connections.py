@@ -26,7 +26,10 @@ from plait.errors import (
 )
 from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
-from router.connections import Connections, lost
+from router.balancer import Balancer
+from router.connections import CallPlan, Connections, framed, lost
+from router.discovery.found import Found
+from router.transports.plait import PlaitTransport
 
 
 def open_stream(channel: Any, metadata: Any) -> Any:
@@ -34,9 +37,16 @@ def open_stream(channel: Any, metadata: Any) -> Any:
 
 
 @asynccontextmanager
-async def connections(*addresses: str, token: str = "the-token", per_replica: int = 1) -> AsyncIterator[Connections]:
+async def connections(*addresses: str, token: str = "the-token", most: int = 1, stateful: bool = False) -> AsyncIterator[Connections]:
     settings = ChannelSettings(service_token=token)  # type: ignore[arg-type]
-    made = Connections("Infer", addresses, open_stream, settings, per_replica=per_replica, ejection_s=0.05, max_ejection_s=0.2)
+    balancer = Balancer(ejection_s=0.05, max_ejection_s=0.2, slow_start_s=0.0)
+    made = Connections(
+        "Infer",
+        lambda address, on_load: PlaitTransport(address, "Infer", open_stream, settings, most=most, on_load=on_load),
+        balancer,
+        stateful=stateful,
+    )
+    made.adopt(frozenset(Found(address=address) for address in addresses))
     try:
         yield made
     finally:
@@ -52,8 +62,9 @@ def frame() -> pb.StreamInferRequest:
     return made
 
 
-async def call(of: Connections, timeout_s: float = 20.0, elsewhere: Callable[[PlaitError], bool] = lambda _: False) -> Any:
-    return await of.call(frame(), deadline=Deadline.after(timeout_s), tenant="shop", request_id="r-1", elsewhere=elsewhere)
+async def call(of: Connections, timeout_s: float = 20.0, elsewhere: Callable[[PlaitError], bool] = lambda _: False, **more: Any) -> Any:
+    plan = CallPlan(deadline=Deadline.after(timeout_s), tenant="shop", request_id="r-1", **more)
+    return await of.call(framed(frame(), plan), plan, elsewhere)
 
 
 async def answered(of: Connections) -> None:
@@ -93,17 +104,21 @@ async def test_the_call_carries_tenant_request_id_and_what_is_left_of_the_deadli
         assert seen.deadline.remaining_s() <= 5.0
 
 
-async def test_one_stream_carries_many_calls_and_per_replica_opens_more() -> None:
-    async with FakeModelWorker() as worker, connections(worker.address, per_replica=3) as to_worker:
-        assert repr(to_worker).count("#") == 3
+async def test_one_stream_carries_many_calls_and_a_crowd_gets_more_streams() -> None:
+    async with FakeModelWorker() as worker, connections(worker.address, most=3) as to_worker:
         worker.gate = asyncio.Event()
-        calls = [asyncio.create_task(call(to_worker)) for _ in range(30)]
-        while len(worker.calls) < 30:
-            await asyncio.sleep(0)
-        assert "in_flight=0" not in repr(to_worker)
-        worker.gate.set()
-        assert len(await asyncio.gather(*calls)) == 30
-        assert repr(to_worker).count("in_flight=0 up") == 3
+        [endpoint] = to_worker._by_address.values()
+        for calls, streams in ((60, 1), (100, 2), (170, 3), (250, 3)):
+            waiting = [asyncio.create_task(call(to_worker)) for _ in range(calls)]
+            while len(worker.calls) < calls:
+                await asyncio.sleep(0)
+            assert f"streams={streams}" in repr(endpoint.transport)
+            assert f"in_flight={calls} up" in repr(to_worker)
+            worker.gate.set()
+            assert len(await asyncio.gather(*waiting)) == calls
+            worker.gate.clear()
+            worker.calls.clear()
+        assert "in_flight=0 up" in repr(to_worker)
 
 
 async def test_the_only_replica_is_tried_again_after_a_break_within_the_call() -> None:

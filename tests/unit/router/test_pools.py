@@ -25,8 +25,9 @@ from plait.errors import (
 )
 from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
+from router.connections import CallPlan
+from router.pools import Pools
 from router.settings import WorkersSettings
-from router.worker_pool import WorkerPool
 
 
 @pytest_asyncio.fixture
@@ -36,22 +37,22 @@ async def worker() -> AsyncIterator[FakeModelWorker]:
 
 
 @pytest_asyncio.fixture
-async def pool(worker: FakeModelWorker) -> AsyncIterator[WorkerPool]:
-    pool = WorkerPool(WorkersSettings(addresses=worker.address), ChannelSettings(service_token="the-token"))  # type: ignore[arg-type]
+async def pool(worker: FakeModelWorker) -> AsyncIterator[Pools]:
+    pool = Pools(WorkersSettings(addresses=worker.address), ChannelSettings(service_token="the-token"))  # type: ignore[arg-type]
     yield pool
     await pool.close()
 
 
-async def infer(pool: WorkerPool) -> inference_pb2.ModelInferResponse:
+async def infer(pool: Pools) -> inference_pb2.ModelInferResponse:
     frame = pb.StreamInferRequest()
     frame.request.model_name = "ranker"
     for name in ("user", "item"):
         frame.request.inputs.add(name=name, datatype="FP32", shape=[1, 1])
         frame.request.raw_input_contents.append(bytes(4))
-    return await pool.infer(frame, deadline=Deadline.after(20), tenant="shop", request_id="r")
+    return await pool.infer(frame, CallPlan(model="ranker", version="2", deadline=Deadline.after(20), tenant="shop", request_id="r"))
 
 
-async def test_an_answer_comes_back_as_it_is(pool: WorkerPool, worker: FakeModelWorker) -> None:
+async def test_an_answer_comes_back_as_it_is(pool: Pools, worker: FakeModelWorker) -> None:
     answer = await infer(pool)
     assert [(o.name, list(o.shape)) for o in answer.outputs] == [("score", [1])]
     assert worker.address in repr(pool)
@@ -73,7 +74,7 @@ async def test_an_answer_comes_back_as_it_is(pool: WorkerPool, worker: FakeModel
     ],
 )
 async def test_failures_in_the_callers_terms(
-    pool: WorkerPool, worker: FakeModelWorker, raised: PlaitError, expected: type[PlaitError], reason: str, retry: bool
+    pool: Pools, worker: FakeModelWorker, raised: PlaitError, expected: type[PlaitError], reason: str, retry: bool
 ) -> None:
     worker.error = raised
     with pytest.raises(expected) as caught:
@@ -90,7 +91,7 @@ async def test_failures_in_the_callers_terms(
 async def test_no_worker_at_all_is_worth_a_retry() -> None:
     async with FakeModelWorker() as gone:
         address = gone.address
-    pool = WorkerPool(WorkersSettings(addresses=address), ChannelSettings())
+    pool = Pools(WorkersSettings(addresses=address), ChannelSettings())
     try:
         with pytest.raises(Unavailable) as caught:
             await infer(pool)
@@ -105,7 +106,7 @@ async def test_a_worker_that_lags_says_nothing_of_the_others(worker: FakeModelWo
     async with FakeModelWorker() as lags:
         lags.error = error
         settings = WorkersSettings(addresses=f"{lags.address},{worker.address}")
-        pool = WorkerPool(settings, ChannelSettings(service_token="the-token"))  # type: ignore[arg-type]
+        pool = Pools(settings, ChannelSettings(service_token="the-token"))  # type: ignore[arg-type]
         try:
             for _ in range(100):
                 await infer(pool)
