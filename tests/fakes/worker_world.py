@@ -255,7 +255,8 @@ class WorkerWorld:
         self.stub: Any = pb_grpc.GRPCInferenceServiceStub(channel)
         self.stream_stub: Any = stream_pb_grpc.ModelWorkerServiceStub(channel)
         settings = ChannelSettings(service_token=SERVICE_TOKEN)  # type: ignore[arg-type]
-        self.mux = Multiplexer(lambda: self.stream_stub.StreamInfer(metadata=service_metadata(settings)), name="worker")
+        stream = "/plait.api.model_worker.v1.ModelWorkerService/StreamInfer"
+        self.mux = Multiplexer(channel, stream, stream_pb.StreamInferResponse, name="worker", metadata=service_metadata(settings))
 
     async def settled(self) -> None:
         """Return once every version that should be served is, or has failed."""

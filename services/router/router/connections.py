@@ -45,19 +45,8 @@ def lost(error: PlaitError) -> bool:
 
 
 def framed(frame: Any, plan: CallPlan) -> Send:
-    """Return what sends a filled frame with `Connections.call`."""
-    unsent = True
-
-    def send(transport: Transport) -> Awaitable[Any]:
-        nonlocal unsent
-        mine = frame
-        if not unsent:  # the first may still wait to be written, with a header of its own
-            mine = type(frame)()
-            mine.request.CopyFrom(frame.request)
-        unsent = False
-        return transport.typed(mine, deadline=plan.deadline, tenant=plan.tenant, request_id=plan.request_id)
-
-    return send
+    """Return what sends a filled frame with `Connections.call`; it is serialized when sent, so that it may be sent again."""
+    return lambda transport: transport.typed(frame, deadline=plan.deadline, tenant=plan.tenant, request_id=plan.request_id)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from plait.api.model_worker.v1 import model_worker_service_pb2 as pb
-from plait.api.model_worker.v1 import model_worker_service_pb2_grpc as pb_grpc
 from plait.errors import Cancelled, FailedPrecondition, InvalidArgument, NotFound, PlaitError, Unavailable
 from plait.registry.policies import KubernetesService, PoolEndpoint
 from plait.registry.pool_rules import DEFAULT
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from plait.api.inference.v2 import inference_pb2
 
 _METHOD: Final = "inference.GRPCInferenceService/ModelInfer"
+_STREAM: Final = "/plait.api.model_worker.v1.ModelWorkerService/StreamInfer"
 _RETRY_S: Final = 0.25
 _LOOK_S: Final = 1.0
 
@@ -164,7 +164,9 @@ class Pools:
             strange = channel.model_copy(update={"service_token": ChannelSettings().service_token})
             return lambda address, _: ForeignTransport(address, strange)
         most, tracing = self._settings.connections, self._tracing
-        return lambda address, on_load: PlaitTransport(address, _METHOD, _open_stream, channel, most=most, on_load=on_load, tracing=tracing)
+        return lambda address, on_load: PlaitTransport(
+            address, _METHOD, _STREAM, pb.StreamInferResponse, channel, most=most, on_load=on_load, tracing=tracing
+        )
 
     def _leave(self, pool: _OpenPool) -> None:
         if self._metrics is not None:
@@ -203,11 +205,6 @@ def _same(old: Pool, new: Pool | None) -> bool:
 
 def _road(pool: Pool) -> tuple[object, ...]:
     return pool.protocol, pool.tls, pool.stateful, pool.kubernetes
-
-
-def _open_stream(channel: Any, metadata: Sequence[tuple[str, str]]) -> Any:
-    stub: Any = pb_grpc.ModelWorkerServiceStub(channel)
-    return stub.StreamInfer(metadata=metadata)
 
 
 def _not_here(error: PlaitError) -> bool:

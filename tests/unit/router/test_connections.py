@@ -11,7 +11,6 @@ import pytest
 from tests.fakes.model_worker import FakeModelWorker
 
 from plait.api.model_worker.v1 import model_worker_service_pb2 as pb
-from plait.api.model_worker.v1 import model_worker_service_pb2_grpc as pb_grpc
 from plait.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -31,9 +30,7 @@ from router.connections import CallPlan, Connections, framed, lost
 from router.discovery.found import Found
 from router.transports.plait import PlaitTransport
 
-
-def open_stream(channel: Any, metadata: Any) -> Any:
-    return pb_grpc.ModelWorkerServiceStub(channel).StreamInfer(metadata=metadata)  # type: ignore[no-untyped-call]
+STREAM = "/plait.api.model_worker.v1.ModelWorkerService/StreamInfer"
 
 
 @asynccontextmanager
@@ -42,7 +39,7 @@ async def connections(*addresses: str, token: str = "the-token", most: int = 1, 
     balancer = Balancer(ejection_s=0.05, max_ejection_s=0.2, slow_start_s=0.0)
     made = Connections(
         "Infer",
-        lambda address, on_load: PlaitTransport(address, "Infer", open_stream, settings, most=most, on_load=on_load),
+        lambda address, on_load: PlaitTransport(address, "Infer", STREAM, pb.StreamInferResponse, settings, most=most, on_load=on_load),
         balancer,
         stateful=stateful,
     )

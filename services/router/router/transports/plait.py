@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import grpc
 
 from plait.api.inference.v2 import inference_pb2, inference_pb2_grpc
-from plait.api.model_worker.v1 import model_worker_service_pb2 as worker_pb
 from plait.rpc.channel import open_channel, service_metadata
 from plait.rpc.deadline import Deadline
 from plait.rpc.multiplex import Multiplexer
@@ -19,8 +17,6 @@ from router.endpoints import OnLoad, Versions
 
 _CROWD: Final = 64  # calls on one stream; more are worth another one, up to the most
 _IDLE_S: Final = 60.0  # an extra stream that was not needed for so long is closed
-
-OpenStream = Callable[[grpc.aio.Channel, Sequence[tuple[str, str]]], Any]
 
 
 class _Stream:
@@ -41,15 +37,16 @@ class _Stream:
 class PlaitTransport:
     """One to `most` streams to an endpoint: calls go to the first that is not crowded, so that the others fall idle when load does.
 
-    `open_stream(channel, metadata)` starts the service's stream; each is opened on first use and again after a break. `name` is what spans
-    call it. `on_load` is told what answers say of the endpoint's load.
+    `stream` is the full name of the service's stream, `response_type` its answers'; each is opened on first use and again after a break.
+    `name` is what spans call it. `on_load` is told what answers say of the endpoint's load.
     """
 
     def __init__(
         self,
         address: str,
         name: str,
-        open_stream: OpenStream,
+        stream: str,
+        response_type: type[Any],
         settings: ChannelSettings,
         *,
         most: int = 1,
@@ -58,7 +55,8 @@ class PlaitTransport:
     ) -> None:
         self._address = address
         self._name = name
-        self._open_stream = open_stream
+        self._stream = stream
+        self._response_type = response_type
         self._settings = settings
         self._most = most
         self._on_load = on_load
@@ -77,11 +75,7 @@ class PlaitTransport:
         self, request: bytes, *, deadline: Deadline, tenant: str, request_id: str, metadata: tuple[tuple[str, str], ...] = ()
     ) -> bytes:
         """Send a serialized ModelInferRequest and return the serialized response. `metadata` stays here: a frame has no room for it."""
-        frame = worker_pb.StreamInferRequest()
-        frame.request.MergeFromString(request)
-        response = await self._calls().call(frame, deadline=deadline, tenant=tenant, request_id=request_id)
-        answer: bytes = response.SerializeToString()
-        return answer
+        return await self._calls().call_raw(request, deadline=deadline, tenant=tenant, request_id=request_id)
 
     async def ready_versions(self, deadline: Deadline) -> Versions | None:
         """Ask what the worker holds ready; and close a stream that load no longer asks for."""
@@ -115,8 +109,15 @@ class PlaitTransport:
 
     def _another(self) -> _Stream:
         channel = open_channel(self._address, self._settings)
-        open_stream, metadata = self._open_stream, self._metadata
-        calls = Multiplexer(lambda: open_stream(channel, metadata), name=self._name, tracing=self._tracing, on_load=self._on_load)
+        calls = Multiplexer(
+            channel,
+            self._stream,
+            self._response_type,
+            name=self._name,
+            metadata=self._metadata,
+            tracing=self._tracing,
+            on_load=self._on_load,
+        )
         return _Stream(channel, calls)
 
     async def _tidy(self) -> None:
