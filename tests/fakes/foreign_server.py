@@ -30,7 +30,7 @@ class ForeignServer(pb_grpc.GRPCInferenceServiceServicer):
         self.cancelled = 0
         self.server = grpc.aio.server()
         self.port = self.server.add_insecure_port("127.0.0.1:0")
-        pb_grpc.add_GRPCInferenceServiceServicer_to_server(self, self.server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_GRPCInferenceServiceServicer_to_server(self, self.server)
 
     async def __aenter__(self) -> ForeignServer:
         await self.server.start()

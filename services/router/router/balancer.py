@@ -112,6 +112,13 @@ class Balancer:
         self.changed()
         return True
 
+    def reached(self, replica: Replica) -> None:
+        """It answered a question that was no call: it is there, whatever it does with calls. From now on it starts slowly."""
+        if replica.loss.in_a_row:
+            replica.loss.end()
+            replica.warm_from_s = self._clock()
+            self.changed()
+
     def overdue(self, replica: Replica, waited_s: float, rows: int) -> None:
         """Count a call that was given up after so long."""
         replica.overdue(waited_s, rows, self._clock())

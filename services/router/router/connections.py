@@ -138,6 +138,8 @@ class Connections:
         answers = await asyncio.gather(*(endpoint.transport.ready_versions(deadline) for endpoint in endpoints))
         for endpoint, ready in zip(endpoints, answers, strict=True):
             endpoint.ready = ready
+            if ready is not None:
+                self._balancer.reached(endpoint.replica)
             if endpoint.wanted and not endpoint.replica.accepts and self._clock() >= endpoint.quiet_until_s:
                 endpoint.replica.accepts = True  # it said it was about to stop, and by now it has, or has not
                 self._balancer.changed()

@@ -86,6 +86,22 @@ def test_a_lost_replica_is_avoided_twice_as_long_each_time_up_to_a_limit() -> No
     assert b.lost(bad) == 1.0
 
 
+def test_one_that_is_reached_again_need_not_sit_out_its_time() -> None:
+    clock = Clock()
+    b = balancer(0, 9, clock=clock)
+    for _ in range(4):
+        clock.now_s += b.lost(b.replicas[0])
+    b.lost(b.replicas[0])
+    assert picks(b) == {"r1"}
+    b.reached(b.replicas[0])
+    clock.now_s += 2.0  # (it starts slowly)
+    assert picks(b) == {"r0"}
+    assert not b.replicas[0].suspect
+    fail(b, b.replicas[0])
+    b.reached(b.replicas[0])
+    assert picks(b) == {"r1"}, "that it is there does not say that it works"
+
+
 def test_calls_that_are_lost_together_are_one_loss() -> None:
     b = balancer(0, 0)
     assert [b.lost(b.replicas[0]) for _ in range(5)] == [1.0, 0, 0, 0, 0]
