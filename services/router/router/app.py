@@ -32,6 +32,7 @@ from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
+from router.shadow import Shadows
 from router.shared_invalidations import SharedInvalidations
 from router.stopwatch import RankingMetrics
 
@@ -59,13 +60,17 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
+    gate = Gate(Admission(settings.admission))
+    shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
+    stack.push_async_callback(shadows.close)
     ranking = Ranking(
-        gate=Gate(Admission(settings.admission)),
+        gate=gate,
         consulting=consulting,
         cascade=Cascade(consulting, features, settings.features.budget_share),
         ladder=Ladder(consulting, Expectations(), metrics),
         answers=answers,
         repeats=repeats,
+        shadows=shadows,
         exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
