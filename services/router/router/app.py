@@ -6,6 +6,8 @@ from contextlib import AsyncExitStack
 
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
+from plait.redis.dispatch import Dispatch
+from plait.redis.opening import topology_of
 from plait.registry.watcher import Watcher
 from plait.rpc.process import Tasks
 from plait.rpc.server import RpcServer
@@ -30,6 +32,7 @@ from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
+from router.shared_invalidations import SharedInvalidations
 from router.stopwatch import RankingMetrics
 
 
@@ -46,6 +49,12 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     workers = Pools(settings.workers, _channel(settings.workers.channel, settings), tracing=tracing, metrics=PoolMetrics(metrics))
     stack.push_async_callback(workers.close)
     invalidations = Invalidations()
+    shared = None
+    if settings.redis.url.get_secret_value():
+        topology = topology_of(settings.redis)
+        stack.push_async_callback(topology.close)
+        shared = SharedInvalidations(invalidations, Dispatch(topology), metrics)
+        tasks.start(shared.run(), "invalidations")
     answers, repeats = Answers(settings.cache, invalidations, metrics), Repeats(settings.repeats, metrics)
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
@@ -68,8 +77,9 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
 
     server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
-    servicer = RouterServicer(ranking, Invalidating(invalidations))  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
-    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE)
+    servicer = RouterServicer(ranking, Invalidating(invalidations, shared))  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
+    watcher.subscribe(server.reexamine)
     return server
 
 

@@ -163,7 +163,7 @@ class Consulting:
     ) -> inference_pb2.ModelInferResponse:
         frame = worker_pb.StreamInferRequest()
         fill_infer(frame.request, arm, tensors, outputs, question.request_id)
-        plan = CallPlan(
+        call = CallPlan(
             model=arm.model,
             version=arm.version,
             rows=question.rows,
@@ -173,7 +173,7 @@ class Consulting:
             attempts=question.route.attempts,
             hedge=question.route.hedge,
         )
-        return await _traced(question, "model", self._workers.infer(frame, plan))
+        return await _traced(question, "model", self._workers.infer(frame, call))
 
 
 async def _traced(question: Question, what: str, asked: Awaitable[R]) -> R:
