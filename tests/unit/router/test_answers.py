@@ -55,7 +55,7 @@ class World:
         self.gate: asyncio.Event | None = None
         self.told: list[tuple[str, str, str]] = []
         self.log = Invalidations()
-        self.answers = Answers(CacheSettings(), self.log, Metrics(), lambda: self.now_s, chance)
+        self.answers = Answers(CacheSettings(), self.log, Metrics(), clock=lambda: self.now_s, chance=chance)
         self.registry = registry or snapshot(ROUTE)
         self.adopt(self.registry)
 
