@@ -36,6 +36,7 @@ from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
 from router.expectations import Expectations
+from router.exposures import Exposures
 from router.feature_client import FeatureClient
 from router.gate import Gate
 from router.invalidating import Invalidating
@@ -131,6 +132,10 @@ class RouterWorld:
     ) -> Any:
         return await self.stub.Rank(request, metadata=(*_metadata(key), *(headers or {}).items()), timeout=timeout_s)
 
+    async def explain(self, request: Any, *, key: str | None = KEY, headers: dict[str, str] | None = None) -> Any:
+        asked = pb.ExplainRequest(rank=request) if isinstance(request, pb.RankRequest) else pb.ExplainRequest(predict=request)
+        return await self.stub.Explain(asked, metadata=(*_metadata(key), *(headers or {}).items()), timeout=20.0)
+
     async def predict(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
         return await self.stub.Predict(request, metadata=_metadata(key), timeout=timeout_s)
 
@@ -169,6 +174,7 @@ async def router_world(
         ladder=Ladder(consulting, Expectations(), metrics),
         answers=answers,
         repeats=repeats,
+        exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )

@@ -20,6 +20,7 @@ from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
 from router.expectations import Expectations
+from router.exposures import Exposures
 from router.feature_client import FeatureClient
 from router.gate import Gate
 from router.invalidating import Invalidating
@@ -67,6 +68,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
         ladder=Ladder(consulting, Expectations(), metrics),
         answers=answers,
         repeats=repeats,
+        exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
     )
@@ -76,7 +78,8 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
     servicer = RouterServicer(ranking, Invalidating(invalidations, shared))  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
-    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE)
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
+    watcher.subscribe(server.reexamine)
     return server
 
 

@@ -75,6 +75,7 @@ class Arm:
     """A variant that can serve: the model version it resolved to, and how to fill its inputs (in signature order).
 
     `keys`: how ids of each entity type of the feature set are typed, None where no view says so. `outputs`: names, in signature order.
+    `view_versions`: which version of each view it reads.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Arm:
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     keys: Mapping[str, Entity | None]
+    view_versions: Mapping[str, int]
 
     def input_bytes(self, rows: int) -> int:
         """Return how many bytes the tensors of `rows` candidates take."""
@@ -311,6 +313,7 @@ def _made(variant: Variant, version: str, signature: Signature, snapshot: Snapsh
         inputs=_inputs(signature, feature_set, shape),
         outputs=tuple(tensor.name for tensor in signature.outputs),
         keys=_keys(feature_set, shape),
+        view_versions=MappingProxyType({view.name: view.version for item in feature_set.inputs for view in shape.views_of(item)}),
     )
 
 

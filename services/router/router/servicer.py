@@ -27,3 +27,7 @@ class RouterServicer(pb_grpc.RouterServiceServicer):
     async def InvalidateCache(self, request: Any, context: Any) -> Any:
         """Forget what is no longer true."""
         return await self._invalidating.invalidate(request)
+
+    async def Explain(self, request: Any, context: Any) -> Any:
+        """The answer, and how it came to be."""
+        return await self._ranking.explain(request)
