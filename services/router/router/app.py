@@ -57,7 +57,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
         stack.push_async_callback(level.close)
         shared = SharedInvalidations(invalidations, Dispatch(topology), metrics)
         tasks.start(shared.run(), "invalidations")
-    answers, repeats = Answers(settings.cache, invalidations, metrics, level), Repeats(settings.repeats, metrics)
+    answers, repeats = Answers(settings.cache, invalidations, metrics, level), Repeats(settings.repeats, metrics, level)
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
