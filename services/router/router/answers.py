@@ -96,6 +96,9 @@ class Answers:
         }
 
         async def cached(question: Question) -> Response:
+            if question.trail is not None:
+                question.trail.cache = self._would_be(question, policy)
+                return await road(question)
             if question.request.explain:
                 return await road(question)
             key = self._keys.of(question)
@@ -127,6 +130,15 @@ class Answers:
         response.cache = STALE if found == "stale" else HIT
         response.age_us = int(age_s * 1e6)
         return response
+
+    def _would_be(self, question: Question, policy: CachePolicy) -> explanation_pb.CacheStatus.ValueType:
+        """Return how a question would be answered, and leave everything as it is."""
+        key = self._keys.of(question)
+        entry = self._entries.get(key)
+        found = "gone" if entry is None else standing(self._clock() - entry.made_s, entry.took_s, policy, 1.0)
+        if entry is None or found == "gone" or self._untouched(entry, question) is None:
+            return SHARED if key in self._flights else MISS
+        return STALE if found == "stale" else HIT
 
     async def _shared(self, key: bytes, question: Question, road: Road, policy: CachePolicy) -> Response:
         make = partial(self._make, key, question, road, policy, -math.inf)
