@@ -175,7 +175,7 @@ class Answers:
             began_s=began_s,
             position=position,
         )
-        if made.tier == TIER_FULL and not made.reasons:
+        if made.tier == TIER_FULL and not made.reasons and self._keys.of(question) == key:  # (the registry may have changed meanwhile)
             # Its age counts from when it was begun: that is when its features were read.
             entry = Entry(data=made.data, made_s=began_s, took_s=made_s - began_s, position=position)
             self._entries.put(key, entry, len(made.data))
