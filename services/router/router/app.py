@@ -29,6 +29,7 @@ from router.ladder import Ladder
 from router.pool_metrics import PoolMetrics
 from router.pools import Pools
 from router.ranking import Ranking
+from router.redis_level import RedisLevel
 from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
@@ -50,13 +51,15 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     workers = Pools(settings.workers, _channel(settings.workers.channel, settings), tracing=tracing, metrics=PoolMetrics(metrics))
     stack.push_async_callback(workers.close)
     invalidations = Invalidations()
-    shared = None
+    shared = level = None
     if settings.redis.url.get_secret_value():
         topology = topology_of(settings.redis)
         stack.push_async_callback(topology.close)
+        level = RedisLevel(Dispatch(topology), metrics, settings.cache.redis_budget_s)
+        stack.push_async_callback(level.close)
         shared = SharedInvalidations(invalidations, Dispatch(topology), metrics)
         tasks.start(shared.run(), "invalidations")
-    answers, repeats = Answers(settings.cache, invalidations, metrics), Repeats(settings.repeats, metrics)
+    answers, repeats = Answers(settings.cache, invalidations, metrics, level), Repeats(settings.repeats, metrics, level)
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
