@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import pytest_asyncio
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tests.fakes.event_service import EventService, consuming, event_service
@@ -96,6 +98,17 @@ async def settled(service: EventService) -> None:
     async with asyncio.timeout(20):
         while (await service.source("front").backlog_of("shop")).events:
             await asyncio.sleep(0.005)
+
+
+async def test_a_fault_ends_the_consumer_without_naming_anybody(service: EventService) -> None:
+    class Faulty(Watched):
+        async def read(self, limit: int, timeout_s: float) -> Sequence[Message]:
+            raise KeyError("anna")
+
+    with pytest.raises(Exception, match="not told") as caught:
+        await service.consumer(Faulty(service, [])).run()
+    assert type(caught.value).__name__ == "KeyError"
+    assert "anna" not in "".join(traceback.format_exception(caught.value)).replace('KeyError("anna")', "")
 
 
 async def test_whatever_fails_is_tried_again_and_acknowledged_once_safe(service: EventService) -> None:
