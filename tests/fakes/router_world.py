@@ -32,9 +32,12 @@ from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings, RpcSettings
 from plait.telemetry.metrics import Metrics
 from router.admission import Admission
+from router.cascade import Cascade
 from router.consulting import Consulting
+from router.expectations import Expectations
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.ladder import Ladder
 from router.ranking import Ranking
 from router.servicer import RouterServicer
 from router.settings import AdmissionSettings, FeaturesSettings, WorkersSettings
@@ -117,8 +120,10 @@ class RouterWorld:
     def address(self) -> str:
         return self.server.address
 
-    async def rank(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
-        return await self.stub.Rank(request, metadata=_metadata(key), timeout=timeout_s)
+    async def rank(
+        self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0, headers: dict[str, str] | None = None
+    ) -> Any:
+        return await self.stub.Rank(request, metadata=(*_metadata(key), *(headers or {}).items()), timeout=timeout_s)
 
     async def predict(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
         return await self.stub.Predict(request, metadata=_metadata(key), timeout=timeout_s)
@@ -145,9 +150,12 @@ async def router_world(
     feature_client = FeatureClient(FeaturesSettings(addresses=features, ejection_s=0.05), channel)
     pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
     metrics = Metrics()
+    consulting = Consulting(feature_client, pool, features_share)
     ranking = Ranking(
         gate=Gate(Admission(admission or AdmissionSettings())),
-        consulting=Consulting(feature_client, pool, features_share),
+        consulting=consulting,
+        cascade=Cascade(consulting, feature_client, features_share),
+        ladder=Ladder(consulting, Expectations(), metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )

@@ -257,7 +257,9 @@ async def test_history_says_who_when_from_to_and_why(store: Store) -> None:
     await store.apply(manifests(dataclasses.replace(SHOP, description="x")), actor="bob", reason="say what it is")
     newest, oldest = await store.history("Tenant", "shop")
     assert (newest.actor, newest.reason, newest.action, newest.generation) == ("bob", "say what it is", "updated", 2)
-    assert (newest.before, newest.after) == ({"description": ""}, {"description": "x"})
+    before, after = newest.before or {}, newest.after or {}
+    assert (before["description"], after["description"]) == ("", "x")
+    assert {**before, "description": "x"} == after
     assert (oldest.before, oldest.action) == (None, "created")
     assert newest.changed_at is not None
     assert oldest.changed_at is not None

@@ -10,7 +10,7 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import grpc
 from prometheus_client import Counter, Histogram
@@ -30,7 +30,25 @@ if TYPE_CHECKING:
 
 _PUSHBACK: Final = ("grpc-retry-pushback-ms", "-1")
 _MAX_REQUEST_ID_CHARS: Final = 128
-MALFORMED: Final = object()  # what a message that cannot be parsed becomes, so that the handler's wrapper can answer for it
+_UNPARSED: Final = "cannot be parsed: is it the message this method takes?"
+
+
+class Malformed(NamedTuple):
+    """What a message that cannot be parsed becomes, so that the handler's wrapper can answer for it."""
+
+    data: bytes
+    parse: Callable[[bytes], Any]
+
+
+class MalformedMessage(InvalidArgument):
+    """A message of a stream that cannot be parsed; the stream may be read on. `data` is the message as it came, `parse` what failed."""
+
+    default_reason = "MALFORMED_MESSAGE"
+
+    def __init__(self, data: bytes, parse: Callable[[bytes], Any]) -> None:
+        super().__init__(f"a message of the stream {_UNPARSED}")
+        self.data = data
+        self.parse = parse
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -103,7 +121,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(behaviour, parse, handler.response_serializer)
         if handler.stream_stream is not None:
             behaviour = self._stream(handler.stream_stream, method, scope)
-            return grpc.stream_stream_rpc_method_handler(behaviour, parse, handler.response_serializer)
+            return grpc.stream_stream_rpc_method_handler(behaviour, parse, _unless_bytes(handler.response_serializer))
         if handler.unary_stream is not None:
             behaviour = self._answering_stream(handler.unary_stream, method, scope)
             return grpc.unary_stream_rpc_method_handler(behaviour, parse, handler.response_serializer)
@@ -128,8 +146,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._in_flight += 1
             try:
                 self._admit(context, method, scope)
-                if request is MALFORMED:
-                    raise InvalidArgument("the request cannot be parsed: is it the message this method takes?", reason="MALFORMED_MESSAGE")
+                if type(request) is Malformed:
+                    raise InvalidArgument(f"the request {_UNPARSED}", reason="MALFORMED_MESSAGE")
                 response = await inner(request, context)
             except Exception as error:  # (whatever it is, it must reach the wire as a typed status)
                 await self._fail(context, method, error)
@@ -150,8 +168,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
             try:
                 self._admit(context, method, scope)
-                if request is MALFORMED:
-                    raise InvalidArgument("the request cannot be parsed: is it the message this method takes?", reason="MALFORMED_MESSAGE")
+                if type(request) is Malformed:
+                    raise InvalidArgument(f"the request {_UNPARSED}", reason="MALFORMED_MESSAGE")
                 async for response in inner(request, context):
                     yield response
             except Exception as error:
@@ -212,6 +230,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 is_service=identity.is_service,
                 request_id=request_id,
                 deadline=Deadline.after(self._default_timeout_s if left is None else left),
+                metadata=metadata,
             )
         )
 
@@ -259,8 +278,8 @@ class RequestStream:
             raise
         finally:
             self._reader = None
-        if message is MALFORMED:
-            raise InvalidArgument("a message of the stream cannot be parsed: is it the one this method takes?", reason="MALFORMED_MESSAGE")
+        if type(message) is Malformed:
+            raise MalformedMessage(*message)
         return message
 
     def end(self) -> None:
@@ -275,13 +294,22 @@ def _trailers(error: PlaitError) -> tuple[tuple[str, str | bytes], ...]:
     return (details, _PUSHBACK) if isinstance(error, ResourceExhausted) else (details,)
 
 
-def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
     """Return a deserializer that never raises: grpc would answer INTERNAL with a traceback in our log for what is the caller's mistake."""
+    if parse is None:  # the method takes bytes
+        return None
 
     def tolerant(data: bytes) -> Any:
         try:
             return parse(data)
         except Exception:
-            return MALFORMED
+            return Malformed(data, parse)
 
     return tolerant
+
+
+def _unless_bytes(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes] | None:
+    """Return a serializer that lets pass what is serialized already."""
+    if serialize is None:
+        return None
+    return lambda message: message if type(message) is bytes else serialize(message)

@@ -65,10 +65,16 @@ class RpcServer:
             if settings.server == "core"
             else grpc.aio.server(interceptors=interceptors, options=options)
         )
+        self._stops = False
         self.address = ""
 
     def __repr__(self) -> str:
         return f"<RpcServer {self.address or 'not started'} services={sorted(self._scopes)} {self._interceptor!r}>"
+
+    @property
+    def draining(self) -> bool:
+        """Whether it has begun to stop: calls are still answered, and better sent elsewhere."""
+        return self._stops
 
     def add(self, register: Callable[[Any, Any], None], servicer: object, service_name: str, *, scope: str) -> None:
         """Serve `servicer`, registered by its generated `add_…_to_server`; callers need `scope` (services have every scope)."""
@@ -96,6 +102,7 @@ class RpcServer:
 
     async def drain(self) -> None:
         """Say NOT_SERVING, let balancers notice, then refuse new calls and finish what is held within the grace."""
+        self._stops = True
         self._listens = False
         for name in ("", *self._scopes):
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)

@@ -14,9 +14,12 @@ from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
 from router import auth
 from router.admission import Admission
+from router.cascade import Cascade
 from router.consulting import Consulting
+from router.expectations import Expectations
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.ladder import Ladder
 from router.ranking import Ranking
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
@@ -36,9 +39,12 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     stack.push_async_callback(features.close)
     workers = WorkerPool(settings.workers, _channel(settings.workers.channel, settings), tracing)
     stack.push_async_callback(workers.close)
+    consulting = Consulting(features, workers, settings.features.budget_share)
     ranking = Ranking(
         gate=Gate(Admission(settings.admission)),
-        consulting=Consulting(features, workers, settings.features.budget_share),
+        consulting=consulting,
+        cascade=Cascade(consulting, features, settings.features.budget_share),
+        ladder=Ladder(consulting, Expectations(), metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
     )
