@@ -14,7 +14,7 @@ import pytest_asyncio
 import redis
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tests.fakes.calls import call_of
-from tests.fakes.event_service import MALL, SHOP, EventService, consuming, event_service
+from tests.fakes.event_service import LEAN, MALL, SHOP, EventService, consuming, event_service
 from tests.fakes.event_world import LISTINGS, NOW_S, NOW_US, PLANS, SNAPSHOT, USERS, event, feature, messages
 
 from feature_retrieval.aggregation.applying import Applying
@@ -201,6 +201,19 @@ async def test_dead_letters_keep_bytes_reason_and_trace_and_are_redriven_once(re
             assert (await letters(service)).total == 0
             assert await value(service, "spent") == 11
     tracing.close()
+
+
+async def test_dead_letters_are_shown_to_administrators_only(service: EventService) -> None:
+    await service.dead_letters.add(message_of("m"), refusal_of("VALUE_INVALID"))
+    for call in (
+        service.stub.ListDeadLetters(pb.ListDeadLettersRequest(), metadata=LEAN),
+        service.stub.RedriveDeadLetters(pb.RedriveDeadLettersRequest(), metadata=LEAN),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        assert from_rpc_error(caught.value).reason == "SCOPE_MISSING"
+    assert (await service.stub.GetViewStatus(pb.GetViewStatusRequest(feature_view=LISTINGS.name), metadata=LEAN)).dead_letters == 1
 
 
 async def test_dead_letters_come_in_pages_newest_first(service: EventService) -> None:
