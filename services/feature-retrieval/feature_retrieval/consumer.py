@@ -179,6 +179,7 @@ async def report(source: EventSource, known: Known, freshness: Freshness, every_
         try:
             freshness.waits(source.name, {tenant: await source.backlog_of(tenant) for tenant in known.tenants()}, known.views())
         except Unavailable as error:
+            freshness.unknown(source.name)
             log.info("the lag of events is not known", source=source.name, reason=error.reason)
         await asyncio.sleep(every_s)
 
