@@ -173,7 +173,7 @@ class FeatureRetrievalServiceServicer:
     def DescribeFeatureSet(self, request, context):
         """DescribeFeatureSet says what a feature set yields and from which views.
 
-        NOT_FOUND (FEATURE_SET_NOT_FOUND).
+        NOT_FOUND (FEATURE_SET_NOT_FOUND). PERMISSION_DENIED (VIEW_NOT_READABLE): one of the views is not the caller's to read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -199,7 +199,9 @@ class FeatureRetrievalServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListDeadLetters(self, request, context):
-        """ListDeadLetters pages through the tenant's events that were not applied, newest first.
+        """ListDeadLetters pages through the tenant's events that were not applied, newest first, as they came: ids and values included.
+
+        Needs the scope `admin`. INVALID_ARGUMENT: a page size or token that cannot be.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -208,7 +210,7 @@ class FeatureRetrievalServiceServicer:
     def RedriveDeadLetters(self, request, context):
         """RedriveDeadLetters appends dead letters to the event stream again, and takes them out of the dead letters.
 
-        NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
+        Needs the scope `admin`. NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
