@@ -370,6 +370,19 @@ class RankingClient(_Client):
             )
         )
 
+    async def invalidate_cache(
+        self, *, route: str = "", model: str = "", entity_type: str = "", items: Ids = (), timeout_s: float | None = None
+    ) -> None:
+        """Have every router forget what it keeps of a route, of a model, or about items (at most 1 000 of one entity type).
+
+        For what changed before a kept answer runs out: something was sold, or is wrong. Needs a key with the scope `operate`. Forgetting
+        twice does no harm, so it is tried again like any call. Raises PlaitError: InvalidArgument, PermissionDenied, Unavailable
+        (INVALIDATION_NOT_SHARED: not every router could be told).
+
+        Example:  await client.invalidate_cache(entity_type="item", items=["listing-7"])
+        """
+        await self._call("InvalidateCache", _invalidation(route, model, entity_type, items), timeout_s)
+
     async def _call(self, method: str, request: Message, timeout_s: float | None) -> Any:
         tries = self._tries(timeout_s)
         self._in_flight += 1
@@ -459,6 +472,12 @@ class SyncRankingClient(_Client):
                 timeout_s,
             )
         )
+
+    def invalidate_cache(
+        self, *, route: str = "", model: str = "", entity_type: str = "", items: Ids = (), timeout_s: float | None = None
+    ) -> None:
+        """Do what RankingClient.invalidate_cache does, and wait for it."""
+        self._call("InvalidateCache", _invalidation(route, model, entity_type, items), timeout_s)
 
     def _call(self, method: str, request: Message, timeout_s: float | None) -> Any:
         tries = self._tries(timeout_s)
@@ -557,6 +576,16 @@ def _predict_request(
         request.request_features.extend(map(_tensor_message, request_features))
         for entity_type, ids in entities.items():
             _fill(request.entities.add(entity_type=entity_type).ids, ids, f"entities[{entity_type!r}]")
+    return request
+
+
+def _invalidation(route: str, model: str, entity_type: str, items: Ids) -> pb.InvalidateCacheRequest:
+    with _sendable():
+        request = pb.InvalidateCacheRequest(route=route, model=model)
+        if entity_type:
+            request.items.entity_type = entity_type
+    if entity_type or items:
+        _fill(request.items.ids, items, "items.ids")
     return request
 
 

@@ -97,6 +97,10 @@ class FakeRouter(pb_grpc.RouterServiceServicer):
         self.change(answer)
         return answer
 
+    async def InvalidateCache(self, request: Any, context: Any) -> pb.InvalidateCacheResponse:
+        await self._receive(request, context)
+        return pb.InvalidateCacheResponse()
+
     @staticmethod
     def _explain(answer: Any) -> None:
         answer.timings.CopyFrom(

@@ -78,10 +78,10 @@ def rank(
     subject: Any = user
     ids: Any = candidates
     if parts:
-        (subject,), ids = _composites([user], "--user / -u"), _composites(candidates, "--items / -i")
+        (subject,), ids = composites([user], "--user / -u"), composites(candidates, "--items / -i")
     elif int_ids:
-        (subject,), ids = _numbers([user], "--user / -u"), _numbers(candidates, "--items / -i")
-    target, key = _where(address, api_key, state)
+        (subject,), ids = numbers([user], "--user / -u"), numbers(candidates, "--items / -i")
+    target, key = where(address, api_key, state)
     from plait.client import SyncRankingClient, TlsConfig  # noqa: PLC0415
 
     with SyncRankingClient(target, api_key=key, tls=TlsConfig(root_ca=ca) if ca else tls, insecure=insecure) as client:
@@ -99,14 +99,14 @@ def _labels(texts: list[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _numbers(texts: list[str], option: str) -> list[int]:
+def numbers(texts: list[str], option: str) -> list[int]:
     try:
         return [int(text) for text in texts]
     except ValueError:
         raise typer.BadParameter("--int-ids needs whole numbers", param_hint=option) from None
 
 
-def _composites(texts: list[str], option: str) -> list[Any]:
+def composites(texts: list[str], option: str) -> list[Any]:
     """Return ids with a slash as tuples of their parts, the others as they are."""
     return [tuple(_part(part, option) for part in text.split("/")) if "/" in text else text for text in texts]
 
@@ -120,7 +120,7 @@ def _part(text: str, option: str) -> str | int:
         raise typer.BadParameter("expected a whole number after int:", param_hint=option) from None
 
 
-def _where(address: str | None, api_key: str | None, state: Path) -> tuple[str, str]:
+def where(address: str | None, api_key: str | None, state: Path) -> tuple[str, str]:
     """Return address and key: what was given, the rest from the mesh on `state`."""
     from plait.errors import FailedPrecondition  # noqa: PLC0415
     from plait.local.endpoints import Endpoints  # noqa: PLC0415

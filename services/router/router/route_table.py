@@ -21,7 +21,7 @@ from plait.errors import FailedPrecondition, NotFound, PermissionDenied
 from plait.registry.crosschecks import misfits, retriever, rules_of
 from plait.registry.entity_ids import Id
 from plait.registry.places import Place, place_of
-from plait.registry.policies import Comparison, Stages
+from plait.registry.policies import CachePolicy, Comparison, Stages
 from plait.registry.records import EMPTY, Entity, Experiment, FeatureSet, Route, Signature, Snapshot, TensorSpec, Variant
 from plait.registry.rule_columns import columns_named
 from plait.registry.shapes import SetShape
@@ -150,6 +150,8 @@ class ServingRoute:
     max_defaulted_share: float
     tenants: frozenset[str]
     by_name: Mapping[str, Arm]
+    cache: CachePolicy | None
+    repeat_window_s: float
     weighted: tuple[Arm, ...]
     by_weight: Mapping[str, tuple[explanation_pb2.Assignment, ...]]
     sticky: str
@@ -238,6 +240,8 @@ def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) 
         max_defaulted_share=0.0 if share >= 1 else max(share, _NO_DEFAULTS),
         tenants=frozenset(route.tenants),
         by_name=MappingProxyType(by_name),
+        cache=route.cache,
+        repeat_window_s=route.repeat_window_s,
         weighted=weighted,
         by_weight=MappingProxyType(_by_weight(weighted)),
         sticky=route.sticky,

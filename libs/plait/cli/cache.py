@@ -1,0 +1,98 @@
+"""`plait cache`: what every router should forget, because somebody knows that it is no longer true."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from plait.cli.options import DEFAULT_STATE, StateOption
+from plait.cli.output import write_note
+from plait.cli.rank import composites, numbers, where
+
+_PANEL: Final = "Where the router is"
+_ITEM: Final = "--item / -i"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    cache = typer.Typer(no_args_is_help=True, help="Answers that routers keep.")
+    cache.command()(invalidate)
+    app.add_typer(cache, name="cache")
+
+
+def invalidate(
+    items: Annotated[
+        list[str] | None,
+        typer.Option("--item", "-i", metavar="TYPE:ID", help="An entity that changed; may be repeated.", show_default=False),
+    ] = None,
+    route: Annotated[str, typer.Option("--route", "-r", help="All answers of this route.", show_default=False)] = "",
+    model: Annotated[str, typer.Option("--model", "-m", help="All answers of this model.", show_default=False)] = "",
+    int_ids: Annotated[bool, typer.Option("--int-ids", help="The ids are numbers (entity key: int64), not text.")] = False,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="Ids with '/' in them are keys of several parts; a part int:7 is a number.")
+    ] = False,
+    timeout_s: Annotated[float, typer.Option("--timeout", min=0.001, help="Longest wait for the answer, seconds.")] = 5.0,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            envvar="PLAIT_ADDRESS",
+            help="host:port; default: the mesh on --state.",
+            show_default=False,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key", envvar="PLAIT_API_KEY", help="Better given in PLAIT_API_KEY.", show_default=False, rich_help_panel=_PANEL
+        ),
+    ] = None,
+    tls: Annotated[bool, typer.Option("--tls", help="Call over TLS, trusting the system's roots.", rich_help_panel=_PANEL)] = False,
+    ca: Annotated[
+        Path | None,
+        typer.Option("--ca", dir_okay=False, help="Call over TLS, trusting this PEM file.", show_default=False, rich_help_panel=_PANEL),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Send the API key to another machine in plain text.", rich_help_panel=_PANEL)
+    ] = False,
+    state: StateOption = DEFAULT_STATE,
+) -> None:
+    """Make every router forget answers, because an item is sold or a route, a model or a user's data changed.
+
+    Needs a key that may operate. Only answers of the key's tenant are forgotten.
+
+    Example:  plait cache invalidate --item item:7 --item item:9
+
+    Example:  plait cache invalidate --route home
+    """
+    by_type = _by_type(items or [], int_ids=int_ids, parts=parts)
+    if not (by_type or route or model):
+        raise typer.BadParameter("say what to forget: --item TYPE:ID, --route or --model")
+    target, key = where(address, api_key, state)
+    from plait.client import SyncRankingClient, TlsConfig  # noqa: PLC0415
+
+    with SyncRankingClient(target, api_key=key, tls=TlsConfig(root_ca=ca) if ca else tls, insecure=insecure) as client:
+        if route or model:
+            client.invalidate_cache(route=route, model=model, timeout_s=timeout_s)
+        for entity_type, ids in by_type.items():
+            client.invalidate_cache(entity_type=entity_type, items=ids, timeout_s=timeout_s)
+    write_note("forgotten: what is asked from now on is answered anew")
+
+
+def _by_type(items: list[str], *, int_ids: bool, parts: bool) -> dict[str, list[Any]]:
+    """Return the ids of each entity type."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for item in items:
+        entity_type, colon, id_ = item.partition(":")
+        if not (entity_type and colon and id_):
+            raise typer.BadParameter("expected TYPE:ID, for example item:7", param_hint=_ITEM)
+        found[entity_type].append(id_)
+    if parts:
+        return {entity_type: composites(ids, _ITEM) for entity_type, ids in found.items()}
+    if int_ids:
+        return {entity_type: list(numbers(ids, _ITEM)) for entity_type, ids in found.items()}
+    return dict(found)
