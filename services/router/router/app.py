@@ -6,6 +6,8 @@ from contextlib import AsyncExitStack
 
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
+from plait.redis.dispatch import Dispatch
+from plait.redis.opening import topology_of
 from plait.registry.watcher import Watcher
 from plait.rpc.process import Tasks
 from plait.rpc.server import RpcServer
@@ -22,7 +24,9 @@ from router.feature_client import FeatureClient
 from router.gate import Gate
 from router.invalidating import Invalidating
 from router.invalidation import Invalidations
+from router.journal import Journal
 from router.ladder import Ladder
+from router.outcomes import Outcomes
 from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
@@ -47,6 +51,13 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     answers, repeats = Answers(settings.cache, invalidations, metrics), Repeats(settings.repeats, metrics)
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
+    journal = None
+    if settings.redis.url.get_secret_value():
+        topology = topology_of(settings.redis)
+        stack.push_async_callback(topology.close)
+        journal = Journal(Dispatch(topology), settings.journal, metrics)
+        stack.push_async_callback(journal.close)
+        tasks.start(journal.run(), "journal")
     consulting = Consulting(features, workers, settings.features.budget_share)
     ranking = Ranking(
         gate=Gate(Admission(settings.admission)),
@@ -63,7 +74,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
 
     server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
-    servicer = RouterServicer(ranking, Invalidating(invalidations))  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
+    servicer = RouterServicer(ranking, Invalidating(invalidations), Outcomes(journal, metrics))  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
     server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
     watcher.subscribe(server.reexamine)
     return server

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from plait.redis.settings import RedisSettings
 from plait.settings import ChannelSettings, Group, ServiceSettings
 from router.discovery import static
 
@@ -31,6 +32,31 @@ class RepeatsSettings(Group):
     """Answers that are kept for calls which are made again, on routes with a repeat_window_s."""
 
     bytes: int = Field(32 << 20, ge=1 << 16, le=1 << 36, description="memory for answers, bytes; one of more than a 64th of it is not kept")
+
+
+class SharedSettings(RedisSettings):
+    """The Redis that routers tell each other things by. None of them needs it to answer."""
+
+    url: SecretStr = Field(
+        SecretStr(""), description="redis:// or rediss:// (TLS) URL that all routers share; empty = each router stands for itself"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _redis_url(cls, url: SecretStr) -> SecretStr:
+        return super()._redis_url(url) if url.get_secret_value() else url
+
+
+class JournalSettings(Group):
+    """What is written down for experiments: exposures and outcomes, in the shared Redis."""
+
+    queue: int = Field(10_000, ge=1, le=10_000_000, description="exposures that may wait to be written; more are dropped and counted")
+    max_entries: int = Field(
+        1_000_000, ge=1000, le=1_000_000_000, description="exposures, and as many outcomes, kept per tenant; the oldest go first"
+    )
+    known_s: float = Field(
+        86_400.0, ge=60, le=31 * 86_400, description="how long an outcome is known, so that a repeat does not count, seconds"
+    )
 
 
 class EndpointsSettings(Group):
@@ -85,3 +111,5 @@ class RouterSettings(ServiceSettings):
     workers: WorkersSettings = Field(default_factory=WorkersSettings, description="model-workers, behind the router")
     cache: CacheSettings = Field(default_factory=CacheSettings, description="answers that are kept")
     repeats: RepeatsSettings = Field(default_factory=RepeatsSettings, description="answers that are kept for calls made again")
+    redis: SharedSettings = Field(default_factory=SharedSettings, description="what routers share")
+    journal: JournalSettings = Field(default_factory=JournalSettings, description="what is written down for experiments")
