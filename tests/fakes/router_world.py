@@ -43,6 +43,7 @@ from router.gate import Gate
 from router.invalidating import Invalidating
 from router.invalidation import Invalidations
 from router.ladder import Ladder
+from router.outcomes import Outcomes
 from router.pools import Pools
 from router.ranking import Ranking
 from router.repeats import Repeats
@@ -190,7 +191,8 @@ async def router_world(
     ranking.adopt(registry)
     settings = RpcSettings(grace_s=5, max_message_bytes=max_message_bytes)
     server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, required=True), metrics=metrics, tracing=tracing)
-    server.add(pb_grpc.add_RouterServiceServicer_to_server, RouterServicer(ranking, Invalidating(invalidations)), SERVICE, scope="rank")
+    servicer = RouterServicer(ranking, Invalidating(invalidations), Outcomes(None, metrics))
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, SERVICE, scope="rank")
     await server.start()
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
