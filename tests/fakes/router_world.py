@@ -31,7 +31,6 @@ from plait.rpc.credentials import Authenticator, digest
 from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings, RpcSettings
 from plait.telemetry.metrics import Metrics
-from router.admission import Admission
 from router.consulting import Consulting
 from router.feature_client import FeatureClient
 from router.gate import Gate
@@ -146,7 +145,7 @@ async def router_world(
     pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
     metrics = Metrics()
     ranking = Ranking(
-        gate=Gate(Admission(admission or AdmissionSettings())),
+        gate=Gate(admission or AdmissionSettings(), metrics),
         consulting=Consulting(feature_client, pool, features_share),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,

@@ -28,8 +28,8 @@ _TIERS: Final = ("light", "cached", "popularity")  # from the best to the cheape
 # Nothing serves these yet, and a setting that would be ignored is refused.
 NOT_YET: Final = frozenset(
     {
-        "sticky", "priority", "rules", "ladder", "shadow", "cache", "repeat_window_s", "retry", "hedge", "required_views", "stages",
-        "Experiment", "Pool", "weight", "quota",
+        "sticky", "rules", "ladder", "shadow", "cache", "repeat_window_s", "retry", "hedge", "required_views", "stages",
+        "Experiment", "Pool", "quota",
     }
 )  # fmt: skip
 _PLAIN: Final = Route(name="plain", variants=())

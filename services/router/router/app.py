@@ -13,7 +13,6 @@ from plait.settings import ChannelSettings
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
 from router import auth
-from router.admission import Admission
 from router.consulting import Consulting
 from router.feature_client import FeatureClient
 from router.gate import Gate
@@ -37,7 +36,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     workers = WorkerPool(settings.workers, _channel(settings.workers.channel, settings), tracing)
     stack.push_async_callback(workers.close)
     ranking = Ranking(
-        gate=Gate(Admission(settings.admission)),
+        gate=Gate(settings.admission, metrics),
         consulting=Consulting(features, workers, settings.features.budget_share),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),

@@ -90,7 +90,10 @@ class Consulting:
         tensors = {tensor.name: tensor for tensor in features.tensors}
         tensors.update(question.inline)
         fill_infer(frame.request, question.arm, tensors, question.outputs, question.request_id)
-        return await self._workers.infer(frame, deadline=question.deadline, tenant=question.tenant, request_id=question.request_id)
+        question.scored = answer = await self._workers.infer(
+            frame, deadline=question.deadline, tenant=question.tenant, request_id=question.request_id
+        )
+        return answer
 
 
 def ordered(question: Question, scores: NDArray[np.float32]) -> pb.RankResponse:

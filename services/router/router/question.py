@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
@@ -11,6 +12,9 @@ from plait.rpc.deadline import Deadline
 from router.route_table import Arm, ServingRoute
 from router.stopwatch import Stopwatch
 from router.validation import Ids
+
+if TYPE_CHECKING:
+    from plait.api.inference.v2 import inference_pb2
 
 TIER_FULL = "full"
 
@@ -21,7 +25,7 @@ class Question:
 
     `candidates` are the ids of the route's candidate type, in the caller's order; `rows` says how many rows the model gets. `ids` holds the
     ids of every entity type as they came. What the road learns on its way stands here too: `tier`, and `reasons` why the answer is not the
-    best possible.
+    best possible, and `scored`, a worker's last answer, which says what it took.
     """
 
     route: ServingRoute
@@ -38,6 +42,7 @@ class Question:
     watch: Stopwatch
     tier: str = TIER_FULL
     reasons: list[str] = field(default_factory=list)
+    scored: inference_pb2.ModelInferResponse | None = None
 
 
 Response = pb.RankResponse | pb.PredictResponse

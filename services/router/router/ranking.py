@@ -56,13 +56,14 @@ class Ranking:
         for route in table.routes.values():
             for variant, fault in route.left_out.items():
                 log.warning("a variant cannot serve", route=route.name, variant=variant, reason=fault.reason, error=fault.message)
+        self._gate.adopt(snapshot)
         self._roads = {route.name: self._road(route) for route in table.routes.values()}
         self._table = table
 
     async def rank(self, request: pb.RankRequest) -> pb.RankResponse:
         """Answer a Rank; errors are those of the contract."""
         call, watch, table = current(), Stopwatch(), self._table
-        self._gate.knock(call.deadline)
+        self._gate.knock(call, request.route)
         question = self._asking.rank(request, table, call, watch)
         response = await self._roads[question.route.name](question)
         return self._sign(cast("pb.RankResponse", response), question, table.revision)
@@ -70,7 +71,7 @@ class Ranking:
     async def predict(self, request: pb.PredictRequest) -> pb.PredictResponse:
         """Answer a Predict; errors are those of the contract."""
         call, watch, table = current(), Stopwatch(), self._table
-        self._gate.knock(call.deadline)
+        self._gate.knock(call, request.route)
         question = self._asking.predict(request, table, call, watch)
         response = await self._roads[question.route.name](question)
         return self._sign(cast("pb.PredictResponse", response), question, table.revision)
@@ -78,7 +79,7 @@ class Ranking:
     def _road(self, route: ServingRoute) -> Road:
         """Return the steps of a route, the last one first: this is the only place where their order stands."""
         road: Road = self._consulting.answer
-        return self._gate.around(road)
+        return self._gate.around(road, route)
 
     def _sign(self, response: R, question: Question, revision: int) -> R:
         """Say who answered, under which revision, and how well; count it once it is on its way: nobody waits for the counters."""

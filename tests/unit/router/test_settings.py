@@ -11,7 +11,11 @@ from plait.settings import SettingsError, fields, load
 from router.settings import RouterSettings
 
 NAMES = [
+    "ADMISSION__ADAPTIVE",
     "ADMISSION__LIMIT",
+    "ADMISSION__MIN_LIMIT",
+    "ADMISSION__START",
+    "ADMISSION__MAX_CELLS",
     "ADMISSION__QUEUE",
     "ADMISSION__MAX_WAIT_S",
     "ADMISSION__MIN_BUDGET_S",
