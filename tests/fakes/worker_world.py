@@ -21,7 +21,7 @@ from model_worker.controls import Controls
 from model_worker.inference import Inference
 from model_worker.instruments import Instruments
 from model_worker.lifecycle import State
-from model_worker.load_report import LoadReport
+from model_worker.load_report import LoadReport, StreamLoad
 from model_worker.models import Models
 from model_worker.served import Loader, Prepared, Served
 from model_worker.servicer import InferenceServicer, StreamServicer
@@ -255,7 +255,8 @@ class WorkerWorld:
         self.stub: Any = pb_grpc.GRPCInferenceServiceStub(channel)
         self.stream_stub: Any = stream_pb_grpc.ModelWorkerServiceStub(channel)
         settings = ChannelSettings(service_token=SERVICE_TOKEN)  # type: ignore[arg-type]
-        self.mux = Multiplexer(lambda: self.stream_stub.StreamInfer(metadata=service_metadata(settings)), name="worker")
+        stream = "/plait.api.model_worker.v1.ModelWorkerService/StreamInfer"
+        self.mux = Multiplexer(channel, stream, stream_pb.StreamInferResponse, name="worker", metadata=service_metadata(settings))
 
     async def settled(self) -> None:
         """Return once every version that should be served is, or has failed."""
@@ -324,7 +325,13 @@ async def worker_world(
     )
     server.add(
         stream_pb_grpc.add_ModelWorkerServiceServicer_to_server,
-        StreamServicer(inference, max_in_flight=settings.max_in_flight, tracing=off(), load=load),
+        StreamServicer(
+            inference,
+            max_in_flight=settings.max_in_flight,
+            tracing=off(),
+            stream_load=StreamLoad(lambda: held.queued_rows, lambda: server.draining),
+            load=load,
+        ),
         "plait.api.model_worker.v1.ModelWorkerService",
         scope="infer",
     )

@@ -505,6 +505,24 @@ async def test_only_those_with_the_scope_are_let_in_and_streams_are_for_services
         assert (type(error), error.reason) == (PermissionDenied, "SERVICE_TOKEN_MISSING")
 
 
+async def test_answers_on_a_stream_say_how_loaded_the_worker_is(v1: ModelVersion) -> None:
+    async with worker_world(snapshot(model("ranker", v1))) as w:
+        stream = w.stream_stub.StreamInfer(metadata=TOKEN)
+        loads = []
+        for call_id in range(1, 40):
+            frame = stream_pb.StreamInferRequest(request=ranking(ONE, ROWS))
+            frame.call.call_id = call_id
+            await stream.write(frame)
+            answer = await stream.read()
+            assert outputs(answer.response)["score"] == [1, 5]
+            loads += [answer.load] if answer.HasField("load") else []
+        assert loads[0].in_flight == 0
+        assert loads[0].row_ns > 0
+        assert not loads[0].draining
+        await stream.done_writing()
+        assert await stream.read() is grpc.aio.EOF
+
+
 async def test_what_is_held_is_answered_before_the_worker_ends(v1: ModelVersion) -> None:
     async with worker_world(snapshot(model("ranker", v1))) as w:
         w.gate.close()

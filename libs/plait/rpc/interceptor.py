@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import grpc
 from prometheus_client import Counter, Histogram
@@ -30,26 +31,54 @@ if TYPE_CHECKING:
 
 _PUSHBACK: Final = ("grpc-retry-pushback-ms", "-1")
 _MAX_REQUEST_ID_CHARS: Final = 128
-MALFORMED: Final = object()  # what a message that cannot be parsed becomes, so that the handler's wrapper can answer for it
+_UNPARSED: Final = "cannot be parsed: is it the message this method takes?"
+
+
+class Malformed(NamedTuple):
+    """What a message that cannot be parsed becomes, so that the handler's wrapper can answer for it."""
+
+    data: bytes
+    parse: Callable[[bytes], Any]
+
+
+class MalformedMessage(InvalidArgument):
+    """A message of a stream that cannot be parsed; the stream may be read on. `data` is the message as it came, `parse` what failed."""
+
+    default_reason = "MALFORMED_MESSAGE"
+
+    def __init__(self, data: bytes, parse: Callable[[bytes], Any]) -> None:
+        super().__init__(f"a message of the stream {_UNPARSED}")
+        self.data = data
+        self.parse = parse
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handlers of our services; health, reflection and channelz pass untouched.
 
-    `scopes` maps a service's full name to the scope its methods ask for. At most `max_in_flight` unary calls run at once.
+    `scopes` maps a service's full name to the scope its methods ask for; `method_scopes` maps methods ("/service/Method") that ask for
+    another. At most `max_in_flight` unary calls run at once.
     """
 
     by_method: Final = True  # what is wrapped depends on the method alone
 
     def __init__(
-        self, authenticator: Authenticator, scopes: dict[str, str], metrics: Metrics, *, max_in_flight: int, default_timeout_s: float
+        self,
+        authenticator: Authenticator,
+        scopes: dict[str, str],
+        metrics: Metrics,
+        *,
+        max_in_flight: int,
+        default_timeout_s: float,
+        method_scopes: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._authenticator = authenticator
         self._scopes = scopes
+        self._method_scopes = method_scopes
         self._max_in_flight = max_in_flight
         self._default_timeout_s = default_timeout_s
         self._in_flight = 0
         self._streams: set[RequestStream] = set()
+        self._let_in: dict[_Open, tuple[Any, str]] = {}  # streams under way: the context and the scope each was let in with
         self._draining = False
         self._wrapped: dict[str, _Handler] = {}
         self._handled: Counter = metrics.counter(
@@ -74,7 +103,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         scope = self._scopes.get(method.split("/")[1])
         if handler is None or scope is None:
             return handler
-        wrapped = self._wrap(handler, method, scope)
+        wrapped = self._wrap(handler, method, self._method_scopes.get(method, scope))
         self._wrapped[method] = wrapped
         return wrapped
 
@@ -90,6 +119,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             told=lambda method: self._handled.labels(method, error.code.name).inc(),
         )
 
+    def reexamine(self) -> None:
+        """End open streams whose callers would not be let in any more: a key that was revoked, a token that has expired."""
+        for stream, (context, scope) in tuple(self._let_in.items()):
+            try:
+                self._authenticator.identify(context.invocation_metadata() or (), scope)
+            except PlaitError as error:
+                stream.refuse(error)
+
     def drain(self) -> None:
         """End the request side of every open stream, as if its client had finished, so that handlers answer what they hold and return."""
         self._draining = True
@@ -103,7 +140,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(behaviour, parse, handler.response_serializer)
         if handler.stream_stream is not None:
             behaviour = self._stream(handler.stream_stream, method, scope)
-            return grpc.stream_stream_rpc_method_handler(behaviour, parse, handler.response_serializer)
+            return grpc.stream_stream_rpc_method_handler(behaviour, parse, _unless_bytes(handler.response_serializer))
         if handler.unary_stream is not None:
             behaviour = self._answering_stream(handler.unary_stream, method, scope)
             return grpc.unary_stream_rpc_method_handler(behaviour, parse, handler.response_serializer)
@@ -128,8 +165,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._in_flight += 1
             try:
                 self._admit(context, method, scope)
-                if request is MALFORMED:
-                    raise InvalidArgument("the request cannot be parsed: is it the message this method takes?", reason="MALFORMED_MESSAGE")
+                if type(request) is Malformed:
+                    raise InvalidArgument(f"the request {_UNPARSED}", reason="MALFORMED_MESSAGE")
                 response = await inner(request, context)
             except Exception as error:  # (whatever it is, it must reach the wire as a typed status)
                 await self._fail(context, method, error)
@@ -148,16 +185,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handled_ok = self._handled.labels(method, "OK")
 
         async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
+            stream = _Open()
             try:
                 self._admit(context, method, scope)
-                if request is MALFORMED:
-                    raise InvalidArgument("the request cannot be parsed: is it the message this method takes?", reason="MALFORMED_MESSAGE")
+                if type(request) is Malformed:
+                    raise InvalidArgument(f"the request {_UNPARSED}", reason="MALFORMED_MESSAGE")
+                self._let_in[stream] = (context, scope)
                 async for response in inner(request, context):
                     yield response
+                    stream.check()
             except Exception as error:
                 await self._fail(context, method, error)
             else:
                 handled_ok.inc()
+            finally:
+                self._let_in.pop(stream, None)
 
         return behaviour
 
@@ -170,6 +212,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._streams.add(stream)
             try:
                 self._admit(context, method, scope)
+                self._let_in[stream] = (context, scope)
                 if self._draining:
                     stream.end()
                 yield stream
@@ -178,12 +221,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             else:
                 handled_ok.inc()
             finally:
+                self._let_in.pop(stream, None)
                 self._streams.discard(stream)
 
         async def generating(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
             async with accepted(requests, context) as stream:
                 async for response in inner(stream, context):
                     yield response
+                    stream.check()
 
         async def writing(requests: AsyncIterator[Any], context: Any) -> None:
             async with accepted(requests, context) as stream:
@@ -212,6 +257,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 is_service=identity.is_service,
                 request_id=request_id,
                 deadline=Deadline.after(self._default_timeout_s if left is None else left),
+                metadata=metadata,
             )
         )
 
@@ -233,10 +279,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         await context.abort(error.code, error.message, _trailers(error))
 
 
-class RequestStream:
+class _Open:
+    """A stream under way, which is refused between two of its messages where its caller is not let in any more."""
+
+    def __init__(self) -> None:
+        self._refused: PlaitError | None = None
+
+    def refuse(self, error: PlaitError) -> None:
+        """Fail the stream with this error."""
+        self._refused = error
+
+    def check(self) -> None:
+        """Raise the error, if there is one."""
+        if self._refused is not None:
+            raise self._refused
+
+
+class RequestStream(_Open):
     """The request side of a stream: refuses malformed messages, and can be ended from our side when the process drains."""
 
     def __init__(self, requests: AsyncIterator[Any]) -> None:
+        super().__init__()
         self._requests = requests
         self._iterator: AsyncIterator[Any] | None = None  # made when first read: grpc warns of one that is never used
         self._reader: asyncio.Task[Any] | None = None
@@ -246,6 +309,7 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> Any:
+        self.check()
         if self._ended:
             raise StopAsyncIteration
         if self._iterator is None:
@@ -254,18 +318,28 @@ class RequestStream:
         try:
             message = await self._iterator.__anext__()
         except asyncio.CancelledError:
-            if self._ended and self._reader is not None and self._reader.uncancel() == 0:
-                raise StopAsyncIteration from None
+            ours = self._ended or self._refused is not None
+            if ours and self._reader is not None and self._reader.uncancel() == 0:
+                raise (self._refused or StopAsyncIteration()) from None
             raise
         finally:
             self._reader = None
-        if message is MALFORMED:
-            raise InvalidArgument("a message of the stream cannot be parsed: is it the one this method takes?", reason="MALFORMED_MESSAGE")
+        if type(message) is Malformed:
+            raise MalformedMessage(*message)
         return message
 
     def end(self) -> None:
         """Let the handler see the end of its requests, now."""
         self._ended = True
+        self._wake()
+
+    def refuse(self, error: PlaitError) -> None:
+        """Let the handler see this error in place of its next request, now."""
+        if self._refused is None:
+            super().refuse(error)
+            self._wake()
+
+    def _wake(self) -> None:
         if self._reader is not None:
             self._reader.cancel()
 
@@ -275,13 +349,22 @@ def _trailers(error: PlaitError) -> tuple[tuple[str, str | bytes], ...]:
     return (details, _PUSHBACK) if isinstance(error, ResourceExhausted) else (details,)
 
 
-def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
     """Return a deserializer that never raises: grpc would answer INTERNAL with a traceback in our log for what is the caller's mistake."""
+    if parse is None:  # the method takes bytes
+        return None
 
     def tolerant(data: bytes) -> Any:
         try:
             return parse(data)
         except Exception:
-            return MALFORMED
+            return Malformed(data, parse)
 
     return tolerant
+
+
+def _unless_bytes(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes] | None:
+    """Return a serializer that lets pass what is serialized already."""
+    if serialize is None:
+        return None
+    return lambda message: message if type(message) is bytes else serialize(message)

@@ -13,7 +13,7 @@ from model_worker.controls import Controls
 from model_worker.cpus import available_cpus
 from model_worker.inference import Inference
 from model_worker.instruments import Instruments
-from model_worker.load_report import LoadReport
+from model_worker.load_report import LoadReport, StreamLoad
 from model_worker.models import Models
 from model_worker.served import Loader
 from model_worker.servicer import InferenceServicer, StreamServicer
@@ -80,10 +80,17 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
     )
     server.add(
         stream_pb_grpc.add_ModelWorkerServiceServicer_to_server,
-        StreamServicer(inference, max_in_flight=settings.rpc.max_in_flight, tracing=tracing, load=load),
+        StreamServicer(
+            inference,
+            max_in_flight=settings.rpc.max_in_flight,
+            tracing=tracing,
+            stream_load=StreamLoad(lambda: models.queued_rows, lambda: server.draining),
+            load=load,
+        ),
         _INTERNAL,
         scope="infer",
     )
+    watcher.subscribe(server.reexamine)
     tasks.start(_tell_health(models, server), "health")
     return server
 

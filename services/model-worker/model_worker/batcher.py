@@ -59,12 +59,13 @@ Parts = list[tuple[Array, ...]]
 @dataclass(slots=True, kw_only=True)  # not frozen: one is made per request, and that triples the cost
 class Answer:
     """One request's outputs in the signature's order, and what it cost: seconds waited, its share by rows of the seconds computed, rows of
-    the batch it was in."""
+    the batch it was in, and its own."""
 
     outputs: tuple[Array, ...]
     queue_s: float
     compute_s: float
     batch_rows: int
+    rows: int = 1
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -318,7 +319,9 @@ class Batcher:
         if outputs is None:
             self._fail(request, Internal(f"{self._name} answered pieces that do not fit together", reason="MODEL_OUTPUT_WRONG"))
             return
-        request.answer.set_result(Answer(outputs=outputs, queue_s=request.queue_s, compute_s=request.compute_s, batch_rows=batch.rows))
+        request.answer.set_result(
+            Answer(outputs=outputs, queue_s=request.queue_s, compute_s=request.compute_s, batch_rows=batch.rows, rows=request.rows)
+        )
 
     def _rejoined(self, request: Request) -> tuple[Array, ...] | None:
         try:

@@ -15,7 +15,7 @@ from model_worker.controls import Controls
 from model_worker.costs import StreamCosts
 from model_worker.inference import Inference
 from model_worker.lifecycle import State
-from model_worker.load_report import TRAILER, LoadReport
+from model_worker.load_report import TRAILER, LoadReport, StreamLoad
 from model_worker.models import Models
 from model_worker.ordered_stream import answers
 from model_worker.statistics import Statistics
@@ -222,9 +222,13 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 class StreamServicer(stream_pb_grpc.ModelWorkerServiceServicer):
     """The router's fast road: many ModelInfer calls over one stream."""
 
-    def __init__(self, inference: Inference, *, max_in_flight: int, tracing: Tracing, load: LoadReport | None = None) -> None:
-        """With `load`, its calls count in the report that others get."""
-        self._infer = inference.infer if load is None else load.counting(inference.infer)
+    def __init__(
+        self, inference: Inference, *, max_in_flight: int, tracing: Tracing, stream_load: StreamLoad, load: LoadReport | None = None
+    ) -> None:
+        """With `load`, its calls count in the report that others get; `stream_load` is what the router gets."""
+        infer = inference.infer if load is None else load.counting(inference.infer)
+        self._infer = stream_load.counting(infer)
+        self._stream_load = stream_load
         self._max_in_flight = max_in_flight
         self._tracing = tracing
 
@@ -240,6 +244,7 @@ class StreamServicer(stream_pb_grpc.ModelWorkerServiceServicer):
             max_in_flight=self._max_in_flight,
             tracing=self._tracing,
             span_name="inference.GRPCInferenceService/ModelInfer",
+            finish=self._stream_load.reporter(),
         )
 
 

@@ -13,10 +13,18 @@ from plait.settings import ChannelSettings
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
 from router import auth
+from router.answers import Answers
+from router.cascade import Cascade
 from router.consulting import Consulting
+from router.expectations import Expectations
+from router.exposures import Exposures
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.invalidating import Invalidating
+from router.invalidation import Invalidations
+from router.ladder import Ladder
 from router.ranking import Ranking
+from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
 from router.stopwatch import RankingMetrics
@@ -35,9 +43,19 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     stack.push_async_callback(features.close)
     workers = WorkerPool(settings.workers, _channel(settings.workers.channel, settings), tracing)
     stack.push_async_callback(workers.close)
+    invalidations = Invalidations()
+    answers, repeats = Answers(settings.cache, invalidations, metrics), Repeats(settings.repeats, metrics)
+    stack.push_async_callback(answers.close)
+    stack.push_async_callback(repeats.close)
+    consulting = Consulting(features, workers, settings.features.budget_share)
     ranking = Ranking(
         gate=Gate(settings.admission, metrics),
-        consulting=Consulting(features, workers, settings.features.budget_share),
+        consulting=consulting,
+        cascade=Cascade(consulting, features, settings.features.budget_share),
+        ladder=Ladder(consulting, Expectations(), metrics),
+        answers=answers,
+        repeats=repeats,
+        exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
     )
@@ -46,8 +64,9 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
 
     server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
-    servicer = RouterServicer(ranking)  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
-    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE)
+    servicer = RouterServicer(ranking, Invalidating(invalidations))  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
+    watcher.subscribe(server.reexamine)
     return server
 
 

@@ -21,8 +21,6 @@ log = get_logger(__name__)
 # Not an answer to the call but the end of the stream it was on: gone, or it does not take us for a plait service.
 _NOT_LET_IN: Final = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED)
 
-OpenStream = Callable[[grpc.aio.Channel, Sequence[tuple[str, str]]], Any]
-
 
 def lost(error: PlaitError) -> bool:
     """Whether the replica was not reached, as against having answered with an error."""
@@ -43,14 +41,15 @@ class _Connection:
 class Connections:
     """One multiplexed stream per replica (times `per_replica`), opened on first use and again after a break.
 
-    `open_stream(channel, metadata)` starts the service's stream. `name` is what spans and logs call it.
+    `stream` is the full name of the service's stream, `response_type` its answers'. `name` is what spans and logs call it.
     """
 
     def __init__(
         self,
         name: str,
         addresses: Sequence[str],
-        open_stream: OpenStream,
+        stream: str,
+        response_type: type[Any],
         settings: ChannelSettings,
         *,
         per_replica: int = 1,
@@ -63,7 +62,7 @@ class Connections:
         metadata = service_metadata(settings)
         for label, address in _labelled(addresses, per_replica):
             channel = open_channel(address, settings)
-            calls = Multiplexer(_opener(open_stream, channel, metadata), name=name, tracing=tracing)
+            calls = Multiplexer(channel, stream, response_type, name=name, metadata=metadata, tracing=tracing)
             replica = Replica(label)
             self._connections[replica] = _Connection(replica, channel, calls)
         self._balancer = Balancer(tuple(self._connections), ejection_s=ejection_s, max_ejection_s=max_ejection_s)
@@ -119,7 +118,3 @@ def _labelled(addresses: Sequence[str], per_replica: int) -> Iterator[tuple[str,
     for address in addresses:
         for number in range(per_replica):
             yield (f"{address}#{number + 1}" if per_replica > 1 else address), address
-
-
-def _opener(open_stream: OpenStream, channel: grpc.aio.Channel, metadata: Sequence[tuple[str, str]]) -> Callable[[], Any]:
-    return lambda: open_stream(channel, metadata)

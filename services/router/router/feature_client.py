@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
-from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as pb_grpc
+from plait.api.types.v1 import types_pb2
 from plait.errors import Cancelled, InvalidArgument, NotFound, PlaitError, Unavailable
 from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
 from plait.telemetry.tracing import Tracing
 from router.connections import Connections, lost
 from router.discovery import static
-from router.route_table import Arm, ServingRoute
+from router.route_table import ServingRoute
 from router.settings import FeaturesSettings
 
-if TYPE_CHECKING:
-    from plait.api.types.v1 import types_pb2
-
 _METHOD: Final = "plait.api.feature_retrieval.v1.FeatureRetrievalService/GetFeatures"
+_STREAM: Final = "/plait.api.feature_retrieval.v1.FeatureRetrievalService/StreamFeatures"
 _RETRY_S: Final = 0.25
 
 
@@ -36,7 +34,8 @@ class FeatureClient:
         self._connections = Connections(
             _METHOD,
             static.parse(settings.addresses),
-            _open_stream,
+            _STREAM,
+            pb.StreamFeaturesResponse,
             channel,
             per_replica=settings.connections,
             ejection_s=settings.ejection_s,
@@ -50,27 +49,32 @@ class FeatureClient:
     async def get(
         self,
         route: ServingRoute,
-        arm: Arm,
+        feature_set: str,
         entities: Iterable[tuple[str, types_pb2.EntityIds]],
         inputs: Sequence[str],
         *,
         request_features: Sequence[types_pb2.Tensor] = (),
+        ages: bool = False,
+        lenient: bool = False,
         deadline: Deadline,
         tenant: str,
         request_id: str,
     ) -> pb.GetFeaturesResponse:
-        """Return the tensors of `inputs` (empty = all of the arm's feature set) for these ids and what the caller sent along.
+        """Return the tensors of `inputs` (empty = all) of a feature set for these ids and what the caller sent along.
+
+        `ages`: also how old the rows are. `lenient`: what is missing is missing, whatever the route says of its model's features.
 
         Raises Unreachable when no replica can be reached, Unavailable (FEATURES_UNAVAILABLE) when none knows the feature set yet.
         FailedPrecondition (FEATURES_MISSING), Unavailable (STORE_UNAVAILABLE), ResourceExhausted and DeadlineExceeded are its own.
         """
         frame = pb.StreamFeaturesRequest()
         request = frame.request
-        request.feature_set = arm.feature_set
-        request.policy = route.policy
-        request.max_defaulted_share = route.max_defaulted_share
+        request.feature_set = feature_set
+        request.policy = types_pb2.MISSING_POLICY_DEFAULT if lenient else route.policy
+        request.max_defaulted_share = 0 if lenient else route.max_defaulted_share
         request.inputs.extend(inputs)
         request.request_features.extend(request_features)
+        request.include_ages = ages
         for entity_type, ids in entities:
             request.entities.add(entity_type=entity_type).ids.CopyFrom(ids)
         try:
@@ -84,11 +88,6 @@ class FeatureClient:
     async def close(self) -> None:
         """Close every connection."""
         await self._connections.close()
-
-
-def _open_stream(channel: Any, metadata: Sequence[tuple[str, str]]) -> Any:
-    stub: Any = pb_grpc.FeatureRetrievalServiceStub(channel)
-    return stub.StreamFeatures(metadata=metadata)
 
 
 def _lags(error: PlaitError) -> bool:

@@ -23,6 +23,7 @@ from router.settings import AdmissionSettings
 from router.tensors import parameter
 
 _NORMAL: Final = PRIORITIES.index("normal")
+_PRIORITY: Final = "x-plait-priority"
 _LATE: Final = 2.0  # times the predicted cost behind the gate: whoever had so long and ran out of time met a queue
 
 
@@ -52,6 +53,7 @@ class Gate:
         self._flows: list[dict[str, Flow]] = [{} for _ in PRIORITIES]
         self._others = [Flow(rank, "", 1.0) for rank in range(len(PRIORITIES))]
         self._ranks: Mapping[str, int] = {}
+        self._straight: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"<Gate {self._admission!r}>"
@@ -67,14 +69,18 @@ class Gate:
             {tenant.name: self._same_flow(rank, tenant) for tenant in snapshot.tenants.values()} for rank in range(len(PRIORITIES))
         ]
         self._ranks = {route.name: PRIORITIES.index(route.priority) for route in snapshot.routes.values()}
+        self._straight = frozenset(r.name for r in snapshot.routes.values() if not (r.ladder or r.cache or r.repeat_window_s))
         self._costs.keep({(model.name, version.version) for model in snapshot.models.values() for version in model.versions})
 
     def knock(self, call: Call, route: str) -> None:
-        """Refuse what could not be let in anyway, before anything is done for it. Raises as the road behind the gate would."""
+        """Refuse what could not be let in anyway, before anything is done for it. Raises as the road behind the gate would.
+
+        A route that knows other answers than a model's is not refused for want of a place.
+        """
         if call.deadline.remaining_s() < self._settings.min_budget_s:
             raise self._refused(self._too_late(), self._ranks.get(route, _NORMAL))
-        if len(self._admission.queue):
-            rank = self._ranks.get(route, _NORMAL)
+        if len(self._admission.queue) and route in self._straight:
+            rank = self._ranks[route]
             try:
                 self._admission.knock(self._flow(rank, call.tenant))
             except ResourceExhausted as error:
@@ -90,7 +96,7 @@ class Gate:
         admission = self._admission
         rank = self._ranks.get(route.name, _NORMAL)
         flows, others = self._flows[rank], self._others[rank]
-        arms = {arm.name: (self._line(arm), self._settings.max_cells // max(1, _columns(arm))) for arm in route.arms}
+        arms = {arm.name: (self._line(arm), self._settings.max_cells // max(1, _columns(arm))) for arm in route.by_name.values()}
 
         async def gated(question: Question) -> Response:
             line, most_rows = arms[question.arm.name]
@@ -100,6 +106,7 @@ class Gate:
             flow = flows.get(question.tenant) or others
             slots = admission.enter(flow, line.a + line.b * rows)
             if not slots:
+                flow = self._lowered(flow, question)
                 slots = await self._wait(flow, line.of(rows), question.deadline)
             question.watch.admitted = question.watch.stamp()
             began_s = time.monotonic()
@@ -109,17 +116,16 @@ class Gate:
                 self._learn_from(error, line.of(rows), began_s)
                 raise
             else:
-                self._learn(question, line, rows, began_s)
+                self._learn(question, line, began_s)
                 return response
             finally:
                 self._leave(flow, slots)
 
         return gated
 
-    def _learn(self, question: Question, line: Line, rows: int, began_s: float) -> None:
+    def _learn(self, question: Question, line: Line, began_s: float) -> None:
         """Hear from a worker's answer what it took."""
-        admission = self._admission
-        answer = question.scored
+        admission, answer, rows = self._admission, question.scored, question.rows
         if answer is not None:
             compute_ms = parameter(answer, "compute_us") / 1e3
             batch_rows = parameter(answer, "batch_rows")
@@ -197,6 +203,12 @@ class Gate:
     def _flow(self, rank: int, tenant: str) -> Flow:
         """Return the flow of a tenant; those that are not in the registry share one, or names could grow the state."""
         return self._flows[rank].get(tenant) or self._others[rank]
+
+    def _lowered(self, flow: Flow, question: Question) -> Flow:
+        """Return the flow of the class that the caller asks for; only a lower one than its route's is heard. Looked for only where it matters."""
+        asked = next((value for key, value in question.metadata if key == _PRIORITY), "")
+        rank = PRIORITIES.index(asked) if asked in PRIORITIES else 0
+        return flow if rank <= flow.rank else self._flow(rank, question.tenant)
 
     def _same_flow(self, rank: int, tenant: Tenant) -> Flow:
         """Return the flow a tenant had, if its weight is still the same: what is under way stays counted."""

@@ -25,6 +25,18 @@ class AdmissionSettings(Group):
     max_cells: int = Field(4_000_000, ge=1, description="most values (rows by columns) of one request's features; more is refused")
 
 
+class CacheSettings(Group):
+    """Answers that are kept, on routes that say so."""
+
+    bytes: int = Field(64 << 20, ge=1 << 16, le=1 << 36, description="memory for answers, bytes; one of more than a 64th of it is not kept")
+
+
+class RepeatsSettings(Group):
+    """Answers that are kept for calls which are made again, on routes with a repeat_window_s."""
+
+    bytes: int = Field(32 << 20, ge=1 << 16, le=1 << 36, description="memory for answers, bytes; one of more than a 64th of it is not kept")
+
+
 class EndpointsSettings(Group):
     """Where a service behind the router listens."""
 
@@ -75,3 +87,5 @@ class RouterSettings(ServiceSettings):
     admission: AdmissionSettings = Field(default_factory=AdmissionSettings, description="how much work is taken on at once")
     features: FeaturesSettings = Field(default_factory=FeaturesSettings, description="feature-retrieval, behind the router")
     workers: WorkersSettings = Field(default_factory=WorkersSettings, description="model-workers, behind the router")
+    cache: CacheSettings = Field(default_factory=CacheSettings, description="answers that are kept")
+    repeats: RepeatsSettings = Field(default_factory=RepeatsSettings, description="answers that are kept for calls made again")

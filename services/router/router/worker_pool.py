@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from plait.api.model_worker.v1 import model_worker_service_pb2 as pb
-from plait.api.model_worker.v1 import model_worker_service_pb2_grpc as pb_grpc
 from plait.errors import Cancelled, FailedPrecondition, InvalidArgument, NotFound, PlaitError, Unavailable
 from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     from plait.api.inference.v2 import inference_pb2
 
 _METHOD: Final = "inference.GRPCInferenceService/ModelInfer"
+_STREAM: Final = "/plait.api.model_worker.v1.ModelWorkerService/StreamInfer"
 _RETRY_S: Final = 0.25
 
 
@@ -29,7 +28,8 @@ class WorkerPool:
         self._connections = Connections(
             _METHOD,
             static.parse(settings.addresses),
-            _open_stream,
+            _STREAM,
+            pb.StreamInferResponse,
             channel,
             per_replica=settings.connections,
             ejection_s=settings.ejection_s,
@@ -60,11 +60,6 @@ class WorkerPool:
     async def close(self) -> None:
         """Close every connection."""
         await self._connections.close()
-
-
-def _open_stream(channel: Any, metadata: Sequence[tuple[str, str]]) -> Any:
-    stub: Any = pb_grpc.ModelWorkerServiceStub(channel)
-    return stub.StreamInfer(metadata=metadata)
 
 
 def _not_here(error: PlaitError) -> bool:

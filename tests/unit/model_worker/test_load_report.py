@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from model_worker.load_report import LoadReport, encode
+from model_worker.batcher import Answer
+from model_worker.load_report import LoadReport, StreamLoad, encode
+from plait.api.model_worker.v1 import model_worker_service_pb2 as pb
 
 FIELDS = {
     "cpu_utilization": 1, "mem_utilization": 2, "rps_fractional": 6, "eps": 7, "application_utilization": 9,
@@ -78,3 +81,42 @@ async def test_calls_are_counted_by_how_they_end() -> None:
     now["s"] = 11.0
     report = parsed(load())
     assert (report.rps_fractional, report.eps) == (2.0, 1.0)
+
+
+async def test_a_stream_is_told_of_load_at_most_every_ten_milliseconds() -> None:
+    now = {"s": 10.0}
+    load = StreamLoad(lambda: 5.0, lambda: now["s"] > 11.0, clock=lambda: now["s"])
+    go = asyncio.Event()
+
+    async def work() -> Answer:
+        await go.wait()
+        return Answer(outputs=(), queue_s=0.032, compute_s=0.0064, batch_rows=200, rows=2)
+
+    counted, report = load.counting(work), load.reporter()
+    calls = [asyncio.create_task(counted()) for _ in range(3)]
+    await asyncio.sleep(0)
+    first, second, third = (pb.StreamInferResponse() for _ in range(3))
+    report(first)
+    assert first.load == pb.LoadReport(in_flight=3, queued_rows=5)
+    now["s"] = 10.009
+    report(second)
+    assert not second.HasField("load")
+    go.set()
+    await asyncio.gather(*calls)
+    now["s"] = 11.5
+    report(third)
+    smoothed = 1 - (31 / 32) ** 3
+    assert (third.load.in_flight, third.load.draining) == (0, True)
+    assert third.load.queue_us == pytest.approx(32_000 * smoothed, rel=1e-3)
+    assert third.load.row_ns == pytest.approx(3_200_000 * smoothed, rel=1e-3)
+
+
+async def test_a_call_that_fails_is_no_longer_in_flight_and_says_nothing_of_speed() -> None:
+    load = StreamLoad(lambda: 0.0, lambda: False)
+
+    async def fail() -> Answer:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await load.counting(fail)()
+    assert repr(load) == "<StreamLoad in_flight=0 queue_us=0 row_ns=0>"

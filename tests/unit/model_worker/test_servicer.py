@@ -12,6 +12,7 @@ import pytest
 from model_worker.batcher import Answer
 from model_worker.controls import Controls
 from model_worker.lifecycle import Entry, State
+from model_worker.load_report import StreamLoad
 from model_worker.servicer import InferenceServicer, StreamServicer
 from model_worker.settings import ProtocolSettings
 from model_worker.statistics import Statistics
@@ -196,8 +197,10 @@ async def test_unloading_takes_no_other_parameters(name: str, kind: str, value: 
 
 async def test_streams_are_for_services() -> None:
     enter(Call(method="m", tenant="t", deadline=Deadline.never()))
+    load = StreamLoad(lambda: 0, lambda: False)
+    servicer = StreamServicer(SimpleNamespace(infer=_refuse), max_in_flight=1, tracing=off(), stream_load=load)  # type: ignore[arg-type]
     with pytest.raises(PermissionDenied):
-        await StreamServicer(SimpleNamespace(infer=_refuse), max_in_flight=1, tracing=off()).StreamInfer(iter(()), None)  # type: ignore[arg-type]
+        await servicer.StreamInfer(iter(()), None)  # type: ignore[arg-type]
 
 
 async def test_the_server_says_what_it_is() -> None:

@@ -24,7 +24,7 @@ from tests.fakes.router import FakeRouter
 
 from plait import client as client_module
 from plait.api.types.v1 import types_pb2
-from plait.client import FeatureReport, Ranking, RankingClient, SyncRankingClient, Tensor, Timings, TlsConfig, backoff_s
+from plait.client import Assignment, FeatureReport, Ranking, RankingClient, SyncRankingClient, Tensor, Timings, TlsConfig, backoff_s
 from plait.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -59,6 +59,9 @@ class InThread:
 
     async def rank(self, *args: Any, **kwargs: Any) -> Any:
         return await asyncio.to_thread(self.client.rank, *args, **kwargs)
+
+    async def explain(self, *args: Any, **kwargs: Any) -> Any:
+        return await asyncio.to_thread(self.client.explain, *args, **kwargs)
 
     async def predict(self, *args: Any, **kwargs: Any) -> Any:
         return await asyncio.to_thread(self.client.predict, *args, **kwargs)
@@ -157,6 +160,22 @@ async def test_ids_come_in_any_collection(router: FakeRouter, ids: Any) -> None:
 async def test_degraded_answers_say_why(client: Any, router: FakeRouter) -> None:
     router.change = lambda answer: answer.degraded_reasons.extend(["features_stale", "scores_not_finite"])
     assert (await client.rank("home", "ann", ["a"])).degraded_reasons == ("features_stale", "scores_not_finite")
+
+
+async def test_labels_go_and_assignments_come(client: Any, router: FakeRouter) -> None:
+    router.change = lambda answer: answer.assignments.add(experiment="x", layer="l", variant="v", bucket=7)
+    given = (Assignment(experiment="x", layer="l", variant="v", bucket=7),)
+    assert (await client.rank("home", "ann", ["a"], labels={"country": "de"})).assignments == given
+    assert (await client.predict("home", {}, labels={"country": "at"})).assignments == given
+    assert [dict(request.labels) for request in router.requests] == [{"country": "de"}, {"country": "at"}]
+
+
+async def test_an_explanation_holds_the_ranking_and_how_it_came_to_be(client: Any, router: FakeRouter) -> None:
+    told = await client.explain("home", "ann", ["a", "b"], request_id="r1", labels={"country": "de"})
+    assert (told.ranking.request_id, told.ranking.item_ids, told.summary) == ("r1", ["b", "a"], "It is so.")
+    assert [(rule.rule, rule.matched) for rule in told.rules] == [("staff", False), ("all", True)]
+    assert (told.cache, told.not_in, told.stages[0].by_rule) == ("hit", {"v5": "layer"}, {"sold-out": 2})
+    assert (told.ages[0].oldest_us, told.tiers[0].reason, told.attempts[0].outcome) == (3_000_000, "answered", "OK")
 
 
 async def test_explain_adds_timings_and_the_feature_report(client: Any, router: FakeRouter) -> None:
@@ -470,7 +489,11 @@ def test_importing_it_brings_neither_stubs_nor_frameworks() -> None:
     assert "plait.client" in loaded
     forbidden = ("numpy", "pydantic", "structlog", "opentelemetry", "yaml", "rich", "typer", "redis", "asyncpg", "torch")
     assert {name for name in loaded if name.split(".")[0] in forbidden} == set()
-    ours = {name for name in loaded if name.startswith("plait.") and not name.startswith(("plait.api.router", "plait.api.types"))}
+    ours = {
+        name
+        for name in loaded
+        if name.startswith("plait.") and not name.startswith(("plait.api.router", "plait.api.types", "plait.api.events"))
+    }
     assert ours == {"plait.api", "plait.client", "plait.dtypes", "plait.errors"}
 
 

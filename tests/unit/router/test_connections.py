@@ -11,7 +11,6 @@ import pytest
 from tests.fakes.model_worker import FakeModelWorker
 
 from plait.api.model_worker.v1 import model_worker_service_pb2 as pb
-from plait.api.model_worker.v1 import model_worker_service_pb2_grpc as pb_grpc
 from plait.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -28,15 +27,15 @@ from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
 from router.connections import Connections, lost
 
-
-def open_stream(channel: Any, metadata: Any) -> Any:
-    return pb_grpc.ModelWorkerServiceStub(channel).StreamInfer(metadata=metadata)  # type: ignore[no-untyped-call]
+STREAM = "/plait.api.model_worker.v1.ModelWorkerService/StreamInfer"
 
 
 @asynccontextmanager
 async def connections(*addresses: str, token: str = "the-token", per_replica: int = 1) -> AsyncIterator[Connections]:
     settings = ChannelSettings(service_token=token)  # type: ignore[arg-type]
-    made = Connections("Infer", addresses, open_stream, settings, per_replica=per_replica, ejection_s=0.05, max_ejection_s=0.2)
+    made = Connections(
+        "Infer", addresses, STREAM, pb.StreamInferResponse, settings, per_replica=per_replica, ejection_s=0.05, max_ejection_s=0.2
+    )
     try:
         yield made
     finally:

@@ -12,6 +12,7 @@ from tests.fakes.router_world import DI, route, snapshot
 from plait.api.inference.v2 import inference_pb2
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.errors import DeadlineExceeded, PlaitError, ResourceExhausted
+from plait.registry.policies import CachePolicy, Tier
 from plait.registry.records import Tenant
 from plait.rpc.call import Call
 from plait.rpc.deadline import Deadline
@@ -54,12 +55,13 @@ class Door:
             raise self.error
         return pb.RankResponse()
 
-    def enter(self, deadline: Deadline, *, tenant: str = "shop", rows: int = 3) -> Any:
+    def enter(self, deadline: Deadline, *, tenant: str = "shop", rows: int = 3, asked: str = "") -> Any:
         """Return what goes in; it is over when the guest has left."""
         return self.road(
             Question(
-                route=self.route, arm=self.route.arms[0], request=pb.RankRequest(), ids={}, candidates=(), rows=rows, inline={}, outputs=(),
-                request_id="r", tenant=tenant, deadline=deadline, watch=Stopwatch(),
+                route=self.route, arm=self.route.weighted[0], request=pb.RankRequest(), ids={}, subject="u", candidates=(), rows=rows, inline={},
+                outputs=(), request_id="r", tenant=tenant, caller="k1", scopes=frozenset(), metadata=(("x-plait-priority", asked),) * bool(asked),
+                deadline=deadline, watch=Stopwatch(), revision=1,
             )
         )  # fmt: skip
 
@@ -349,7 +351,7 @@ async def test_the_gate_learns_from_answers_what_rows_cost_and_charges_for_it() 
 @pytest.mark.parametrize(("error", "dropped"), [(ResourceExhausted("busy"), True), (DeadlineExceeded("late"), False)])
 async def test_a_busy_worker_counts_and_a_caller_with_no_time_does_not(error: PlaitError, dropped: bool) -> None:
     door = Door(limit=64, adaptive=True)
-    door.gate._costs._lines[door.route.arms[0].model, door.route.arms[0].version].a = 60_000.0
+    door.gate._costs._lines[door.route.weighted[0].model, door.route.weighted[0].version].a = 60_000.0
     door.error = error
     tasks = await guests(door, 20)
     await empty(door, *tasks)
@@ -383,4 +385,28 @@ async def test_a_critical_route_goes_before_a_sheddable_one() -> None:
     await door.leave()
     await door.leave()
     assert [task.done() for task in tasks] == [True, False, False, False, True, True]
+    await empty(door, *tasks)
+
+
+@pytest.mark.parametrize(("asked", "before"), [("sheddable", 1), ("normal", 2), ("critical", 2), ("urgent", 2), ("", 2)])
+async def test_a_caller_may_lower_its_class_and_not_raise_it(asked: str, before: int) -> None:
+    door = Door(limit=1)
+    tasks = await guests(door, 1)
+    lowered = await guests(door, 1, asked=asked)
+    later = await guests(door, 1)
+    await door.leave()
+    await door.leave()
+    assert [task.done() for task in (*tasks, *lowered, *later)] == ([True, True, False] if before == 2 else [True, False, True])
+    await empty(door, *tasks, *lowered, *later)
+
+
+async def test_a_route_that_has_other_answers_than_a_models_is_not_refused_at_the_knock() -> None:
+    door = Door(limit=1, queue=0)
+    tasks = await guests(door, 1)
+    registry = snapshot(
+        route(), route("kept", cache=CachePolicy(ttl_s=5.0)), route("stepping", ladder=(Tier(tier="popularity", feature="item-view:f0"),))
+    )
+    door.gate.adopt(registry)
+    for name in ("kept", "stepping", "unknown"):
+        door.gate.knock(Call(method="/m", tenant="shop", deadline=Deadline.never()), name)
     await empty(door, *tasks)
