@@ -175,7 +175,8 @@ class Consulting:
             attempts=question.route.attempts,
             hedge=question.route.hedge,
         )
-        return await _traced(question, "model", self._workers.infer(frame, call))
+        question.scored = answer = await _traced(question, "model", self._workers.infer(frame, call))
+        return answer
 
 
 async def _traced(question: Question, what: str, asked: Awaitable[R]) -> R:
