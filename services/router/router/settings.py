@@ -26,6 +26,7 @@ class CacheSettings(Group):
     """Answers that are kept, on routes that say so."""
 
     bytes: int = Field(64 << 20, ge=1 << 16, le=1 << 36, description="memory for answers, bytes; one of more than a 64th of it is not kept")
+    redis_budget_s: float = Field(0.005, gt=0, le=1, description="longest wait for what another router kept in the shared Redis, seconds")
 
 
 class RepeatsSettings(Group):
@@ -45,6 +46,18 @@ class SharedSettings(RedisSettings):
     @classmethod
     def _redis_url(cls, url: SecretStr) -> SecretStr:
         return super()._redis_url(url) if url.get_secret_value() else url
+
+
+class JournalSettings(Group):
+    """What is written down for experiments: exposures and outcomes, in the shared Redis."""
+
+    queue: int = Field(10_000, ge=1, le=10_000_000, description="exposures that may wait to be written; more are dropped and counted")
+    max_entries: int = Field(
+        1_000_000, ge=1000, le=1_000_000_000, description="exposures, and as many outcomes, kept per tenant; the oldest go first"
+    )
+    known_s: float = Field(
+        86_400.0, ge=60, le=31 * 86_400, description="how long an outcome is known, so that a repeat does not count, seconds"
+    )
 
 
 class KubernetesSettings(Group):
@@ -124,3 +137,4 @@ class RouterSettings(ServiceSettings):
     redis: SharedSettings = Field(default_factory=SharedSettings, description="what routers share")
     cache: CacheSettings = Field(default_factory=CacheSettings, description="answers that are kept")
     repeats: RepeatsSettings = Field(default_factory=RepeatsSettings, description="answers that are kept for calls made again")
+    journal: JournalSettings = Field(default_factory=JournalSettings, description="what is written down for experiments")
