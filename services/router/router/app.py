@@ -25,7 +25,9 @@ from router.feature_client import FeatureClient
 from router.gate import Gate
 from router.invalidating import Invalidating
 from router.invalidation import Invalidations
+from router.journal import Journal
 from router.ladder import Ladder
+from router.outcomes import Outcomes
 from router.pool_metrics import PoolMetrics
 from router.pools import Pools
 from router.ranking import Ranking
@@ -33,6 +35,7 @@ from router.redis_level import RedisLevel
 from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
+from router.shadow import Shadows
 from router.shared_invalidations import SharedInvalidations
 from router.stopwatch import RankingMetrics
 
@@ -50,7 +53,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     workers = Pools(settings.workers, _channel(settings.workers.channel, settings), tracing=tracing, metrics=PoolMetrics(metrics))
     stack.push_async_callback(workers.close)
     invalidations = Invalidations()
-    shared = level = None
+    shared = level = journal = None
     if settings.redis.url.get_secret_value():
         topology = topology_of(settings.redis)
         stack.push_async_callback(topology.close)
@@ -58,17 +61,24 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
         stack.push_async_callback(level.close)
         shared = SharedInvalidations(invalidations, Dispatch(topology), metrics)
         tasks.start(shared.run(), "invalidations")
+        journal = Journal(Dispatch(topology), settings.journal, metrics)
+        stack.push_async_callback(journal.close)
+        tasks.start(journal.run(), "journal")
     answers, repeats = Answers(settings.cache, invalidations, metrics, level), Repeats(settings.repeats, metrics, level)
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
+    gate = Gate(Admission(settings.admission))
+    shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
+    stack.push_async_callback(shadows.close)
     ranking = Ranking(
-        gate=Gate(Admission(settings.admission)),
+        gate=gate,
         consulting=consulting,
         cascade=Cascade(consulting, features, settings.features.budget_share),
         ladder=Ladder(consulting, Expectations(), metrics),
         answers=answers,
         repeats=repeats,
+        shadows=shadows,
         exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
@@ -80,7 +90,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
 
     server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
-    servicer = RouterServicer(ranking, Invalidating(invalidations, shared))  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
+    servicer = RouterServicer(ranking, Invalidating(invalidations, shared), Outcomes(journal, metrics))
     server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
     watcher.subscribe(server.reexamine)
     return server

@@ -120,7 +120,7 @@ class Connections:
         """Return an endpoint that may hold the model, for calls about it."""
         return self._pick(CallPlan(model=model, version=version, deadline=Deadline.never(), tenant="", request_id=""), ())
 
-    async def call(self, send: Send, plan: CallPlan, elsewhere: Elsewhere = lambda _: False) -> Any:
+    def call(self, send: Send, plan: CallPlan, elsewhere: Elsewhere = lambda _: False) -> Coroutine[Any, Any, Any]:
         """Have `send` call the best endpoint's transport and return what it returns; a second call of it must not disturb the first.
 
         Tried again, on another endpoint where there is one, while attempts, deadline and the budget of retries allow it: where the endpoint
@@ -128,8 +128,8 @@ class Connections:
         Unavailable (POOL_UNAVAILABLE) where there is no endpoint at all.
         """
         if plan.hedge is None or self._stateful:
-            return await self._attempts(send, plan, elsewhere, [])
-        return await self._hedged(send, plan, plan.hedge, elsewhere)
+            return self._attempts(send, plan, elsewhere, [])
+        return self._hedged(send, plan, plan.hedge, elsewhere)
 
     async def look(self) -> None:
         """Ask every endpoint which versions it holds ready. Those that do not say so within a second are unknown."""

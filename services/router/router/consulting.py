@@ -112,6 +112,8 @@ class Consulting:
         if question.inline:
             inputs = tuple(item for item in inputs if item.name not in question.inline)
         features = await self.read(question, arm, inputs) if inputs else features_pb.GetFeaturesResponse()
+        if question.route.required_views:
+            degradation.require(features.views, question.route.required_views)
         question.features, question.features_for = features, arm
         return features
 

@@ -48,6 +48,18 @@ class SharedSettings(RedisSettings):
         return super()._redis_url(url) if url.get_secret_value() else url
 
 
+class JournalSettings(Group):
+    """What is written down for experiments: exposures and outcomes, in the shared Redis."""
+
+    queue: int = Field(10_000, ge=1, le=10_000_000, description="exposures that may wait to be written; more are dropped and counted")
+    max_entries: int = Field(
+        1_000_000, ge=1000, le=1_000_000_000, description="exposures, and as many outcomes, kept per tenant; the oldest go first"
+    )
+    known_s: float = Field(
+        86_400.0, ge=60, le=31 * 86_400, description="how long an outcome is known, so that a repeat does not count, seconds"
+    )
+
+
 class KubernetesSettings(Group):
     """A Kubernetes Service whose pods are followed; needs the extra `plait-router[kubernetes]`."""
 
@@ -125,3 +137,4 @@ class RouterSettings(ServiceSettings):
     redis: SharedSettings = Field(default_factory=SharedSettings, description="what routers share")
     cache: CacheSettings = Field(default_factory=CacheSettings, description="answers that are kept")
     repeats: RepeatsSettings = Field(default_factory=RepeatsSettings, description="answers that are kept for calls made again")
+    journal: JournalSettings = Field(default_factory=JournalSettings, description="what is written down for experiments")

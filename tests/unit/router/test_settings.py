@@ -19,6 +19,9 @@ NAMES = [
     "CACHE__BYTES",
     "CACHE__REDIS_BUDGET_S",
     "REPEATS__BYTES",
+    "JOURNAL__QUEUE",
+    "JOURNAL__MAX_ENTRIES",
+    "JOURNAL__KNOWN_S",
     "FEATURES__ADDRESSES",
     "FEATURES__CONNECTIONS",
     "FEATURES__EJECTION_S",
@@ -69,7 +72,7 @@ def read(monkeypatch: pytest.MonkeyPatch, **environ: str) -> RouterSettings:
 
 def test_the_routers_own_names_are_these() -> None:
     """Deployments are written with them: one that is renamed breaks an upgrade."""
-    shared = re.compile("PLAIT_ROUTER_(RPC|TELEMETRY|REGISTRY)__")
+    shared = re.compile("PLAIT_ROUTER_(RPC|TELEMETRY|REGISTRY|REDIS)__")
     assert sorted(name.removeprefix("PLAIT_ROUTER_") for name, _ in fields(RouterSettings) if not shared.match(name)) == sorted(NAMES)
 
 
