@@ -30,21 +30,28 @@ from google.protobuf.message import Message
 
 from plait import dtypes
 from plait.api.events.v1 import events_pb2
+from plait.api.router.v1 import explanation_pb2
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1.router_service_pb2_grpc import RouterServiceStub
 from plait.api.types.v1 import types_pb2
 from plait.errors import Cancelled, FailedPrecondition, Internal, InvalidArgument, PlaitError, Unavailable, Violation, from_rpc_error
 
 __all__ = [
+    "AgeReport",
     "Assignment",
+    "AttemptReport",
+    "Explanation",
     "FeatureReport",
     "Outcome",
     "Prediction",
     "Ranking",
     "RankingClient",
     "Recorded",
+    "RuleReport",
+    "StageReport",
     "SyncRankingClient",
     "Tensor",
+    "TierReport",
     "Timings",
     "TlsConfig",
     "WrongOutcome",
@@ -212,6 +219,77 @@ class Prediction:
     feature_report: tuple[FeatureReport, ...]
     tier: str = "full"
     assignments: tuple[Assignment, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleReport:
+    """Why one rule did or did not decide; the fields of the reports are explained in explanation.proto."""
+
+    rule: str
+    matched: bool
+    failed_condition: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierReport:
+    """Why one tier of the ladder did or did not answer; microseconds."""
+
+    tier: str
+    answered: bool
+    reason: str
+    budget_us: int
+    expected_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReport:
+    """What one stage of a cascade did; `by_rule` counts what each rule removed, moved or boosted."""
+
+    stage: str
+    candidates_in: int
+    candidates_out: int
+    took_us: int
+    by_rule: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptReport:
+    """One call to a service behind the router."""
+
+    what: str
+    endpoint: str
+    kind: str
+    outcome: str
+    took_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgeReport:
+    """How old the rows of one view were, microseconds; -1 where there was none."""
+
+    feature_view: str
+    view_version: int
+    oldest_us: int
+    median_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """A ranking and how it came to be, in the order things happened.
+
+    `cache` says what a cache would have done: "unspecified" (it took no part), "miss", "hit", "stale", "shared", "partial" or "repeated".
+    `not_in`: which experiments the unit is not in, and why. `summary` is one sentence for people.
+    """
+
+    ranking: Ranking
+    summary: str
+    rules: tuple[RuleReport, ...]
+    not_in: Mapping[str, str]
+    cache: str
+    ages: tuple[AgeReport, ...]
+    tiers: tuple[TierReport, ...]
+    stages: tuple[StageReport, ...]
+    attempts: tuple[AttemptReport, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -394,6 +472,26 @@ class RankingClient(_Client):
             )
         )
 
+    async def explain(
+        self,
+        route: str,
+        subject: Id,
+        candidates: Ids,
+        *,
+        top_k: int = 0,
+        request_id: str = "",
+        inline_features: Iterable[Tensor] = (),
+        request_features: Iterable[Tensor] = (),
+        labels: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Explanation:
+        """Return what `rank` would, and how it came to be; it is no exposure of an experiment. Arguments and errors as of `rank`.
+
+        Example:  print((await client.explain("home", "user-42", ["listing-7", "listing-8"])).summary)
+        """
+        asked = _rank_request(route, subject, candidates, top_k, request_id, inline_features, request_features, labels, explain=True)
+        return _explanation(await self._call("Explain", pb.ExplainRequest(rank=asked), timeout_s))
+
     async def predict(
         self,
         route: str,
@@ -512,6 +610,23 @@ class SyncRankingClient(_Client):
                 timeout_s,
             )
         )
+
+    def explain(
+        self,
+        route: str,
+        subject: Id,
+        candidates: Ids,
+        *,
+        top_k: int = 0,
+        request_id: str = "",
+        inline_features: Iterable[Tensor] = (),
+        request_features: Iterable[Tensor] = (),
+        labels: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Explanation:
+        """As RankingClient.explain, waiting."""
+        asked = _rank_request(route, subject, candidates, top_k, request_id, inline_features, request_features, labels, explain=True)
+        return _explanation(self._call("Explain", pb.ExplainRequest(rank=asked), timeout_s))
 
     def predict(
         self,
@@ -781,6 +896,29 @@ def _prediction(answer: pb.PredictResponse) -> Prediction:
         timings=_same(Timings, answer.timings) if answer.HasField("timings") else None,
         feature_report=tuple(_same(FeatureReport, view) for view in answer.feature_report),
         assignments=tuple(_same(Assignment, given) for given in answer.assignments),
+    )
+
+
+def _explanation(answer: pb.ExplainResponse) -> Explanation:
+    return Explanation(
+        ranking=_ranking(answer.rank),
+        summary=answer.summary,
+        rules=tuple(_same(RuleReport, report) for report in answer.rules),
+        not_in=dict(answer.not_in),
+        cache=explanation_pb2.CacheStatus.Name(answer.cache_would_be).removeprefix("CACHE_STATUS_").lower(),
+        ages=tuple(_same(AgeReport, report) for report in answer.ages),
+        tiers=tuple(_same(TierReport, report) for report in answer.tiers),
+        stages=tuple(
+            StageReport(
+                stage=report.stage,
+                candidates_in=report.candidates_in,
+                candidates_out=report.candidates_out,
+                took_us=report.took_us,
+                by_rule=dict(report.by_rule),
+            )
+            for report in answer.stages
+        ),
+        attempts=tuple(_same(AttemptReport, report) for report in answer.attempts),
     )
 
 

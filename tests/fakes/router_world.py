@@ -36,18 +36,19 @@ from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
 from router.expectations import Expectations
+from router.exposures import Exposures
 from router.feature_client import FeatureClient
 from router.gate import Gate
 from router.invalidating import Invalidating
 from router.invalidation import Invalidations
 from router.ladder import Ladder
 from router.outcomes import Outcomes
+from router.pools import Pools
 from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import AdmissionSettings, CacheSettings, FeaturesSettings, RepeatsSettings, WorkersSettings
 from router.stopwatch import RankingMetrics
-from router.worker_pool import WorkerPool
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
 KEY = "plait_test-key"
@@ -132,6 +133,10 @@ class RouterWorld:
     ) -> Any:
         return await self.stub.Rank(request, metadata=(*_metadata(key), *(headers or {}).items()), timeout=timeout_s)
 
+    async def explain(self, request: Any, *, key: str | None = KEY, headers: dict[str, str] | None = None) -> Any:
+        asked = pb.ExplainRequest(rank=request) if isinstance(request, pb.RankRequest) else pb.ExplainRequest(predict=request)
+        return await self.stub.Explain(asked, metadata=(*_metadata(key), *(headers or {}).items()), timeout=20.0)
+
     async def predict(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
         return await self.stub.Predict(request, metadata=_metadata(key), timeout=timeout_s)
 
@@ -158,7 +163,8 @@ async def router_world(
     registry = registry or snapshot()
     channel = ChannelSettings(service_token=token)  # type: ignore[arg-type]
     feature_client = FeatureClient(FeaturesSettings(addresses=features, ejection_s=0.05), channel)
-    pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
+    pool = Pools(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
+    pool.adopt(registry)
     metrics = Metrics()
     invalidations = Invalidations()
     answers, repeats = Answers(CacheSettings(), invalidations, metrics), Repeats(RepeatsSettings(), metrics)
@@ -170,6 +176,7 @@ async def router_world(
         ladder=Ladder(consulting, Expectations(), metrics),
         answers=answers,
         repeats=repeats,
+        exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )

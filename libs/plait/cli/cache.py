@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
 from plait.cli.options import DEFAULT_STATE, StateOption
 from plait.cli.output import write_note
-from plait.cli.rank import composites, numbers, where
+from plait.cli.router_options import (
+    AddressOption,
+    ApiKeyOption,
+    CaOption,
+    InsecureOption,
+    IntIdsOption,
+    PartsOption,
+    TimeoutOption,
+    TlsOption,
+    composites,
+    numbers,
+    where,
+)
 
-_PANEL: Final = "Where the router is"
 _ITEM: Final = "--item / -i"
 
 
@@ -30,35 +40,14 @@ def invalidate(
     ] = None,
     route: Annotated[str, typer.Option("--route", "-r", help="All answers of this route.", show_default=False)] = "",
     model: Annotated[str, typer.Option("--model", "-m", help="All answers of this model.", show_default=False)] = "",
-    int_ids: Annotated[bool, typer.Option("--int-ids", help="The ids are numbers (entity key: int64), not text.")] = False,
-    parts: Annotated[
-        bool, typer.Option("--parts", help="Ids with '/' in them are keys of several parts; a part int:7 is a number.")
-    ] = False,
-    timeout_s: Annotated[float, typer.Option("--timeout", min=0.001, help="Longest wait for the answer, seconds.")] = 5.0,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address",
-            envvar="PLAIT_ADDRESS",
-            help="host:port; default: the mesh on --state.",
-            show_default=False,
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key", envvar="PLAIT_API_KEY", help="Better given in PLAIT_API_KEY.", show_default=False, rich_help_panel=_PANEL
-        ),
-    ] = None,
-    tls: Annotated[bool, typer.Option("--tls", help="Call over TLS, trusting the system's roots.", rich_help_panel=_PANEL)] = False,
-    ca: Annotated[
-        Path | None,
-        typer.Option("--ca", dir_okay=False, help="Call over TLS, trusting this PEM file.", show_default=False, rich_help_panel=_PANEL),
-    ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Send the API key to another machine in plain text.", rich_help_panel=_PANEL)
-    ] = False,
+    int_ids: IntIdsOption = False,
+    parts: PartsOption = False,
+    timeout_s: TimeoutOption = 5.0,
+    address: AddressOption = None,
+    api_key: ApiKeyOption = None,
+    tls: TlsOption = False,
+    ca: CaOption = None,
+    insecure: InsecureOption = False,
     state: StateOption = DEFAULT_STATE,
 ) -> None:
     """Make every router forget answers, because an item is sold or a route, a model or a user's data changed.

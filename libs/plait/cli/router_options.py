@@ -50,9 +50,9 @@ def ids_of(user: str, items: str, *, int_ids: bool, parts: bool) -> tuple[Any, A
     if not candidates:
         raise typer.BadParameter("give at least one id, separated by commas", param_hint="--items / -i")
     if parts:
-        return _composites([user], "--user / -u")[0], _composites(candidates, "--items / -i")
+        return composites([user], "--user / -u")[0], composites(candidates, "--items / -i")
     if int_ids:
-        return _numbers([user], "--user / -u")[0], _numbers(candidates, "--items / -i")
+        return numbers([user], "--user / -u")[0], numbers(candidates, "--items / -i")
     return user, candidates
 
 
@@ -69,14 +69,15 @@ def labels_of(texts: list[str] | None) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _numbers(texts: list[str], option: str) -> list[int]:
+def numbers(texts: list[str], option: str) -> list[int]:
+    """Return whole-number ids; raises typer.BadParameter on another."""
     try:
         return [int(text) for text in texts]
     except ValueError:
         raise typer.BadParameter("--int-ids needs whole numbers", param_hint=option) from None
 
 
-def _composites(texts: list[str], option: str) -> list[Any]:
+def composites(texts: list[str], option: str) -> list[Any]:
     """Return ids with a slash as tuples of their parts, the others as they are."""
     return [tuple(_part(part, option) for part in text.split("/")) if "/" in text else text for text in texts]
 

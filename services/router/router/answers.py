@@ -14,11 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, cast
+from typing import Final, cast
 
 from plait.api.router.v1 import explanation_pb2 as explanation_pb
 from plait.api.router.v1 import router_service_pb2 as pb
-from plait.registry.entity_ids import Id, composites
 from plait.registry.policies import CachePolicy
 from plait.registry.records import Snapshot
 from plait.rpc.deadline import Deadline
@@ -26,7 +25,7 @@ from plait.telemetry.metrics import Metrics
 from router.cache_key import Keys
 from router.entries import Entries, Entry, standing
 from router.flights import Flights
-from router.invalidation import Invalidations, Named
+from router.invalidation import Invalidations, Named, ids_of
 from router.question import TIER_FULL, Question, Response, Road
 from router.route_table import Arm, ServingRoute
 from router.settings import CacheSettings
@@ -130,23 +129,25 @@ class Answers:
             made, shared = await self._flights.fly(key, make, question.deadline)
             response = _read(made.data, question)
         if shared:
-            question.arm, question.tier, question.reasons = made.arm, made.tier, list(made.reasons)
+            question.arm, question.tier = made.arm, made.tier
+            question.reasons += made.reasons
         response.cache = SHARED if shared else MISS
         return response
 
     async def _make(self, key: bytes, question: Question, road: Road) -> _Made:
         began_s, position = self._clock(), self._invalidations.position
+        known = len(question.reasons)  # of its choice, which is each caller's own
         response = await road(question)
         made_s = self._clock()
         made = _Made(
             data=response.SerializeToString(),
             arm=question.arm,
             tier=question.tier,
-            reasons=question.reasons,
+            reasons=question.reasons[known:],
             began_s=began_s,
             position=position,
         )
-        if made.tier == TIER_FULL and not made.reasons:
+        if made.tier == TIER_FULL and not made.reasons and self._keys.of(question) == key:  # (the registry may have changed meanwhile)
             # Its age counts from when it was begun: that is when its features were read.
             entry = Entry(data=made.data, made_s=began_s, took_s=made_s - began_s, position=position)
             self._entries.put(key, entry, len(made.data))
@@ -184,10 +185,4 @@ def _named(question: Question, response: Response) -> Iterator[Named]:
     for entity_type, ids in question.ids.items():
         returned = entity_type == route.candidate and isinstance(response, pb.RankResponse)
         # Candidates that were not returned may well be sold: nobody sees them.
-        yield (tenant, "entity", entity_type), read_ids(cast("pb.RankResponse", response).item_ids if returned else ids)
-
-
-def read_ids(ids: Any) -> Sequence[Id]:
-    """Return the ids of an EntityIds message, of whatever kind they are."""
-    found: Sequence[Id] = ids.string_ids or ids.int64_ids or composites(ids)
-    return found
+        yield (tenant, "entity", entity_type), ids_of(cast("pb.RankResponse", response).item_ids if returned else ids)

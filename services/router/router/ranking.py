@@ -14,6 +14,7 @@ import logging
 from typing import Final, cast
 
 from plait.api.router.v1 import router_service_pb2 as pb
+from plait.errors import InvalidArgument, Violation
 from plait.registry.records import Snapshot
 from plait.rpc.call import current
 from plait.telemetry.logging import get_logger
@@ -21,12 +22,15 @@ from router.answers import Answers
 from router.asking import Asking
 from router.cascade import Cascade
 from router.consulting import Consulting
+from router.explanation import explain
+from router.exposures import Exposures
 from router.gate import Gate
 from router.ladder import Ladder
 from router.question import TIER_POPULARITY, Question, Response, Road
 from router.repeats import Repeats
 from router.route_table import NO_ROUTES, ServingRoute, compile_table
 from router.stopwatch import RankingMetrics, Stopwatch
+from router.trail import Trail
 
 log = get_logger(__name__)
 _stdlib_log: Final = logging.getLogger(__name__)
@@ -35,7 +39,7 @@ _ENVELOPE: Final = 1 / 16  # of a message is kept for names, statuses and framin
 
 
 class Ranking:
-    """Answers Rank and Predict.
+    """Answers Rank, Predict and Explain.
 
     `max_message_bytes` bounds the tensors of one request. `adopt` takes each new snapshot; a request reads the table once and so sees one
     world.
@@ -50,6 +54,7 @@ class Ranking:
         ladder: Ladder,
         answers: Answers,
         repeats: Repeats,
+        exposures: Exposures,
         metrics: RankingMetrics,
         max_message_bytes: int,
     ) -> None:
@@ -59,6 +64,7 @@ class Ranking:
         self._consulting = consulting
         self._cascade = cascade
         self._ladder = ladder
+        self._exposures = exposures
         self._metrics = metrics
         self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)))
         self._table = NO_ROUTES
@@ -90,6 +96,21 @@ class Ranking:
         self._gate.knock(call.deadline)
         question = self._asking.predict(request, table, call, watch)
         return cast("pb.PredictResponse", await self._roads[question.route.name](question))
+
+    async def explain(self, request: pb.ExplainRequest) -> pb.ExplainResponse:
+        """Answer a Rank or Predict on the same road and tell how; InvalidArgument where neither is set, other errors are those of the call."""
+        call, watch, table, trail = current(), Stopwatch(), self._table, Trail()
+        self._gate.knock(call.deadline)
+        asked = request.WhichOneof("call")
+        if asked is None:
+            message = "nothing to explain: set rank or predict"
+            raise InvalidArgument(message, violations=[Violation("call", "expected rank or predict")])
+        getattr(request, asked).explain = True
+        if asked == "rank":
+            question = self._asking.rank(request.rank, table, call, watch, trail)
+        else:
+            question = self._asking.predict(request.predict, table, call, watch, trail)
+        return explain(await self._roads[question.route.name](question), question, trail)
 
     def _road(self, route: ServingRoute) -> Road:
         """Return the steps of a route, the last one first: this is the only place where their order stands."""
@@ -130,6 +151,7 @@ class Ranking:
     def _account(self, question: Question) -> None:
         """Count the answer, and log it where somebody looks: a log line costs as much as a stage."""
         watch = question.watch
+        self._exposures.note(question)
         self._metrics.answered(question.route.name, question.arm.name, question.reasons, watch)
         if question.by_rule:
             self._metrics.ruled(question.route.name, question.by_rule)

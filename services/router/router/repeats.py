@@ -53,7 +53,7 @@ class Repeats:
 
         async def once(question: Question) -> Response:
             request = question.request
-            if not request.request_id:
+            if not request.request_id or question.trail is not None:  # (an Explain tells what happens now)
                 return await road(question)
             key, asked = _key(current(), request), _digest(request)
             told = self._told.get(key)

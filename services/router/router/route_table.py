@@ -21,7 +21,7 @@ from plait.errors import FailedPrecondition, NotFound, PermissionDenied
 from plait.registry.crosschecks import misfits, retriever, rules_of
 from plait.registry.entity_ids import Id
 from plait.registry.places import Place, place_of
-from plait.registry.policies import CachePolicy, Comparison, Stages
+from plait.registry.policies import CachePolicy, Comparison, Hedge, Stages
 from plait.registry.records import EMPTY, Entity, Experiment, FeatureSet, Route, Signature, Snapshot, TensorSpec, Variant
 from plait.registry.rule_columns import columns_named
 from plait.registry.shapes import SetShape
@@ -75,6 +75,7 @@ class Arm:
     """A variant that can serve: the model version it resolved to, and how to fill its inputs (in signature order).
 
     `keys`: how ids of each entity type of the feature set are typed, None where no view says so. `outputs`: names, in signature order.
+    `view_versions`: which version of each view it reads.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Arm:
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     keys: Mapping[str, Entity | None]
+    view_versions: Mapping[str, int]
 
     def input_bytes(self, rows: int) -> int:
         """Return how many bytes the tensors of `rows` candidates take."""
@@ -136,7 +138,7 @@ class Rung:
 class ServingRoute:
     """A route as requests meet it. `by_name` holds the variants that can serve; where none of them has a weight, `fault` says why.
 
-    `policy` and `max_defaulted_share` are as in GetFeaturesRequest. `by_weight` is what an answer says of a unit that weights assigned,
+    `policy` and `max_defaulted_share` are as in GetFeaturesRequest. `attempts` and `hedge` say how models are called. `by_weight` is what an answer says of a unit that weights assigned,
     where there is more than one to choose from.
     """
 
@@ -145,6 +147,8 @@ class ServingRoute:
     candidate: str
     score: str
     timeout_s: float
+    attempts: int
+    hedge: Hedge | None
     max_candidates: int
     policy: types_pb2.MissingPolicy.ValueType
     max_defaulted_share: float
@@ -235,6 +239,8 @@ def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) 
         candidate=route.candidate,
         score=route.score,
         timeout_s=route.timeout_s,
+        attempts=route.retry.attempts,
+        hedge=route.hedge,
         max_candidates=route.max_candidates,
         policy=_POLICIES[route.on_missing],
         max_defaulted_share=0.0 if share >= 1 else max(share, _NO_DEFAULTS),
@@ -311,6 +317,7 @@ def _made(variant: Variant, version: str, signature: Signature, snapshot: Snapsh
         inputs=_inputs(signature, feature_set, shape),
         outputs=tuple(tensor.name for tensor in signature.outputs),
         keys=_keys(feature_set, shape),
+        view_versions=MappingProxyType({view.name: view.version for item in feature_set.inputs for view in shape.views_of(item)}),
     )
 
 

@@ -30,6 +30,10 @@ class RouterServicer(pb_grpc.RouterServiceServicer):
         """Forget what is no longer true."""
         return await self._invalidating.invalidate(request)
 
+    async def Explain(self, request: Any, context: Any) -> Any:
+        """The answer, and how it came to be."""
+        return await self._ranking.explain(request)
+
     async def RecordOutcome(self, request: Any, context: Any) -> Any:
         """What became of answers."""
         return await self._outcomes.record(request)
