@@ -41,6 +41,7 @@ from router.gate import Gate
 from router.invalidating import Invalidating
 from router.invalidation import Invalidations
 from router.ladder import Ladder
+from router.quotas import Quotas
 from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
@@ -167,7 +168,7 @@ async def router_world(
     answers, repeats = Answers(CacheSettings(), invalidations, metrics), Repeats(RepeatsSettings(), metrics)
     consulting = Consulting(feature_client, pool, features_share)
     ranking = Ranking(
-        gate=Gate(admission or AdmissionSettings(), metrics),
+        gate=Gate(admission or AdmissionSettings(), Quotas(), metrics),
         consulting=consulting,
         cascade=Cascade(consulting, feature_client, features_share),
         ladder=Ladder(consulting, Expectations(), metrics),

@@ -23,6 +23,7 @@ from router.gate import Gate
 from router.invalidating import Invalidating
 from router.invalidation import Invalidations
 from router.ladder import Ladder
+from router.quotas import Quotas
 from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
@@ -49,7 +50,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
     ranking = Ranking(
-        gate=Gate(settings.admission, metrics),
+        gate=Gate(settings.admission, Quotas(), metrics),
         consulting=consulting,
         cascade=Cascade(consulting, features, settings.features.budget_share),
         ladder=Ladder(consulting, Expectations(), metrics),
