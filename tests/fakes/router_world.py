@@ -29,8 +29,9 @@ from plait.registry.records import (
 )
 from plait.rpc.credentials import Authenticator, digest
 from plait.rpc.server import RpcServer
-from plait.settings import ChannelSettings, RpcSettings
+from plait.settings import ChannelSettings, RpcSettings, TelemetrySettings
 from plait.telemetry.metrics import Metrics
+from plait.telemetry.tracing import Tracing
 from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
@@ -41,13 +42,15 @@ from router.gate import Gate
 from router.invalidating import Invalidating
 from router.invalidation import Invalidations
 from router.ladder import Ladder
+from router.outcomes import Outcomes
+from router.pools import Pools
 from router.quotas import Quotas
 from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import AdmissionSettings, CacheSettings, FeaturesSettings, RepeatsSettings, WorkersSettings
+from router.shadow import Shadows
 from router.stopwatch import RankingMetrics
-from router.worker_pool import WorkerPool
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
 KEY = "plait_test-key"
@@ -117,9 +120,10 @@ def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_k
 class RouterWorld:
     """The router under test, as its clients see it."""
 
-    def __init__(self, server: RpcServer, ranking: Ranking, stub: Any, metrics: Metrics) -> None:
+    def __init__(self, server: RpcServer, ranking: Ranking, shadows: Shadows, stub: Any, metrics: Metrics) -> None:
         self.server = server
         self.ranking = ranking
+        self.shadows = shadows
         self.stub = stub
         self.metrics = metrics
 
@@ -157,39 +161,48 @@ async def router_world(
     token: str = "the-token",
     max_message_bytes: int = 16 << 20,
     features_share: float = 0.8,
+    telemetry: TelemetrySettings | None = None,
 ) -> AsyncIterator[RouterWorld]:
     """Run the router on a free port in front of comma separated addresses."""
     registry = registry or snapshot()
     channel = ChannelSettings(service_token=token)  # type: ignore[arg-type]
     feature_client = FeatureClient(FeaturesSettings(addresses=features, ejection_s=0.05), channel)
-    pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
+    pool = Pools(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
+    pool.adopt(registry)
     metrics = Metrics()
     invalidations = Invalidations()
     answers, repeats = Answers(CacheSettings(), invalidations, metrics), Repeats(RepeatsSettings(), metrics)
     consulting = Consulting(feature_client, pool, features_share)
+    gate = Gate(admission or AdmissionSettings(), Quotas(), metrics)
+    tracing = Tracing(telemetry or TelemetrySettings(), "router")
+    shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     ranking = Ranking(
-        gate=Gate(admission or AdmissionSettings(), Quotas(), metrics),
+        gate=gate,
         consulting=consulting,
         cascade=Cascade(consulting, feature_client, features_share),
         ladder=Ladder(consulting, Expectations(), metrics),
         answers=answers,
         repeats=repeats,
+        shadows=shadows,
         exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )
     ranking.adopt(registry)
     settings = RpcSettings(grace_s=5, max_message_bytes=max_message_bytes)
-    server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, required=True), metrics=metrics)
-    server.add(pb_grpc.add_RouterServiceServicer_to_server, RouterServicer(ranking, Invalidating(invalidations)), SERVICE, scope="rank")
+    server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, required=True), metrics=metrics, tracing=tracing)
+    servicer = RouterServicer(ranking, Invalidating(invalidations), Outcomes(None, metrics))
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, SERVICE, scope="rank")
     await server.start()
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
         async with grpc.aio.insecure_channel(server.address, options=options) as to_router:
-            yield RouterWorld(server, ranking, pb_grpc.RouterServiceStub(to_router), metrics)
+            yield RouterWorld(server, ranking, shadows, pb_grpc.RouterServiceStub(to_router), metrics)
     finally:
         await server.drain()
+        await shadows.close()
         await answers.close()
         await repeats.close()
         await feature_client.close()
         await pool.close()
+        tracing.close()

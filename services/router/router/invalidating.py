@@ -7,24 +7,28 @@ from typing import Final
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.errors import PermissionDenied
 from plait.rpc.call import Call, current
-from router.invalidation import Invalidations, Named
-from router.validation import Ids, check_invalidation
+from router.invalidation import Invalidations, named
+from router.shared_invalidations import SharedInvalidations
+from router.validation import check_invalidation
 
 SCOPES: Final = frozenset({"operate", "admin"})
 
 
 class Invalidating:
-    """Answers InvalidateCache."""
+    """Answers InvalidateCache. `shared` tells the other routers; None where there is nothing to tell them by."""
 
-    def __init__(self, invalidations: Invalidations) -> None:
+    def __init__(self, invalidations: Invalidations, shared: SharedInvalidations | None = None) -> None:
         self._invalidations = invalidations
+        self._shared = shared
 
     async def invalidate(self, request: pb.InvalidateCacheRequest) -> pb.InvalidateCacheResponse:
-        """Forget what a request names. Raises PermissionDenied (SCOPE_MISSING), InvalidArgument."""
+        """Forget what a request names. Raises PermissionDenied (SCOPE_MISSING), InvalidArgument, Unavailable (INVALIDATION_NOT_SHARED)."""
         call = current()
         _check_may(call)
-        ids = check_invalidation(request)
-        self._invalidations.tell(_named(call.tenant, request, ids))
+        check_invalidation(request)
+        self._invalidations.tell(named(call.tenant, request))
+        if self._shared is not None:
+            await self._shared.tell(call.tenant, request)
         return pb.InvalidateCacheResponse()
 
 
@@ -33,14 +37,3 @@ def _check_may(call: Call) -> None:
         raise PermissionDenied(
             "forgetting cached answers needs a key with the scope 'operate' (or 'admin'): ask for one that has it", reason="SCOPE_MISSING"
         )
-
-
-def _named(tenant: str, request: pb.InvalidateCacheRequest, ids: Ids) -> list[Named]:
-    named: list[Named] = []
-    if request.route:
-        named.append(((tenant, "route", ""), [request.route]))
-    if request.model:
-        named.append(((tenant, "model", ""), [request.model]))
-    if ids:
-        named.append(((tenant, "entity", request.items.entity_type), ids))
-    return named

@@ -7,10 +7,12 @@ asked for again. And an answer that was being made while the item was sold is ca
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Literal
 
-from plait.registry.entity_ids import Id
+from plait.api.router.v1 import router_service_pb2 as pb
+from plait.api.types.v1 import types_pb2
+from plait.registry.entity_ids import Id, composites
 
 Kind = Literal["route", "model", "entity"]
 Space = tuple[str, Kind, str]  # tenant, kind, entity type ("" for routes and models)
@@ -40,7 +42,7 @@ class Invalidations:
     @property
     def heard(self) -> int:
         """How much of what all routers were told this one has heard: comparable between routers."""
-        return self.position >> _LOCAL_BITS
+        return self.heard_at(self.position)
 
     def tell(self, named: Iterable[Named], heard: int | None = None) -> None:
         """Take in names; `heard` is the number of what all routers were told, None for what only this one was."""
@@ -70,6 +72,11 @@ class Invalidations:
         return since < self._floor or any(self._told(space, ids, since) for space, ids in named)
 
     @staticmethod
+    def heard_at(position: int) -> int:
+        """Return how much of what all routers were told was heard at a position."""
+        return position >> _LOCAL_BITS
+
+    @staticmethod
     def since(heard: int) -> int:
         """Return the position of a router that has heard so much and was told nothing on its own."""
         return heard << _LOCAL_BITS
@@ -91,3 +98,18 @@ class Invalidations:
             del last[id_]
             if not last:
                 del self._last[space]
+
+
+def named(tenant: str, request: pb.InvalidateCacheRequest) -> Iterator[Named]:
+    """Yield what a tenant's request names."""
+    if request.route:
+        yield (tenant, "route", ""), [request.route]
+    if request.model:
+        yield (tenant, "model", ""), [request.model]
+    if request.HasField("items"):
+        yield (tenant, "entity", request.items.entity_type), ids_of(request.items.ids)
+
+
+def ids_of(ids: types_pb2.EntityIds) -> Sequence[Id]:
+    """Return ids as Python values, of whatever kind they are."""
+    return ids.string_ids or ids.int64_ids or composites(ids)

@@ -28,10 +28,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupState:
-    """What a group still has to do: entries not delivered to anybody (None = Redis cannot tell), and delivered but not acknowledged."""
+    """What a group still has to do: entries not delivered to anybody, and delivered but not acknowledged.
+
+    Redis cannot tell `lag` (None) from when somebody deletes an entry ahead of the group until the group has read them all; `most`: what
+    both together are at most.
+    """
 
     lag: int | None
     pending: int
+    most: int
 
 
 class Streams:
@@ -95,8 +100,12 @@ class Streams:
             known = dict(zip(fields[::2], fields[1::2], strict=True))
             if known[b"name"] == group:
                 lag = known.get(b"lag")
-                return GroupState(lag=None if lag is None else int(lag), pending=int(known[b"pending"]))
-        return GroupState(lag=await self.length(key), pending=0)
+                pending = int(known[b"pending"])
+                if lag is None:
+                    return GroupState(lag=None, pending=pending, most=await self.length(key))
+                return GroupState(lag=int(lag), pending=pending, most=int(lag) + pending)
+        length = await self.length(key)
+        return GroupState(lag=length, pending=0, most=length)
 
     async def range(self, key: bytes, *, after: bytes = b"", before: bytes = b"", count: int, newest_first: bool = False) -> list[Entry]:
         """Return up to `count` entries strictly between two ids (empty = no bound), oldest or newest first."""
