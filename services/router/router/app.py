@@ -29,6 +29,7 @@ from router.ladder import Ladder
 from router.outcomes import Outcomes
 from router.pool_metrics import PoolMetrics
 from router.pools import Pools
+from router.quotas import Quotas
 from router.ranking import Ranking
 from router.redis_level import RedisLevel
 from router.repeats import Repeats
@@ -67,7 +68,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
-    gate = Gate(settings.admission, metrics)
+    gate = Gate(settings.admission, Quotas(), metrics)
     shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     stack.push_async_callback(shadows.close)
     ranking = Ranking(

@@ -18,12 +18,15 @@ from router.admission import Admission, Flow, Waiter
 from router.cost import Costs, Line
 from router.fair_queue import PRIORITIES
 from router.question import Question, Response, Road
+from router.quotas import Quotas
 from router.route_table import Arm, ServingRoute
 from router.settings import AdmissionSettings
 from router.tensors import parameter
 
 _NORMAL: Final = PRIORITIES.index("normal")
 _PRIORITY: Final = "x-plait-priority"
+_ENOUGH: Final = 32  # answers of a step of the limit are all learnt from, of more
+_ONE_OF: Final = 8  # one: learning takes longer than all else here
 _LATE: Final = 2.0  # times the predicted cost behind the gate: whoever had so long and ran out of time met a queue
 
 
@@ -43,13 +46,15 @@ class GateMetrics:
 
 
 class Gate:
-    """Stands in a road where work begins; see `Admission` for who gets in."""
+    """Stands in a road where work begins; see `Admission` for who gets in, and `quotas` for how much of it a tenant may use at all."""
 
-    def __init__(self, settings: AdmissionSettings, metrics: Metrics) -> None:
+    def __init__(self, settings: AdmissionSettings, quotas: Quotas, metrics: Metrics) -> None:
         self._settings = settings
+        self._quotas = quotas
         self._admission = Admission(settings)
         self._metrics = GateMetrics(metrics, self._admission)
         self._costs = Costs()
+        self._answered = 0
         self._flows: list[dict[str, Flow]] = [{} for _ in PRIORITIES]
         self._others = [Flow(rank, "", 1.0) for rank in range(len(PRIORITIES))]
         self._ranks: Mapping[str, int] = {}
@@ -64,7 +69,8 @@ class Gate:
         return self._admission.in_flight / self._admission.limiter.limit
 
     def adopt(self, snapshot: Snapshot) -> None:
-        """Take the tenants' weights and the routes' classes from a new snapshot."""
+        """Take the tenants' weights and quotas and the routes' classes from a new snapshot."""
+        self._quotas.adopt(snapshot)
         self._flows = [
             {tenant.name: self._same_flow(rank, tenant) for tenant in snapshot.tenants.values()} for rank in range(len(PRIORITIES))
         ]
@@ -73,12 +79,18 @@ class Gate:
         self._costs.keep({(model.name, version.version) for model in snapshot.models.values() for version in model.versions})
 
     def knock(self, call: Call, route: str) -> None:
-        """Refuse what could not be let in anyway, before anything is done for it. Raises as the road behind the gate would.
+        """Count a request, and refuse what could not be let in anyway before anything is done for it. Raises as the road behind the gate would.
 
         A route that knows other answers than a model's is not refused for want of a place.
         """
         if call.deadline.remaining_s() < self._settings.min_budget_s:
             raise self._refused(self._too_late(), self._ranks.get(route, _NORMAL))
+        quota = self._quotas.of.get(call.tenant)
+        if quota is not None:
+            try:
+                quota.request()
+            except ResourceExhausted as error:
+                raise self._refused(error, self._ranks.get(route, _NORMAL)) from None
         if len(self._admission.queue) and route in self._straight:
             rank = self._ranks[route]
             try:
@@ -87,11 +99,11 @@ class Gate:
                 raise self._refused(error, rank) from None
 
     def around(self, road: Road, route: ServingRoute) -> Road:
-        """Return the road behind the gate.
+        """Return the road behind the gate, under the snapshot that was adopted last.
 
         It raises DeadlineExceeded (BUDGET_TOO_SMALL) when less than `min_budget_s` is left, now or after the wait; ResourceExhausted:
-        OVERLOADED, with when to come back, when a turn would take too long, and REQUEST_TOO_COSTLY when it asks for more values than
-        `max_cells`.
+        OVERLOADED, with when to come back, when a turn would take too long, QUOTA_EXCEEDED with which of the tenant's quotas is used up, and
+        REQUEST_TOO_COSTLY when it asks for more values than `max_cells`.
         """
         admission = self._admission
         rank = self._ranks.get(route.name, _NORMAL)
@@ -116,12 +128,27 @@ class Gate:
                 self._learn_from(error, line.of(rows), began_s)
                 raise
             else:
-                self._learn(question, line, began_s)
+                self._answered += 1
+                if admission.limiter.samples < _ENOUGH or not self._answered % _ONE_OF:
+                    self._learn(question, line, began_s)
                 return response
             finally:
                 self._leave(flow, slots)
 
-        return gated
+        async def counted(question: Question) -> Response:
+            quota = self._quotas.of.get(question.tenant)
+            if quota is None:
+                return await gated(question)
+            try:
+                quota.begin(question.rows)
+            except ResourceExhausted as error:
+                raise self._refused(error, rank) from None
+            try:
+                return await gated(question)
+            finally:
+                quota.end()
+
+        return counted if self._quotas.of else gated
 
     def _learn(self, question: Question, line: Line, began_s: float) -> None:
         """Hear from a worker's answer what it took."""
