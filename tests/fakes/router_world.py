@@ -32,7 +32,6 @@ from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings, RpcSettings, TelemetrySettings
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
-from router.admission import Admission
 from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
@@ -43,13 +42,15 @@ from router.gate import Gate
 from router.invalidating import Invalidating
 from router.invalidation import Invalidations
 from router.ladder import Ladder
+from router.outcomes import Outcomes
+from router.pools import Pools
+from router.quotas import Quotas
 from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import AdmissionSettings, CacheSettings, FeaturesSettings, RepeatsSettings, WorkersSettings
 from router.shadow import Shadows
 from router.stopwatch import RankingMetrics
-from router.worker_pool import WorkerPool
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
 KEY = "plait_test-key"
@@ -166,12 +167,13 @@ async def router_world(
     registry = registry or snapshot()
     channel = ChannelSettings(service_token=token)  # type: ignore[arg-type]
     feature_client = FeatureClient(FeaturesSettings(addresses=features, ejection_s=0.05), channel)
-    pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
+    pool = Pools(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
+    pool.adopt(registry)
     metrics = Metrics()
     invalidations = Invalidations()
     answers, repeats = Answers(CacheSettings(), invalidations, metrics), Repeats(RepeatsSettings(), metrics)
     consulting = Consulting(feature_client, pool, features_share)
-    gate = Gate(Admission(admission or AdmissionSettings()))
+    gate = Gate(admission or AdmissionSettings(), Quotas(), metrics)
     tracing = Tracing(telemetry or TelemetrySettings(), "router")
     shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     ranking = Ranking(
@@ -189,7 +191,8 @@ async def router_world(
     ranking.adopt(registry)
     settings = RpcSettings(grace_s=5, max_message_bytes=max_message_bytes)
     server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, required=True), metrics=metrics, tracing=tracing)
-    server.add(pb_grpc.add_RouterServiceServicer_to_server, RouterServicer(ranking, Invalidating(invalidations)), SERVICE, scope="rank")
+    servicer = RouterServicer(ranking, Invalidating(invalidations), Outcomes(None, metrics))
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, SERVICE, scope="rank")
     await server.start()
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]

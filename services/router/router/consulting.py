@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +15,17 @@ from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import DeadlineExceeded, PlaitError
 from router import degradation
+from router.connections import CallPlan
 from router.feature_client import FeatureClient, Unreachable
 from router.ordering import best_first
+from router.pools import Pools
 from router.question import Question, Response
 from router.route_table import Arm, Input, Popularity
 from router.tensors import column_of, copy_outputs, fill_infer, scores_of
 from router.validation import count
-from router.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from plait.api.inference.v2 import inference_pb2
-
-R = TypeVar("R")
 
 
 class Consulting:
@@ -35,7 +34,7 @@ class Consulting:
     `features_share`: the part of what is left of a budget that features may take, so that late ones degrade the answer instead of failing it.
     """
 
-    def __init__(self, features: FeatureClient, workers: WorkerPool, features_share: float) -> None:
+    def __init__(self, features: FeatureClient, workers: Pools, features_share: float) -> None:
         self._features = features
         self._workers = workers
         self._features_share = features_share
@@ -136,19 +135,18 @@ class Consulting:
         `sent`: the request-time features to pass on, None = all.
         """
         entity_types = dict.fromkeys(entity for item in inputs for entity in item.entities)
-        asked = self._features.get(
-            question.route,
-            arm.feature_set,
-            [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
-            () if inputs is arm.inputs else [item.name for item in inputs],
-            request_features=question.request.request_features if sent is None else sent,
-            ages=question.trail is not None,
-            deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
-            tenant=question.tenant,
-            request_id=question.request_id,
-        )
         try:
-            features = await _traced(question, "features", asked)
+            features = await self._features.get(
+                question.route,
+                arm.feature_set,
+                [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
+                () if inputs is arm.inputs else [item.name for item in inputs],
+                request_features=question.request.request_features if sent is None else sent,
+                deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
+                tenant=question.tenant,
+                request_id=question.request_id,
+                trail=question.trail,
+            )
         except (Unreachable, DeadlineExceeded) as error:
             if not question.route.takes_defaults:
                 raise
@@ -164,23 +162,19 @@ class Consulting:
     ) -> inference_pb2.ModelInferResponse:
         frame = worker_pb.StreamInferRequest()
         fill_infer(frame.request, arm, tensors, outputs, question.request_id)
-        asked = self._workers.infer(frame, deadline=question.deadline, tenant=question.tenant, request_id=question.request_id)
-        return await _traced(question, "model", asked)
-
-
-async def _traced(question: Question, what: str, asked: Awaitable[R]) -> R:
-    """Wait for a call to a service behind the router; an Explain learns what came of it."""
-    trail = question.trail
-    if trail is None:
-        return await asked
-    started = question.watch.stamp()
-    try:
-        answer = await asked
-    except PlaitError as error:
-        trail.tried(what, question.watch.stamp() - started, error)
-        raise
-    trail.tried(what, question.watch.stamp() - started)
-    return answer
+        call = CallPlan(
+            model=arm.model,
+            version=arm.version,
+            rows=question.rows,
+            deadline=question.deadline,
+            tenant=question.tenant,
+            request_id=question.request_id,
+            attempts=question.route.attempts,
+            hedge=question.route.hedge,
+            trail=question.trail,
+        )
+        question.scored = answer = await self._workers.infer(frame, call)
+        return answer
 
 
 def _alike(one: Arm, other: Arm) -> bool:
