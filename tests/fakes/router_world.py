@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from plait.api.inference.v2 import inference_pb2_grpc
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
 from plait.registry.records import (
@@ -31,10 +32,12 @@ from plait.rpc.credentials import Authenticator, digest
 from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings, RpcSettings
 from plait.telemetry.metrics import Metrics
+from router import open_inference
 from router.admission import Admission
 from router.consulting import Consulting
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.pass_through import PassThrough
 from router.ranking import Ranking
 from router.servicer import RouterServicer
 from router.settings import AdmissionSettings, FeaturesSettings, WorkersSettings
@@ -107,10 +110,12 @@ def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_k
 class RouterWorld:
     """The router under test, as its clients see it."""
 
-    def __init__(self, server: RpcServer, ranking: Ranking, stub: Any, metrics: Metrics) -> None:
+    def __init__(self, server: RpcServer, ranking: Ranking, channel: grpc.aio.Channel, metrics: Metrics) -> None:
         self.server = server
         self.ranking = ranking
-        self.stub = stub
+        self.stub: Any = pb_grpc.RouterServiceStub(channel)
+        self.inference: Any = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        self.raw_infer: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         self.metrics = metrics
 
     @property
@@ -119,6 +124,11 @@ class RouterWorld:
 
     async def rank(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
         return await self.stub.Rank(request, metadata=_metadata(key), timeout=timeout_s)
+
+    async def infer(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0, unit: str = "") -> Any:
+        """Call ModelInfer with a message, or with bytes for bytes."""
+        call = self.raw_infer if isinstance(request, bytes) else self.inference.ModelInfer
+        return await call(request, metadata=(*_metadata(key), *((("x-plait-unit", unit),) if unit else ())), timeout=timeout_s)
 
     async def predict(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
         return await self.stub.Predict(request, metadata=_metadata(key), timeout=timeout_s)
@@ -138,6 +148,7 @@ async def router_world(
     token: str = "the-token",
     max_message_bytes: int = 16 << 20,
     features_share: float = 0.8,
+    require_key: bool = True,
 ) -> AsyncIterator[RouterWorld]:
     """Run the router on a free port in front of comma separated addresses."""
     registry = registry or snapshot()
@@ -145,21 +156,25 @@ async def router_world(
     feature_client = FeatureClient(FeaturesSettings(addresses=features, ejection_s=0.05), channel)
     pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
     metrics = Metrics()
+    gate = Gate(Admission(admission or AdmissionSettings()))
     ranking = Ranking(
-        gate=Gate(Admission(admission or AdmissionSettings())),
+        gate=gate,
         consulting=Consulting(feature_client, pool, features_share),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )
-    ranking.adopt(registry)
+    passing = PassThrough(lambda: ranking.table, gate, pool, metrics)
+    for part in (ranking, passing):
+        part.adopt(registry)
     settings = RpcSettings(grace_s=5, max_message_bytes=max_message_bytes)
-    server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, required=True), metrics=metrics)
+    server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, service_token=token, required=require_key), metrics=metrics)
     server.add(pb_grpc.add_RouterServiceServicer_to_server, RouterServicer(ranking), SERVICE, scope="rank")
+    open_inference.add(server, open_inference.OpenInference(passing, pool, "1.2.3"))
     await server.start()
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
         async with grpc.aio.insecure_channel(server.address, options=options) as to_router:
-            yield RouterWorld(server, ranking, pb_grpc.RouterServiceStub(to_router), metrics)
+            yield RouterWorld(server, ranking, to_router, metrics)
     finally:
         await server.drain()
         await feature_client.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from importlib.metadata import version
 
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
@@ -12,11 +13,13 @@ from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
-from router import auth
+from router import auth, open_inference
 from router.admission import Admission
 from router.consulting import Consulting
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.open_inference import OpenInference
+from router.pass_through import PassThrough
 from router.ranking import Ranking
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
@@ -36,19 +39,23 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     stack.push_async_callback(features.close)
     workers = WorkerPool(settings.workers, _channel(settings.workers.channel, settings), tracing)
     stack.push_async_callback(workers.close)
+    gate = Gate(Admission(settings.admission))
     ranking = Ranking(
-        gate=Gate(Admission(settings.admission)),
+        gate=gate,
         consulting=Consulting(features, workers, settings.features.budget_share),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
     )
     await watcher.first(registry.first_snapshot_timeout_s)
     watcher.subscribe(ranking.adopt)
+    passing = PassThrough(lambda: ranking.table, gate, workers, metrics)
+    watcher.subscribe(passing.adopt)
 
     server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
     servicer = RouterServicer(ranking)  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
     server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE)
+    open_inference.add(server, OpenInference(passing, workers, version("plait-router")))
     return server
 
 

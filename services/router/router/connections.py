@@ -30,9 +30,10 @@ def lost(error: PlaitError) -> bool:
 class _Connection:
     """One replica with its channel and the calls on its stream."""
 
-    __slots__ = ("calls", "channel", "replica")
+    __slots__ = ("address", "calls", "channel", "replica")
 
-    def __init__(self, replica: Replica, channel: grpc.aio.Channel, calls: Multiplexer) -> None:
+    def __init__(self, address: str, replica: Replica, channel: grpc.aio.Channel, calls: Multiplexer) -> None:
+        self.address = address
         self.replica = replica
         self.channel = channel
         self.calls = calls
@@ -64,7 +65,7 @@ class Connections:
             channel = open_channel(address, settings)
             calls = Multiplexer(channel, stream, response_type, name=name, metadata=metadata, tracing=tracing)
             replica = Replica(label)
-            self._connections[replica] = _Connection(replica, channel, calls)
+            self._connections[replica] = _Connection(address, replica, channel, calls)
         self._balancer = Balancer(tuple(self._connections), ejection_s=ejection_s, max_ejection_s=max_ejection_s)
 
     def __repr__(self) -> str:
@@ -73,7 +74,7 @@ class Connections:
     async def call(
         self, frame: Any, *, deadline: Deadline, tenant: str, request_id: str, elsewhere: Callable[[PlaitError], bool] = lambda _: False
     ) -> Any:
-        """Send a filled frame to the best replica and return the response.
+        """Send a filled frame, or a request that is serialized already, to the best replica and return the response as it was sent.
 
         Tried once more where the replica was lost (on another one, or on the same after a reconnect when it is the only one), and,
         where there is another one, for an error it answered with that `elsewhere` says may not hold there. Raises the last error.
@@ -87,6 +88,12 @@ class Connections:
                 raise
         return await self._attempt(again, frame, deadline, tenant, request_id)
 
+    def channels(self) -> Sequence[grpc.aio.Channel]:
+        """Return a channel to every address, the least loaded first."""
+        first = {connection.address: connection.channel for connection in reversed(self._connections.values())}
+        best = self._connections[self._balancer.pick()]
+        return tuple(({best.address: best.channel} | first).values())
+
     async def close(self) -> None:
         """End every stream and channel; calls still waiting fail."""
         for connection in self._connections.values():
@@ -96,7 +103,9 @@ class Connections:
     async def _attempt(self, replica: Replica, frame: Any, deadline: Deadline, tenant: str, request_id: str) -> Any:
         replica.in_flight += 1
         try:
-            response = await self._connections[replica].calls.call(frame, deadline=deadline, tenant=tenant, request_id=request_id)
+            calls = self._connections[replica].calls
+            send = calls.call_raw if isinstance(frame, bytes) else calls.call
+            response = await send(frame, deadline=deadline, tenant=tenant, request_id=request_id)
         except PlaitError as error:
             if lost(error):
                 self._eject(replica, error)

@@ -20,6 +20,14 @@ class Gate:
         """Refuse what could not be let in anyway, before anything is done for it. Raises as `Admission.enter`."""
         self._admission.knock(deadline)
 
+    async def enter(self, deadline: Deadline) -> None:
+        """Wait for a turn; whoever got one must `leave`. Raises as `Admission.enter`."""
+        await self._admission.enter(deadline)
+
+    def leave(self) -> None:
+        """Give the turn on."""
+        self._admission.leave()
+
     def around(self, road: Road) -> Road:
         """Return the road behind the gate."""
         admission = self._admission

@@ -21,7 +21,7 @@ from router.asking import Asking
 from router.consulting import Consulting
 from router.gate import Gate
 from router.question import Question, Road
-from router.route_table import NO_ROUTES, ServingRoute, compile_table
+from router.route_table import NO_ROUTES, RouteTable, ServingRoute, compile_table
 from router.stopwatch import RankingMetrics, Stopwatch
 
 log = get_logger(__name__)
@@ -49,6 +49,11 @@ class Ranking:
 
     def __repr__(self) -> str:
         return f"<Ranking {self._table!r} {self._gate!r} {self._consulting!r}>"
+
+    @property
+    def table(self) -> RouteTable:
+        """The routes of the newest snapshot."""
+        return self._table
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Serve by a new snapshot from the next request on."""

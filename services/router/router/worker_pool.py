@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
 
 from plait.api.model_worker.v1 import model_worker_service_pb2 as pb
-from plait.errors import Cancelled, FailedPrecondition, InvalidArgument, NotFound, PlaitError, Unavailable
+from plait.errors import Cancelled, FailedPrecondition, InvalidArgument, NotFound, PlaitError, Unavailable, from_rpc_error
+from plait.rpc.channel import service_metadata
 from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
 from plait.telemetry.tracing import Tracing
@@ -25,6 +29,7 @@ class WorkerPool:
     """Calls model-workers."""
 
     def __init__(self, settings: WorkersSettings, channel: ChannelSettings, tracing: Tracing | None = None) -> None:
+        self._metadata = service_metadata(channel)
         self._connections = Connections(
             _METHOD,
             static.parse(settings.addresses),
@@ -56,6 +61,50 @@ class WorkerPool:
         except PlaitError as error:
             raise _to_caller(error) from error
         return response
+
+    async def infer_raw(self, request: bytes, *, deadline: Deadline, tenant: str, request_id: str) -> bytes:
+        """Return the serialized answer to a serialized ModelInferRequest.
+
+        Raises as `infer`, but what the worker finds wrong with the tensors is InvalidArgument: they are the caller's.
+        """
+        try:
+            response: bytes = await self._connections.call(
+                request, deadline=deadline, tenant=tenant, request_id=request_id, elsewhere=_not_here
+            )
+        except InvalidArgument:
+            raise
+        except PlaitError as error:
+            raise _to_caller(error) from error
+        return response
+
+    async def ask(self, model: str, method: str, request: bytes, deadline: Deadline) -> bytes:
+        """Return the first answer that a worker has to a question about a model, bytes in and out. Raises as `infer`."""
+        refused: PlaitError | None = None
+        for channel in self._connections.channels():
+            try:
+                return await self._ask(channel, method, request, deadline)
+            except PlaitError as error:
+                refused = refused or error
+                if not (lost(error) or _not_here(error) or isinstance(error, FailedPrecondition)):
+                    break
+        raise _to_caller(refused or Unavailable("there is no model-worker", reason="WORKER_UNAVAILABLE"))
+
+    async def ask_all(self, method: str, request: bytes, deadline: Deadline) -> list[bytes]:
+        """Return the answers of every worker that has one."""
+        questions = (self._ask(channel, method, request, deadline) for channel in self._connections.channels())
+        answers = await asyncio.gather(*questions, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, PlaitError):
+                raise answer
+        return [answer for answer in answers if isinstance(answer, bytes)]
+
+    async def _ask(self, channel: grpc.aio.Channel, method: str, request: bytes, deadline: Deadline) -> bytes:
+        call: Any = channel.unary_unary(f"/inference.GRPCInferenceService/{method}")
+        try:
+            answer: bytes = await call(request, timeout=deadline.remaining_s(), metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        return answer
 
     async def close(self) -> None:
         """Close every connection."""

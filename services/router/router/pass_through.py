@@ -1,0 +1,138 @@
+"""An inference on its way through: found by its name, sent to a worker, answered, with its tensors unread and its bytes untouched.
+
+    authenticate (the server's interceptor) → knock → read the name → route's variant, or model → admit → worker → answer
+
+The name is a route's, or else a model's: whoever speaks the Open Inference Protocol calls either as a model, and need not know which it is.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+from plait.errors import NotFound
+from plait.registry.records import EMPTY, Model, Snapshot
+from plait.rpc.call import Call
+from plait.rpc.deadline import Deadline
+from plait.telemetry.metrics import Metrics
+from router import wire
+from router.gate import Gate
+from router.route_table import Arm, RouteTable, ServingRoute
+from router.worker_pool import WorkerPool
+
+UNIT_HEADER: Final = "x-plait-unit"
+_NEWEST: Final = ("", "-1")  # what clients say for "whichever is newest"; a worker knows which of those are ready
+_CHAMPION: Final = "champion"
+_MAX_REQUEST_ID_CHARS: Final = 128
+_SHOWN_CHARS: Final = 80
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+class Target(NamedTuple):
+    """Where an inference goes. `version` "" leaves the choice to the worker. `route` and `variant` are empty where a model was named."""
+
+    model: str
+    version: str
+    route: str = ""
+    variant: str = ""
+    timeout_s: float = 0.0
+
+
+class PassThrough:
+    """Answers ModelInfer with bytes for bytes.
+
+    `table` returns the routes of the newest snapshot; `adopt` takes its models.
+    """
+
+    def __init__(self, table: Callable[[], RouteTable], gate: Gate, workers: WorkerPool, metrics: Metrics) -> None:
+        self._table = table
+        self._gate = gate
+        self._workers = workers
+        self._models: Mapping[str, Model] = EMPTY.models
+        self._passed = metrics.counter(
+            "plait_router_inferences", "inferences answered by model version, and the route and variant that led to it, if any",
+            ("route", "variant", "model", "version"),
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"<PassThrough models={len(self._models)} {self._gate!r}>"
+
+    def adopt(self, snapshot: Snapshot) -> None:
+        """Know the models of a new snapshot from the next request on."""
+        self._models = snapshot.models
+
+    async def infer(self, request: bytes, call: Call, metadata: Metadata) -> bytes:
+        """Return the serialized answer to a serialized ModelInferRequest.
+
+        Raises InvalidArgument (MALFORMED_MESSAGE); NotFound (MODEL_NOT_FOUND, VERSION_NOT_FOUND); as `RouteTable.find` for a route that
+        cannot serve; as the gate and the workers do.
+        """
+        self._gate.knock(call.deadline)
+        head = wire.head(request)
+        target = self.find(head.model, head.version, call, lambda: _unit(metadata, head.id))
+        if (target.model, target.version) != (head.model, head.version):
+            request += wire.renaming(target.model, target.version)
+        deadline = call.deadline.at_most(target.timeout_s) if target.timeout_s else call.deadline
+        answer = await self._behind_the_gate(request, call, deadline, call.request_id or head.id[:_MAX_REQUEST_ID_CHARS])
+        self._passed.labels(target.route, target.variant, target.model, target.version).inc()
+        return answer
+
+    def find(self, name: str, version: str, call: Call, unit: Callable[[], str]) -> Target:
+        """Return where an inference for this name and version goes; `unit` says whom a route's variant sticks to. Raises as `infer`."""
+        table = self._table()
+        if name in table.routes:
+            route = table.find(name, call.tenant)
+            arm = _arm(route, version, unit)
+            return Target(arm.model, arm.version, route.name, arm.name, route.timeout_s)
+        model = self._models.get(name)
+        if model is None:
+            shown = repr(name[:_SHOWN_CHARS]) if name else "its name is empty"
+            raise NotFound(
+                f"Request for unknown model: {shown}; 'plait get routes' and 'plait get models' list what can be asked for",
+                reason="MODEL_NOT_FOUND",
+            )
+        return Target(name, _version(model, version))
+
+    async def _behind_the_gate(self, request: bytes, call: Call, deadline: Deadline, request_id: str) -> bytes:
+        await self._gate.enter(deadline)
+        try:
+            return await self._workers.infer_raw(request, deadline=deadline, tenant=call.tenant, request_id=request_id)
+        finally:
+            self._gate.leave()
+
+
+def _arm(route: ServingRoute, version: str, unit: Callable[[], str]) -> Arm:
+    if version in _NEWEST:
+        return route.assign(unit())
+    arm = next((arm for arm in route.arms if arm.version == version), None)
+    if arm is None:
+        has = ", ".join(arm.version for arm in route.arms)
+        raise NotFound(
+            f"Request for unknown version {version[:_SHOWN_CHARS]!r} of route {route.name!r}: its variants are at {has}; leave the version out",
+            reason="VERSION_NOT_FOUND",
+        )
+    return arm
+
+
+def _version(model: Model, version: str) -> str:
+    if version in _NEWEST:
+        champion = model.resolve(_CHAMPION) if not version else None
+        return champion.version if champion is not None else version
+    found = model.resolve(version)
+    if found is None:
+        has = ", ".join(known.version for known in reversed(model.versions))
+        raise NotFound(
+            f"Request for unknown version {version[:_SHOWN_CHARS]!r} of model {model.name!r}; versions it has, newest first: {has}",
+            reason="VERSION_NOT_FOUND",
+        )
+    return found.version
+
+
+def _unit(metadata: Metadata, request_id: str) -> str:
+    """Return whom the variant sticks to: the caller says so in a header, else each request by its id, else nothing does."""
+    for name, value in metadata:
+        if name == UNIT_HEADER:
+            return str(value)
+    return request_id or uuid.uuid4().hex
