@@ -34,7 +34,7 @@ from plait.api.router.v1.router_service_pb2_grpc import RouterServiceStub
 from plait.api.types.v1 import types_pb2
 from plait.errors import Cancelled, FailedPrecondition, Internal, InvalidArgument, PlaitError, Unavailable, Violation, from_rpc_error
 
-__all__ = ["FeatureReport", "Prediction", "Ranking", "RankingClient", "SyncRankingClient", "Tensor", "Timings", "TlsConfig"]
+__all__ = ["Assignment", "FeatureReport", "Prediction", "Ranking", "RankingClient", "SyncRankingClient", "Tensor", "Timings", "TlsConfig"]
 
 Id = str | int | tuple[str | int, ...]
 Ids = Iterable[str] | Iterable[int] | Iterable[tuple[str | int, ...]]
@@ -146,6 +146,16 @@ class FeatureReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """The variant a unit was given by an experiment, and its bucket in the layer; by the weights of the route where `experiment` is empty."""
+
+    experiment: str
+    layer: str
+    variant: str
+    bucket: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
     """Candidates in order: `item_ids` and `scores` are parallel, best first.
 
@@ -164,6 +174,7 @@ class Ranking:
     revision: int
     timings: Timings | None
     feature_report: tuple[FeatureReport, ...]
+    assignments: tuple[Assignment, ...] = ()
 
     @property
     def items(self) -> tuple[tuple[Id, float], ...]:
@@ -184,6 +195,8 @@ class Prediction:
     revision: int
     timings: Timings | None
     feature_report: tuple[FeatureReport, ...]
+    tier: str = "full"
+    assignments: tuple[Assignment, ...] = ()
 
 
 class _Client:
@@ -304,6 +317,7 @@ class RankingClient(_Client):
         request_id: str = "",
         inline_features: Iterable[Tensor] = (),
         request_features: Iterable[Tensor] = (),
+        labels: Mapping[str, str] | None = None,
         explain: bool = False,
         timeout_s: float | None = None,
     ) -> Ranking:
@@ -311,7 +325,8 @@ class RankingClient(_Client):
 
         Ids are all str, all int (64 bits) or all tuples of such, as the route's entity types declare; 1 to 10 000 distinct candidates.
         `top_k`: how many to answer, 0 = all. `inline_features` replace whole model inputs of the same name; `request_features` are what the
-        model's feature set declares to be sent along, one value each or one per candidate. `explain` adds timings and a feature report.
+        model's feature set declares to be sent along, one value each or one per candidate. `labels` are what the route's rules and
+        experiments may look at, for example the country. `explain` adds timings and a feature report.
         `request_id` (at most 128 bytes) is made up when empty, and the same on every try. `timeout_s` bounds all tries together.
 
         Raises PlaitError: InvalidArgument, NotFound (ROUTE_NOT_FOUND), FailedPrecondition, Unauthenticated, PermissionDenied,
@@ -321,7 +336,9 @@ class RankingClient(_Client):
         """
         return _ranking(
             await self._call(
-                "Rank", _rank_request(route, subject, candidates, top_k, request_id, inline_features, request_features, explain), timeout_s
+                "Rank",
+                _rank_request(route, subject, candidates, top_k, request_id, inline_features, request_features, labels, explain),
+                timeout_s,
             )
         )
 
@@ -332,6 +349,7 @@ class RankingClient(_Client):
         *,
         inline_features: Iterable[Tensor] = (),
         request_features: Iterable[Tensor] = (),
+        labels: Mapping[str, str] | None = None,
         outputs: Iterable[str] = (),
         request_id: str = "",
         explain: bool = False,
@@ -346,7 +364,9 @@ class RankingClient(_Client):
         """
         return _prediction(
             await self._call(
-                "Predict", _predict_request(route, entities, inline_features, request_features, outputs, request_id, explain), timeout_s
+                "Predict",
+                _predict_request(route, entities, inline_features, request_features, labels, outputs, request_id, explain),
+                timeout_s,
             )
         )
 
@@ -405,13 +425,16 @@ class SyncRankingClient(_Client):
         request_id: str = "",
         inline_features: Iterable[Tensor] = (),
         request_features: Iterable[Tensor] = (),
+        labels: Mapping[str, str] | None = None,
         explain: bool = False,
         timeout_s: float | None = None,
     ) -> Ranking:
         """Do what RankingClient.rank does, and wait for it."""
         return _ranking(
             self._call(
-                "Rank", _rank_request(route, subject, candidates, top_k, request_id, inline_features, request_features, explain), timeout_s
+                "Rank",
+                _rank_request(route, subject, candidates, top_k, request_id, inline_features, request_features, labels, explain),
+                timeout_s,
             )
         )
 
@@ -422,6 +445,7 @@ class SyncRankingClient(_Client):
         *,
         inline_features: Iterable[Tensor] = (),
         request_features: Iterable[Tensor] = (),
+        labels: Mapping[str, str] | None = None,
         outputs: Iterable[str] = (),
         request_id: str = "",
         explain: bool = False,
@@ -430,7 +454,9 @@ class SyncRankingClient(_Client):
         """Do what RankingClient.predict does, and wait for it."""
         return _prediction(
             self._call(
-                "Predict", _predict_request(route, entities, inline_features, request_features, outputs, request_id, explain), timeout_s
+                "Predict",
+                _predict_request(route, entities, inline_features, request_features, labels, outputs, request_id, explain),
+                timeout_s,
             )
         )
 
@@ -501,10 +527,11 @@ def _rank_request(
     request_id: str,
     inline_features: Iterable[Tensor],
     request_features: Iterable[Tensor],
+    labels: Mapping[str, str] | None,
     explain: bool,
 ) -> pb.RankRequest:
     with _sendable():
-        request = pb.RankRequest(route=route, top_k=top_k, request_id=request_id or str(uuid.uuid4()), explain=explain)
+        request = pb.RankRequest(route=route, top_k=top_k, request_id=request_id or str(uuid.uuid4()), explain=explain, labels=labels)
         request.inline_features.extend(map(_tensor_message, inline_features))
         request.request_features.extend(map(_tensor_message, request_features))
     _fill(request.subject, [subject], "subject")
@@ -517,12 +544,15 @@ def _predict_request(
     entities: Mapping[str, Ids],
     inline_features: Iterable[Tensor],
     request_features: Iterable[Tensor],
+    labels: Mapping[str, str] | None,
     outputs: Iterable[str],
     request_id: str,
     explain: bool,
 ) -> pb.PredictRequest:
     with _sendable():
-        request = pb.PredictRequest(route=route, outputs=outputs, request_id=request_id or str(uuid.uuid4()), explain=explain)
+        request = pb.PredictRequest(
+            route=route, outputs=outputs, request_id=request_id or str(uuid.uuid4()), explain=explain, labels=labels
+        )
         request.inline_features.extend(map(_tensor_message, inline_features))
         request.request_features.extend(map(_tensor_message, request_features))
         for entity_type, ids in entities.items():
@@ -616,6 +646,7 @@ def _ranking(answer: pb.RankResponse) -> Ranking:
         revision=answer.registry_revision,
         timings=_same(Timings, answer.timings) if answer.HasField("timings") else None,
         feature_report=tuple(_same(FeatureReport, view) for view in answer.feature_report),
+        assignments=tuple(_same(Assignment, given) for given in answer.assignments),
     )
 
 
@@ -627,9 +658,11 @@ def _prediction(answer: pb.PredictResponse) -> Prediction:
         variant=answer.variant,
         request_id=answer.request_id,
         degraded_reasons=tuple(answer.degraded_reasons),
+        tier=answer.tier,
         revision=answer.registry_revision,
         timings=_same(Timings, answer.timings) if answer.HasField("timings") else None,
         feature_report=tuple(_same(FeatureReport, view) for view in answer.feature_report),
+        assignments=tuple(_same(Assignment, given) for given in answer.assignments),
     )
 
 

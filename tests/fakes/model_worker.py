@@ -32,7 +32,7 @@ def item_number(user: NDArray[np.float32], item: NDArray[np.float32]) -> NDArray
 class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
     """Answers output "score" from inputs "user" and "item".
 
-    Faults: `error` is raised instead of an answer; `gate` is waited for before one.
+    Faults: `error` is raised instead of an answer; `gate` is waited for before one, unless it is `let_pass`.
     """
 
     def __init__(self, score: Score = item_number, *, token: str = "the-token", port: int = 0, instant: bool = False) -> None:
@@ -42,6 +42,7 @@ class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
         self.started = asyncio.Event()
         self.error: PlaitError | None = None
         self.gate: asyncio.Event | None = None
+        self.let_pass: Callable[[inference_pb2.ModelInferRequest], bool] = lambda _: False
         self.cancelled = 0
         self.datatype = "FP32"
         self._instant = instant
@@ -69,7 +70,7 @@ class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
             self.calls.append(current())
             self.requests.append(request)
             self.started.set()
-            await self._faults()
+            await self._faults(request)
         response.model_name = request.model_name
         response.model_version = request.model_version
         response.id = request.id
@@ -79,8 +80,8 @@ class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
         response.parameters["queue_us"].int64_param = 11
         response.parameters["compute_us"].int64_param = 22
 
-    async def _faults(self) -> None:
-        if self.gate is not None:
+    async def _faults(self, request: inference_pb2.ModelInferRequest) -> None:
+        if self.gate is not None and not self.let_pass(request):
             try:
                 await self.gate.wait()
             except asyncio.CancelledError:

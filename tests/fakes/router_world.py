@@ -34,9 +34,12 @@ from plait.settings import ChannelSettings, RpcSettings
 from plait.telemetry.metrics import Metrics
 from router import open_inference
 from router.admission import Admission
+from router.cascade import Cascade
 from router.consulting import Consulting
+from router.expectations import Expectations
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.ladder import Ladder
 from router.pass_through import PassThrough
 from router.ranking import Ranking
 from router.servicer import RouterServicer
@@ -122,8 +125,10 @@ class RouterWorld:
     def address(self) -> str:
         return self.server.address
 
-    async def rank(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
-        return await self.stub.Rank(request, metadata=_metadata(key), timeout=timeout_s)
+    async def rank(
+        self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0, headers: dict[str, str] | None = None
+    ) -> Any:
+        return await self.stub.Rank(request, metadata=(*_metadata(key), *(headers or {}).items()), timeout=timeout_s)
 
     async def infer(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0, unit: str = "") -> Any:
         """Call ModelInfer with a message, or with bytes for bytes."""
@@ -157,9 +162,12 @@ async def router_world(
     pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
     metrics = Metrics()
     gate = Gate(Admission(admission or AdmissionSettings()))
+    consulting = Consulting(feature_client, pool, features_share)
     ranking = Ranking(
         gate=gate,
-        consulting=Consulting(feature_client, pool, features_share),
+        consulting=consulting,
+        cascade=Cascade(consulting, feature_client, features_share),
+        ladder=Ladder(consulting, Expectations(), metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )

@@ -33,6 +33,9 @@ def rank(
     parts: Annotated[
         bool, typer.Option("--parts", help="Ids with '/' in them are keys of several parts; a part int:7 is a number.")
     ] = False,
+    labels: Annotated[
+        list[str] | None, typer.Option("--label", "-l", help="NAME=VALUE that the route's rules may look at; may be repeated.")
+    ] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0.001, help="Longest wait for the answer, seconds.")] = 5.0,
     address: Annotated[
         str | None,
@@ -82,11 +85,18 @@ def rank(
     from plait.client import SyncRankingClient, TlsConfig  # noqa: PLC0415
 
     with SyncRankingClient(target, api_key=key, tls=TlsConfig(root_ca=ca) if ca else tls, insecure=insecure) as client:
-        ranking = client.rank(route, subject, ids, top_k=top_k, explain=explain, timeout_s=timeout_s)
+        ranking = client.rank(route, subject, ids, top_k=top_k, labels=_labels(labels or []), explain=explain, timeout_s=timeout_s)
     if as_json:
         write_json(_document(ranking))
     else:
         _show(ranking)
+
+
+def _labels(texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    if not all(name and equals for name, equals, _ in pairs):
+        raise typer.BadParameter("expected NAME=VALUE", param_hint="--label / -l")
+    return {name: value for name, _, value in pairs}
 
 
 def _numbers(texts: list[str], option: str) -> list[int]:
@@ -135,6 +145,7 @@ def _document(ranking: Ranking) -> dict[str, Any]:
         "degraded_reasons": list(ranking.degraded_reasons),
         "request_id": ranking.request_id,
         "registry_revision": ranking.revision,
+        "assignments": [dataclasses.asdict(given) for given in ranking.assignments],
     }
     if ranking.timings:
         document["timings"] = dataclasses.asdict(ranking.timings)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from plait.registry import rules, set_checks
+from plait.registry import route_checks, rules, set_checks
 from plait.registry.explain import suggestion
 from plait.registry.findings import Finding, Steps
+from plait.registry.policies import Retrieve
 from plait.registry.problems import Problem, path
-from plait.registry.records import FeatureSet, Model, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec, Variant
+from plait.registry.records import Experiment, FeatureSet, Model, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec
 from plait.registry.resources import Key, records_of
+from plait.registry.rule_columns import RuleColumns, columns_named, rule_columns
 from plait.registry.shapes import SetShape
 from plait.registry.specs import kind_of
 
@@ -32,6 +34,9 @@ def check(snapshot: Snapshot) -> tuple[Problem, ...]:
                 found += _model(record, snapshot)
             case Route():
                 found += _route(record, snapshot)
+                found += route_checks.check_route(record, snapshot)
+            case Experiment():
+                found += route_checks.check_experiment(record, snapshot)
             case _:
                 pass
         where = f"{kind_of(record)} {record.name}"
@@ -49,12 +54,23 @@ def users_of(snapshot: Snapshot, key: Key) -> tuple[str, ...]:
     elif kind == "FeatureSet":
         models = snapshot.models.values()
         found += [f"Model {m.name}" for m in models if any(v.signature and v.signature.feature_set == name for v in m.versions)]
+        found += [f"Route {r.name}" for r in snapshot.routes.values() if r.stages and r.stages.rules == name]
     elif kind == "Model":
-        found += [f"Route {r.name}" for r in snapshot.routes.values() if any(v.model == name for v in r.variants)]
+        found += [f"Route {r.name}" for r in snapshot.routes.values() if name in _models_named(r)]
+    elif kind == "Route":
+        found += [f"Experiment {e.name}" for e in snapshot.experiments.values() if e.route == name]
     elif kind == "Tenant":
-        found += [f"Route {r.name}" for r in snapshot.routes.values() if name in r.tenants]
+        found += [
+            f"Route {r.name}" for r in snapshot.routes.values() if name in r.tenants or any(name in rule.when.tenants for rule in r.rules)
+        ]
+        found += [f"Experiment {e.name}" for e in snapshot.experiments.values() if name in e.when.tenants]
         found += [f"API key {k.id}" for k in snapshot.keys.values() if k.tenant == name]
     return tuple(found)
+
+
+def _models_named(route: Route) -> set[str]:
+    retrieve = route.stages.retrieve if route.stages else None
+    return {variant.model for variant in route.variants} | ({retrieve.model} if retrieve else set())
 
 
 def pinned(feature_sets: Iterable[FeatureSet]) -> frozenset[tuple[str, int]]:
@@ -167,19 +183,76 @@ def _route(route: Route, snapshot: Snapshot) -> Iterator[Finding]:
             continue
         version = model.resolve(variant.use)
         if version is None:
-            yield (*at, "use"), _no_version(model, variant)
+            yield (*at, "use"), _no_version(model, variant.use)
         elif version.signature is not None:
             for message in _serves(route, model, version, version.signature, snapshot):
                 yield at, message
+    yield from _stages(route, snapshot)
     for index, tenant in enumerate(route.tenants):
         if tenant not in snapshot.tenants:
             yield ("tenants", index), f"there is no tenant {tenant!r}{suggestion(tenant, list(snapshot.tenants))}"
 
 
-def _no_version(model: Model, variant: Variant) -> str:
+def _no_version(model: Model, use: str) -> str:
     known = [*model.aliases, *(v.version for v in model.versions)]
     listed = ", ".join(known[:10])
-    return f"model {model.name!r} has neither a version nor an alias {variant.use!r}; it has {listed}"
+    return f"model {model.name!r} has neither a version nor an alias {use!r}; it has {listed}"
+
+
+def _stages(route: Route, snapshot: Snapshot) -> Iterator[Finding]:
+    stages = route.stages
+    if stages is None:
+        return
+    if stages.retrieve is not None:
+        found = retriever(route, stages.retrieve, snapshot)
+        if isinstance(found, str):
+            yield ("stages", "retrieve"), found
+    if not stages.rules:
+        return
+    columns = rules_of(route, snapshot)
+    if isinstance(columns, str):
+        yield ("stages", "rules"), columns
+        return
+    for steps, column in columns_named(stages):
+        if column not in columns.places:
+            close = suggestion(column, list(columns.places)) or f"; it has {', '.join(columns.places)}"
+            yield ("stages", *steps), f"feature set {stages.rules!r} has no column {column[:80]!r} of one number{close}"
+
+
+def rules_of(route: Route, snapshot: Snapshot) -> RuleColumns | str:
+    """Return the columns that a route's business rules look at, or why there are none; its stages name a rules feature set."""
+    name = route.stages.rules if route.stages else ""
+    feature_set = snapshot.feature_sets.get(name)
+    if feature_set is None:
+        return f"there is no feature set {name!r}{suggestion(name, list(snapshot.feature_sets))}"
+    shape = SetShape(feature_set, snapshot.feature_views)
+    columns = rule_columns(feature_set, shape, route.candidate)
+    if not isinstance(columns, str):
+        for other in set(shape.entities_of(columns.item)) - {route.subject, route.candidate}:
+            return f"a transform of feature set {name!r} reads {other!r}, of which a request on this route has no ids"
+    return columns
+
+
+def retriever(route: Route, retrieve: Retrieve, snapshot: Snapshot) -> ModelVersion | str:
+    """Return the version that candidates come from, or why it cannot give any: its inputs are the subject's, its output is a list of ids."""
+    model = snapshot.models.get(retrieve.model)
+    if model is None:
+        return f"there is no model {retrieve.model!r}{suggestion(retrieve.model, list(snapshot.models))}"
+    version = model.resolve(retrieve.use)
+    if version is None:
+        return _no_version(model, retrieve.use)
+    signature = version.signature
+    feature_set = None if signature is None else snapshot.feature_sets.get(signature.feature_set)
+    if signature is None or feature_set is None:
+        return f"model {model.name!r} version {version.version} has no signature that names a feature set"
+    output = next((tensor for tensor in signature.outputs if tensor.name == retrieve.output), None)
+    if output is None or output.dtype not in ("int64", "bytes"):
+        return f"model {model.name!r} has no output {retrieve.output!r} of ids (int64 or bytes)"
+    shape = SetShape(feature_set, snapshot.feature_views)
+    for item in feature_set.inputs:
+        if set(shape.entities_of(item)) != {route.subject}:
+            return f"input {item.name!r} of model {model.name!r} is not about {route.subject!r} alone, which is all that is known then"
+    return version
 
 
 def _serves(route: Route, model: Model, version: ModelVersion, signature: Signature, snapshot: Snapshot) -> Iterator[str]:

@@ -122,18 +122,21 @@ class Diversity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retrieve:
-    """Where candidates come from when the caller gives none: a model's output of ids, or a list feature of the subject ("view:feature")."""
+    """Where candidates come from when the caller gives none: the output of a model that looks at the subject alone, ids of the candidates,
+    best first (int64, or text); at most `limit` of them are taken.
+    """
 
-    model: str = ""
-    use: str = ""
+    model: str
+    use: str
     output: str = "ids"
-    feature: str = ""
     limit: int = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stages:
-    """The cascade around the model: retrieve → filter → (rank) → boost → diversity. `rules` names the feature set the columns come from."""
+    """The cascade around the model: retrieve → filter → (rank) → boost → diversity; of Rank only. `rules` names the feature set the columns
+    come from.
+    """
 
     retrieve: Retrieve | None = None
     rules: str = ""

@@ -23,13 +23,13 @@ _UNIT: Final = re.compile(r"(subject|tenant|request|(header|label):[A-Za-z0-9_.-
 _HEADER: Final = re.compile(r"[a-z0-9_.-]{1,63}\Z")
 _LABEL: Final = re.compile(r"[A-Za-z0-9_.-]{1,63}\Z")
 _FEATURE: Final = re.compile(r"[^:]+:[^:]+\Z")
+_CREDENTIALS: Final = frozenset({"authorization", "x-api-key", "x-plait-service-token", "x-forwarded-client-cert", "cookie"})
 _TIERS: Final = ("light", "cached", "popularity")  # from the best to the cheapest
 
 # Nothing serves these yet, and a setting that would be ignored is refused.
 NOT_YET: Final = frozenset(
     {
-        "sticky", "priority", "rules", "ladder", "shadow", "cache", "repeat_window_s", "retry", "hedge", "required_views", "stages",
-        "Experiment", "Pool", "weight", "quota",
+        "priority", "shadow", "cache", "repeat_window_s", "retry", "hedge", "required_views", "Pool", "weight", "quota",
     }
 )  # fmt: skip
 _PLAIN: Final = Route(name="plain", variants=())
@@ -70,7 +70,6 @@ def not_yet(record: Record, plain: Record) -> Iterator[Finding]:
 
 def check_experiment(experiment: Experiment) -> Iterator[Finding]:
     """Yield what is wrong with an experiment."""
-    yield from not_yet(experiment, experiment)
     yield from findings.name(("route",), experiment.route)
     yield from findings.name(("layer",), experiment.layer)
     yield from findings.text(("salt",), experiment.salt)
@@ -92,6 +91,10 @@ def unit(at: Steps, given: str) -> Iterator[Finding]:
     """Yield what keeps a text from saying who is assigned."""
     if not _UNIT.match(given):
         yield at, f"{given[:80]!r} names nobody to assign: write subject, tenant, request, header:NAME or label:NAME"
+    elif given.startswith("header:") and (
+        given != given.lower() or given.removeprefix("header:") in _CREDENTIALS or given.endswith("-bin")
+    ):
+        yield at, f"{given[:80]!r} can assign nobody: a header is written in lower case, and is neither a credential nor bytes"
 
 
 def condition(at: Steps, given: Condition) -> Iterator[Finding]:
@@ -102,6 +105,8 @@ def condition(at: Steps, given: Condition) -> Iterator[Finding]:
         for name, values in getattr(given, part).items():
             if not pattern.match(name):
                 yield (*at, part, name), f"is not the name of {what}: use up to 63 letters, digits, '.', '_' and '-'"
+            elif part == "headers" and (name in _CREDENTIALS or name.endswith("-bin")):
+                yield (*at, part, name), "cannot be looked at: it holds a credential, or bytes"
             yield from findings.count((*at, part, name), values, MAX_VALUES, "value")
             for value in values:
                 yield from findings.text((*at, part, name), value)
@@ -153,6 +158,8 @@ def _tier(at: Steps, tier: Tier, route: Route) -> Iterator[Finding]:
     for kind, name in takes.items():
         if kind != tier.tier and getattr(tier, name):
             yield (*at, name), f"belongs to tier {kind}, not to {tier.tier}; leave it out"
+    if tier.tier == "cached" and "cache" in NOT_YET:
+        yield (*at, "tier"), "is not served yet; leave it out"
     if tier.tier == "light":
         yield from _known_variant((*at, "variant"), tier.variant, route)
     elif tier.tier == "cached":
@@ -193,10 +200,7 @@ def _policies(route: Route) -> Iterator[Finding]:
 def _stages(at: Steps, stages: Stages) -> Iterator[Finding]:
     retrieve = stages.retrieve
     if retrieve is not None:
-        if bool(retrieve.model) == bool(retrieve.feature):
-            yield (*at, "retrieve"), "needs either a model or a feature that candidates come from"
-        if retrieve.feature and not _FEATURE.match(retrieve.feature):
-            yield (*at, "retrieve", "feature"), f"expected view:feature of the subject, found {retrieve.feature[:80]!r}"
+        yield from findings.name((*at, "retrieve", "model"), retrieve.model)
         yield from findings.in_range((*at, "retrieve", "limit"), retrieve.limit, 1, MAX_CANDIDATES)
     for part in ("filter", "boost"):
         entries: tuple[Comparison, ...] = getattr(stages, part)

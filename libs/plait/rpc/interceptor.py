@@ -230,6 +230,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 is_service=identity.is_service,
                 request_id=request_id,
                 deadline=Deadline.after(self._default_timeout_s if left is None else left),
+                metadata=metadata,
             )
         )
 

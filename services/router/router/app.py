@@ -15,9 +15,12 @@ from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
 from router import auth, open_inference
 from router.admission import Admission
+from router.cascade import Cascade
 from router.consulting import Consulting
+from router.expectations import Expectations
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.ladder import Ladder
 from router.open_inference import OpenInference
 from router.pass_through import PassThrough
 from router.ranking import Ranking
@@ -40,9 +43,12 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     workers = WorkerPool(settings.workers, _channel(settings.workers.channel, settings), tracing)
     stack.push_async_callback(workers.close)
     gate = Gate(Admission(settings.admission))
+    consulting = Consulting(features, workers, settings.features.budget_share)
     ranking = Ranking(
         gate=gate,
-        consulting=Consulting(features, workers, settings.features.budget_share),
+        consulting=consulting,
+        cascade=Cascade(consulting, features, settings.features.budget_share),
+        ladder=Ladder(consulting, Expectations(), metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
     )

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
+from plait.api.types.v1 import types_pb2
 from plait.errors import Cancelled, InvalidArgument, NotFound, PlaitError, Unavailable
 from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
 from plait.telemetry.tracing import Tracing
 from router.connections import Connections, lost
 from router.discovery import static
-from router.route_table import Arm, ServingRoute
+from router.route_table import ServingRoute
 from router.settings import FeaturesSettings
-
-if TYPE_CHECKING:
-    from plait.api.types.v1 import types_pb2
 
 _METHOD: Final = "plait.api.feature_retrieval.v1.FeatureRetrievalService/GetFeatures"
 _STREAM: Final = "/plait.api.feature_retrieval.v1.FeatureRetrievalService/StreamFeatures"
@@ -51,25 +49,28 @@ class FeatureClient:
     async def get(
         self,
         route: ServingRoute,
-        arm: Arm,
+        feature_set: str,
         entities: Iterable[tuple[str, types_pb2.EntityIds]],
         inputs: Sequence[str],
         *,
         request_features: Sequence[types_pb2.Tensor] = (),
+        lenient: bool = False,
         deadline: Deadline,
         tenant: str,
         request_id: str,
     ) -> pb.GetFeaturesResponse:
-        """Return the tensors of `inputs` (empty = all of the arm's feature set) for these ids and what the caller sent along.
+        """Return the tensors of `inputs` (empty = all) of a feature set for these ids and what the caller sent along.
+
+        `lenient`: what is missing is missing, whatever the route says of its model's features.
 
         Raises Unreachable when no replica can be reached, Unavailable (FEATURES_UNAVAILABLE) when none knows the feature set yet.
         FailedPrecondition (FEATURES_MISSING), Unavailable (STORE_UNAVAILABLE), ResourceExhausted and DeadlineExceeded are its own.
         """
         frame = pb.StreamFeaturesRequest()
         request = frame.request
-        request.feature_set = arm.feature_set
-        request.policy = route.policy
-        request.max_defaulted_share = route.max_defaulted_share
+        request.feature_set = feature_set
+        request.policy = types_pb2.MISSING_POLICY_DEFAULT if lenient else route.policy
+        request.max_defaulted_share = 0 if lenient else route.max_defaulted_share
         request.inputs.extend(inputs)
         request.request_features.extend(request_features)
         for entity_type, ids in entities:

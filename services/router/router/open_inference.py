@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -47,7 +46,7 @@ class OpenInference:
 
     async def ModelInfer(self, request: bytes, context: Any) -> bytes:
         """One inference, as its bytes."""
-        return await self._passing.infer(request, current(), context.invocation_metadata() or ())
+        return await self._passing.infer(request, current())
 
     async def ServerLive(self, request: Any, context: Any) -> Any:
         """An answer is the answer."""
@@ -104,7 +103,7 @@ class OpenInference:
         raise Unimplemented("this is between a client and one model-worker: call the worker itself", reason="ASK_THE_WORKER")
 
     def _find(self, name: str, version: str) -> Target:
-        return self._passing.find(name, version, current(), lambda: uuid.uuid4().hex)
+        return self._passing.find(name, version, current())
 
     async def _ask(self, target: Target, method: str, request: Any) -> bytes:
         return await self._workers.ask(target.model, method, request.SerializeToString(), _soon())

@@ -8,17 +8,19 @@ The name is a route's, or else a model's: whoever speaks the Open Inference Prot
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
-from plait.errors import NotFound
+from plait.errors import FailedPrecondition, NotFound
 from plait.registry.records import EMPTY, Model, Snapshot
 from plait.rpc.call import Call
 from plait.rpc.deadline import Deadline
 from plait.telemetry.metrics import Metrics
 from router import wire
+from router.choosing import choose
 from router.gate import Gate
 from router.route_table import Arm, RouteTable, ServingRoute
+from router.rules import Facts
 from router.worker_pool import WorkerPool
 
 UNIT_HEADER: Final = "x-plait-unit"
@@ -26,8 +28,6 @@ _NEWEST: Final = ("", "-1")  # what clients say for "whichever is newest"; a wor
 _CHAMPION: Final = "champion"
 _MAX_REQUEST_ID_CHARS: Final = 128
 _SHOWN_CHARS: Final = 80
-
-Metadata = Sequence[tuple[str, str | bytes]]
 
 
 class Target(NamedTuple):
@@ -63,15 +63,15 @@ class PassThrough:
         """Know the models of a new snapshot from the next request on."""
         self._models = snapshot.models
 
-    async def infer(self, request: bytes, call: Call, metadata: Metadata) -> bytes:
+    async def infer(self, request: bytes, call: Call) -> bytes:
         """Return the serialized answer to a serialized ModelInferRequest.
 
-        Raises InvalidArgument (MALFORMED_MESSAGE); NotFound (MODEL_NOT_FOUND, VERSION_NOT_FOUND); as `RouteTable.find` for a route that
-        cannot serve; as the gate and the workers do.
+        Raises InvalidArgument (MALFORMED_MESSAGE); NotFound (MODEL_NOT_FOUND, VERSION_NOT_FOUND); FailedPrecondition (ROUTE_NOT_RAW) and as
+        `RouteTable.find` for a route that cannot serve it; as the gate and the workers do.
         """
         self._gate.knock(call.deadline)
         head = wire.head(request)
-        target = self.find(head.model, head.version, call, lambda: _unit(metadata, head.id))
+        target = self.find(head.model, head.version, call, head.id)
         if (target.model, target.version) != (head.model, head.version):
             request += wire.renaming(target.model, target.version)
         deadline = call.deadline.at_most(target.timeout_s) if target.timeout_s else call.deadline
@@ -79,12 +79,17 @@ class PassThrough:
         self._passed.labels(target.route, target.variant, target.model, target.version).inc()
         return answer
 
-    def find(self, name: str, version: str, call: Call, unit: Callable[[], str]) -> Target:
-        """Return where an inference for this name and version goes; `unit` says whom a route's variant sticks to. Raises as `infer`."""
+    def find(self, name: str, version: str, call: Call, request_id: str = "") -> Target:
+        """Return where an inference for this name and version goes. Raises as `infer`."""
         table = self._table()
         if name in table.routes:
             route = table.find(name, call.tenant)
-            arm = _arm(route, version, unit)
+            if route.stages is not None:
+                raise FailedPrecondition(
+                    f"route {name!r} has stages, which look at items that an inference does not name: call Rank, or a model by its name",
+                    reason="ROUTE_NOT_RAW",
+                )
+            arm = _arm(route, version, call, request_id)
             return Target(arm.model, arm.version, route.name, arm.name, route.timeout_s)
         model = self._models.get(name)
         if model is None:
@@ -103,12 +108,12 @@ class PassThrough:
             self._gate.leave()
 
 
-def _arm(route: ServingRoute, version: str, unit: Callable[[], str]) -> Arm:
+def _arm(route: ServingRoute, version: str, call: Call, request_id: str) -> Arm:
     if version in _NEWEST:
-        return route.assign(unit())
-    arm = next((arm for arm in route.arms if arm.version == version), None)
+        return _assigned(route, call, request_id)
+    arm = next((arm for arm in route.by_name.values() if arm.version == version), None)
     if arm is None:
-        has = ", ".join(arm.version for arm in route.arms)
+        has = ", ".join(arm.version for arm in route.by_name.values())
         raise NotFound(
             f"Request for unknown version {version[:_SHOWN_CHARS]!r} of route {route.name!r}: its variants are at {has}; leave the version out",
             reason="VERSION_NOT_FOUND",
@@ -130,9 +135,19 @@ def _version(model: Model, version: str) -> str:
     return found.version
 
 
-def _unit(metadata: Metadata, request_id: str) -> str:
-    """Return whom the variant sticks to: the caller says so in a header, else each request by its id, else nothing does."""
-    for name, value in metadata:
-        if name == UNIT_HEADER:
-            return str(value)
-    return request_id or uuid.uuid4().hex
+def _assigned(route: ServingRoute, call: Call, request_id: str) -> Arm:
+    """Return the variant by rules, experiments and weights. The subject is whom the caller names in a header, else each request by its id."""
+    subject = next((str(value) for name, value in call.metadata if name == UNIT_HEADER), request_id or uuid.uuid4().hex)
+    if route.plain:
+        return route.assign(subject)
+    facts = Facts(
+        tenant=call.tenant,
+        metadata=call.metadata,
+        labels={},
+        candidates=0,
+        top_k=0,
+        request_features=(),
+        subject=subject,
+        request_id=subject,
+    )
+    return choose(route, facts).arm

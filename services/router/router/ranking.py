@@ -1,10 +1,10 @@
 """The page: the whole story of a request, in the order it happens; everything it calls is one file away.
 
-    authenticate (the server's interceptor) → knock → resolve route → assign variant → road → sign → answer
+    authenticate (the server's interceptor) → knock → resolve route → choose variant → road → sign → answer
 
 A route's road is made once per snapshot, of the steps that the route uses and no others:
 
-    gate → features → predict → order
+    ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity]
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from plait.registry.records import Snapshot
 from plait.rpc.call import current
 from plait.telemetry.logging import get_logger
 from router.asking import Asking
+from router.cascade import Cascade
 from router.consulting import Consulting
 from router.gate import Gate
-from router.question import Question, Road
+from router.ladder import Ladder
+from router.question import TIER_POPULARITY, Question, Road
 from router.route_table import NO_ROUTES, RouteTable, ServingRoute, compile_table
 from router.stopwatch import RankingMetrics, Stopwatch
 
@@ -39,9 +41,13 @@ class Ranking:
     world.
     """
 
-    def __init__(self, *, gate: Gate, consulting: Consulting, metrics: RankingMetrics, max_message_bytes: int) -> None:
+    def __init__(
+        self, *, gate: Gate, consulting: Consulting, cascade: Cascade, ladder: Ladder, metrics: RankingMetrics, max_message_bytes: int
+    ) -> None:
         self._gate = gate
         self._consulting = consulting
+        self._cascade = cascade
+        self._ladder = ladder
         self._metrics = metrics
         self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)))
         self._table = NO_ROUTES
@@ -82,18 +88,25 @@ class Ranking:
 
     def _road(self, route: ServingRoute) -> Road:
         """Return the steps of a route, the last one first: this is the only place where their order stands."""
-        road: Road = self._consulting.answer
-        return self._gate.around(road)
+        stages = route.stages
+        road: Road = self._cascade.road(route, stages) if stages else self._consulting.answer
+        road = self._gate.around(road)
+        if route.ladder:
+            filtering = self._cascade.filtering(stages) if stages and stages.filters else None
+            road = self._ladder.around(road, route, filtering)  # outside of the gate: an overloaded model is a reason to answer otherwise
+        return road
 
     def _sign(self, response: R, question: Question, revision: int) -> R:
         """Say who answered, under which revision, and how well; count it once it is on its way: nobody waits for the counters."""
-        response.model = question.arm.model
-        response.model_version = question.arm.version
+        if question.tier != TIER_POPULARITY:
+            response.model = question.arm.model
+            response.model_version = question.arm.version
         response.variant = question.arm.name
         response.tier = question.tier
         response.request_id = question.request_id
         response.registry_revision = revision
-        response.degraded_reasons.extend(question.reasons)
+        response.degraded_reasons.extend(dict.fromkeys(question.reasons))  # (two tiers may have met the same)
+        response.assignments.extend(question.assignments)
         question.watch.done = question.watch.stamp()
         asyncio.get_running_loop().call_soon(self._account, question)
         return response
@@ -102,6 +115,8 @@ class Ranking:
         """Count the answer, and log it where somebody looks: a log line costs as much as a stage."""
         watch = question.watch
         self._metrics.answered(question.route.name, question.arm.name, question.reasons, watch)
+        if question.by_rule:
+            self._metrics.ruled(question.route.name, question.by_rule)
         if _stdlib_log.isEnabledFor(logging.DEBUG):
             log.debug(
                 "answered",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from plait.telemetry.metrics import Metrics
@@ -46,10 +47,18 @@ class RankingMetrics:
     def __init__(self, metrics: Metrics) -> None:
         self._answers = metrics.counter("plait_router_answers", "requests answered, by route and variant", ("route", "variant"))
         self._degraded = metrics.counter("plait_router_degraded", "answers that were not the best possible, by reason", ("route", "reason"))
+        self._by_rule = metrics.counter(
+            "plait_router_rule_items", "candidates that a business rule dropped, boosted or held back", ("route", "rule")
+        )
         stages = metrics.histogram("plait_router_stage_seconds", "time a stage of an answered request took, seconds", ("stage",))
         self._own = stages.labels("own")
         self._features = stages.labels("features")
         self._predict = stages.labels("predict")
+
+    def ruled(self, route: str, by_rule: Mapping[str, int]) -> None:
+        """Count what business rules did to one answer."""
+        for rule, items in by_rule.items():
+            self._by_rule.labels(route, rule).inc(items)
 
     def answered(self, route: str, variant: str, reasons: list[str], watch: Stopwatch) -> None:
         """Count one answer."""

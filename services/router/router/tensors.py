@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from plait.dtypes import BY_OIP
+from plait.dtypes import BY_NAME, BY_OIP
 from plait.errors import FailedPrecondition, Unavailable
+from plait.registry.places import Place
 from router.route_table import Arm
 
 if TYPE_CHECKING:
@@ -59,6 +60,44 @@ def scores_of(response: inference_pb2.ModelInferResponse, name: str, rows: int) 
         raise _misfit(f"{output.datatype} {list(shape)} in {len(raw)} bytes for output {name!r}")
     with np.errstate(over="ignore"):  # (a double beyond float32 becomes infinite, which the answer tells)
         return np.frombuffer(raw, layout).astype(np.float32, copy=False)
+
+
+def ids_of(response: inference_pb2.ModelInferResponse, name: str) -> list[int] | list[str]:
+    """Return the ids in an output, in its order; negative numbers and empty texts are padding.
+
+    Raises FailedPrecondition (SIGNATURE_MISMATCH) when the worker answered anything but INT64 or texts.
+    """
+    index = next((i for i, output in enumerate(response.outputs) if output.name == name), -1)
+    if not 0 <= index < len(response.raw_output_contents):
+        raise _misfit(f"no output {name!r}")
+    output, raw = response.outputs[index], response.raw_output_contents[index]
+    if output.datatype == "INT64" and len(raw) == math.prod(output.shape) * 8:
+        return [number for number in np.frombuffer(raw, "<i8").tolist() if number >= 0]
+    if output.datatype == "BYTES":
+        try:
+            return [text for text in _texts(raw) if text]
+        except ValueError:
+            pass
+    raise _misfit(f"{output.datatype} {list(output.shape)} in {len(raw)} bytes for ids {name!r}")
+
+
+def _texts(raw: bytes) -> Iterator[str]:
+    """Yield the elements of a BYTES tensor, each led by its length (4 bytes, little-endian). Raises ValueError where they do not add up."""
+    at = 0
+    while at < len(raw):
+        end = at + 4 + int.from_bytes(raw[at : at + 4], "little")
+        if end > len(raw):
+            raise ValueError("an element ends beyond the tensor")
+        yield raw[at + 4 : end].decode()
+        at = end
+
+
+def column_of(tensor: types_pb2.Tensor, place: Place, rows: int) -> NDArray[np.float32]:
+    """Return one column [rows] of a feature tensor as float32; what is not known, or not finite, is as low as the lowest that is."""
+    with np.errstate(over="ignore"):
+        column = np.frombuffer(tensor.data, BY_NAME[place.dtype].numpy).reshape(rows, -1)[:, place.column].astype(np.float32)
+    known = np.isfinite(column)
+    return column if known.all() else np.where(known, column, column[known].min() if known.any() else 0).astype(np.float32)
 
 
 def copy_outputs(response: inference_pb2.ModelInferResponse, into: Any) -> None:

@@ -23,6 +23,8 @@ MAX_ID_BYTES: Final = 256  # of a text, also as a part of a composite key
 MAX_PARTS: Final = 8
 MAX_NAME_BYTES: Final = 63
 MAX_REQUEST_ID_BYTES: Final = 128
+MAX_LABELS: Final = 16
+MAX_LABEL_BYTES: Final = 256
 MAX_DIMENSIONS: Final = 8
 _MAX_TOLD: Final = 20  # violations travel in a trailer of a few KiB
 _MAX_UTF8: Final = 4  # bytes per character
@@ -60,7 +62,8 @@ def check_rank(request: pb.RankRequest, found: Findings) -> tuple[Id, Ids]:
 
     Raises at once, with everything found, where no route is named: there is nothing more to find then.
     """
-    candidates = _ids(request.candidates, "candidates", found, distinct=True)
+    given = count(request.candidates)
+    candidates = _ids(request.candidates, "candidates", found, distinct=True) if given else ()  # (a route may retrieve them)
     subject = _ids(request.subject, "subject", found)
     if len(subject) > 1:
         found.add("subject", f"expected exactly one id, got {len(subject)}")
@@ -73,6 +76,8 @@ def check_rank(request: pb.RankRequest, found: Findings) -> tuple[Id, Ids]:
 def check_rank_fits(request: pb.RankRequest, route: ServingRoute, arm: Arm, candidates: Ids, found: Findings) -> None:
     """Note what is wrong with a Rank on this route: kinds of ids, the route's own limit, inline features."""
     _check_kind(request.subject, arm.keys.get(route.subject), "subject", found)
+    if not count(request.candidates) and (route.stages is None or route.stages.retriever is None):
+        found.add("candidates", "expected at least one id, got none")
     _check_kind(request.candidates, arm.keys.get(route.candidate), "candidates", found)
     if route.max_candidates < len(candidates) <= MAX_ROWS:
         found.add("candidates", f"expected at most {route.max_candidates} on this route, got {len(candidates)}")
@@ -139,9 +144,23 @@ def _row_count(request: pb.PredictRequest, route: ServingRoute, arm: Arm, rows: 
 def _check_common(request: pb.RankRequest | pb.PredictRequest, found: Findings) -> None:
     if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
         found.add("request_id", f"expected at most {MAX_REQUEST_ID_BYTES} bytes, got {len(request.request_id.encode())}")
+    if request.labels:
+        _check_labels(request.labels, found)
     if not 0 < len(request.route.encode()) <= MAX_NAME_BYTES:
         found.add("route", f"expected the name of a route, 1 to {MAX_NAME_BYTES} bytes, got {len(request.route.encode())} bytes")
         found.raise_if_any()
+
+
+def _check_labels(labels: Mapping[str, str], found: Findings) -> None:
+    """Tells names only where they are fit to be told, and no values: they may be a person's."""
+    if len(labels) > MAX_LABELS:
+        found.add("labels", f"expected at most {MAX_LABELS}, got {len(labels)}")
+        return
+    for name, value in labels.items():
+        if not 0 < len(name.encode()) <= MAX_NAME_BYTES:
+            found.add("labels", f"expected names of 1 to {MAX_NAME_BYTES} bytes, got one of {len(name.encode())}")
+        elif len(value.encode()) > MAX_LABEL_BYTES:
+            found.add(f"labels[{name!r}]", f"expected at most {MAX_LABEL_BYTES} bytes, got {len(value.encode())}")
 
 
 def count(ids: types_pb2.EntityIds) -> int:

@@ -24,7 +24,7 @@ from tests.fakes.router import FakeRouter
 
 from plait import client as client_module
 from plait.api.types.v1 import types_pb2
-from plait.client import FeatureReport, Ranking, RankingClient, SyncRankingClient, Tensor, Timings, TlsConfig, backoff_s
+from plait.client import Assignment, FeatureReport, Ranking, RankingClient, SyncRankingClient, Tensor, Timings, TlsConfig, backoff_s
 from plait.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -157,6 +157,14 @@ async def test_ids_come_in_any_collection(router: FakeRouter, ids: Any) -> None:
 async def test_degraded_answers_say_why(client: Any, router: FakeRouter) -> None:
     router.change = lambda answer: answer.degraded_reasons.extend(["features_stale", "scores_not_finite"])
     assert (await client.rank("home", "ann", ["a"])).degraded_reasons == ("features_stale", "scores_not_finite")
+
+
+async def test_labels_go_and_assignments_come(client: Any, router: FakeRouter) -> None:
+    router.change = lambda answer: answer.assignments.add(experiment="x", layer="l", variant="v", bucket=7)
+    given = (Assignment(experiment="x", layer="l", variant="v", bucket=7),)
+    assert (await client.rank("home", "ann", ["a"], labels={"country": "de"})).assignments == given
+    assert (await client.predict("home", {}, labels={"country": "at"})).assignments == given
+    assert [dict(request.labels) for request in router.requests] == [{"country": "de"}, {"country": "at"}]
 
 
 async def test_explain_adds_timings_and_the_feature_report(client: Any, router: FakeRouter) -> None:
@@ -470,7 +478,11 @@ def test_importing_it_brings_neither_stubs_nor_frameworks() -> None:
     assert "plait.client" in loaded
     forbidden = ("numpy", "pydantic", "structlog", "opentelemetry", "yaml", "rich", "typer", "redis", "asyncpg", "torch")
     assert {name for name in loaded if name.split(".")[0] in forbidden} == set()
-    ours = {name for name in loaded if name.startswith("plait.") and not name.startswith(("plait.api.router", "plait.api.types"))}
+    ours = {
+        name
+        for name in loaded
+        if name.startswith("plait.") and not name.startswith(("plait.api.router", "plait.api.types", "plait.api.events"))
+    }
     assert ours == {"plait.api", "plait.client", "plait.dtypes", "plait.errors"}
 
 

@@ -17,7 +17,7 @@ from router import degradation
 from router.route_table import compile_table
 
 STATUSES = list(types_pb2.RowStatus.values())
-INPUTS = compile_table(snapshot()).find("home", "shop").arms[0].inputs
+INPUTS = compile_table(snapshot()).find("home", "shop").weighted[0].inputs
 
 
 def view(name: str = "item-view", **counts: int) -> features_pb.ViewReport:

@@ -46,7 +46,9 @@ async def client(*addresses: str) -> AsyncIterator[FeatureClient]:
 async def get(
     features: FeatureClient, entities: Sequence[tuple[str, types_pb2.EntityIds]] = IDS, inputs: Sequence[str] = ()
 ) -> pb.GetFeaturesResponse:
-    return await features.get(HOME, HOME.arms[0], entities, inputs, deadline=Deadline.after(20), tenant="shop", request_id="r")
+    return await features.get(
+        HOME, HOME.weighted[0].feature_set, entities, inputs, deadline=Deadline.after(20), tenant="shop", request_id="r"
+    )
 
 
 async def test_what_is_asked_is_what_the_route_says() -> None:
@@ -70,7 +72,14 @@ async def test_what_the_caller_sent_along_is_passed_on_and_its_faults_come_back_
         behind.error = InvalidArgument("they do not fit", reason="REQUEST_FEATURE_INVALID", violations=wrong)
         with pytest.raises(InvalidArgument, match=r"^they do not fit") as caught:
             await features.get(
-                HOME, HOME.arms[0], IDS, (), request_features=[along], deadline=Deadline.after(20), tenant="shop", request_id="r"
+                HOME,
+                HOME.weighted[0].feature_set,
+                IDS,
+                (),
+                request_features=[along],
+                deadline=Deadline.after(20),
+                tenant="shop",
+                request_id="r",
             )
         assert (caught.value.reason, list(caught.value.violations)) == ("REQUEST_FEATURE_INVALID", wrong)
         assert list(behind.requests[0].request_features) == [along]

@@ -19,7 +19,8 @@ from tests.fakes.router_world import EXPIRED_KEY, KEY, NARROW_KEY, OTHER_KEY, Ro
 
 from plait.api.inference.v2 import inference_pb2 as pb
 from plait.errors import PlaitError, ResourceExhausted, from_rpc_error
-from plait.registry.records import Model, Variant
+from plait.registry.policies import Comparison, Condition, Rule, Stages
+from plait.registry.records import FeatureSet, Model, Variant
 from router.settings import AdmissionSettings
 
 UNKNOWN = b"\xf8\x3f\x96\x01\xfa\x3f\x02hi"  # two fields that no version of the protocol has
@@ -50,11 +51,18 @@ async def world(worker: FakeModelWorker) -> AsyncIterator[RouterWorld]:
         route("closed", tenants=("other",)),
         route("broken", variants=(Variant(name="b", model="ranker", use="broken"),)),
         route("slow", timeout_s=0.05),
+        route("staged", stages=Stages(rules="rules", filter=(Comparison(name="some", column="f0", at_least=0.0),))),
+        route("ruled", variants=variants, rules=(Rule(name="staff", when=Condition(headers={"x-plait-unit": ("boss",)}), variant="old"),)),
     )
     registry = snapshot(*routes)
     plain = Model(name="plain", versions=registry.models["ranker"].versions[:2])  # no champion
     shadowed = Model(name="slow", versions=registry.models["ranker"].versions[:1])
-    registry = replace(registry, models={**registry.models, "plain": plain, "slow": shadowed})
+    rules = FeatureSet(name="rules", inputs=registry.feature_sets["ranker"].inputs[1:])
+    registry = replace(
+        registry,
+        models={**registry.models, "plain": plain, "slow": shadowed},
+        feature_sets={**registry.feature_sets, "rules": rules},
+    )
     async with router_world(NOBODY, worker.address, registry) as world:
         yield world
 
@@ -119,6 +127,13 @@ async def test_a_routes_variant_sticks_to_the_unit_then_to_the_id(world: RouterW
     assert {await version("", "") for _ in range(40)} == {"1", "2"}
 
 
+async def test_a_routes_rules_and_tenants_choose_as_they_do_for_rank(world: RouterWorld) -> None:
+    assert (await world.infer(request("ruled"), unit="boss")).model_version == "1"
+    others = [str((await world.infer(request("ruled"), unit=f"u{n}")).model_version) for n in range(10)]
+    assert others == [str((await world.infer(request("ruled"), unit=f"u{n}")).model_version) for n in range(10)]
+    assert "2" in others
+
+
 @pytest.mark.parametrize(
     ("name", "version", "key", "code", "reason", "words"),
     [
@@ -128,6 +143,7 @@ async def test_a_routes_variant_sticks_to_the_unit_then_to_the_id(world: RouterW
         ("ranker", "9", KEY, "NOT_FOUND", "VERSION_NOT_FOUND", "newest first: 3, 2, 1"),
         ("home", "3", KEY, "NOT_FOUND", "VERSION_NOT_FOUND", "its variants are at 2, 1"),
         ("closed", "", KEY, "PERMISSION_DENIED", "ROUTE_NOT_OPEN", "not open"),
+        ("staged", "", KEY, "FAILED_PRECONDITION", "ROUTE_NOT_RAW", "call Rank"),
         ("broken", "", KEY, "FAILED_PRECONDITION", "SIGNATURE_MISMATCH", "cannot serve"),
         ("ranker", "", NARROW_KEY, "PERMISSION_DENIED", "SCOPE_MISSING", "'infer'"),
         ("ranker", "", EXPIRED_KEY, "UNAUTHENTICATED", "API_KEY_EXPIRED", "expired"),

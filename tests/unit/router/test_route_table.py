@@ -25,7 +25,7 @@ GOOD = Variant(name="good", model="ranker", use="1", weight=3.0)
 
 def test_an_alias_is_resolved_once_to_a_version_with_its_inputs_in_signature_order() -> None:
     serving = compile_table(snapshot()).find("home", "shop")
-    [arm] = serving.arms
+    [arm] = serving.weighted
     assert (arm.name, arm.model, arm.version, arm.feature_set, arm.outputs) == ("main", "ranker", "2", "ranker", ("score",))
     assert [(i.name, i.entity, i.oip, i.per_row, dict(i.views), i.entities) for i in arm.inputs] == [
         ("user", "user", "FP32", False, {"user-view": "user"}, ("user",)),
@@ -33,7 +33,7 @@ def test_an_alias_is_resolved_once_to_a_version_with_its_inputs_in_signature_ord
     ]
     assert arm.keys == {"user": Entity(type="user"), "item": Entity(type="item")}
     assert arm.input_bytes(500) == 4 * DU + 500 * 4 * DI
-    keys = compile_table(snapshot(user_key="int64")).find("home", "shop").arms[0].keys
+    keys = compile_table(snapshot(user_key="int64")).find("home", "shop").weighted[0].keys
     assert keys == {"user": Entity(type="user", key="int64"), "item": Entity(type="item")}
 
 
@@ -104,7 +104,7 @@ def test_a_route_that_cannot_serve_says_why(variants: tuple[Variant, ...], reaso
 
 def test_a_variant_that_cannot_serve_is_left_out_and_gets_no_traffic() -> None:
     serving = compile_table(snapshot(route(variants=(BROKEN, GOOD)))).find("home", "shop")
-    assert [(arm.name, arm.weight) for arm in serving.arms] == [("good", 3.0)]
+    assert [(arm.name, arm.weight) for arm in serving.by_name.values()] == [("good", 3.0)]
     assert serving.left_out["bad"].reason == "SIGNATURE_MISMATCH"
     assert {serving.assign(f"u{n}").name for n in range(50)} == {"good"}
 
@@ -155,7 +155,7 @@ def defaults(features: tuple[Feature, ...], dtype: str) -> Input:
     world = with_version(world, inputs=(SIGNATURE.inputs[0], spec))
     sets = {"ranker": replace(world.feature_sets["ranker"], inputs=(user, item))}
     world = replace(world, feature_views={**world.feature_views, "item-view": view}, feature_sets=sets)
-    return compile_table(world).find("home", "shop").arms[0].inputs[1]
+    return compile_table(world).find("home", "shop").weighted[0].inputs[1]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_the_default_row_in_the_inputs_dtype(dtype: str, layout: str, expected: 
 def test_it_is_the_very_row_that_feature_retrieval_would_have_put_there() -> None:
     world = snapshot()
     [plan] = compile_plan(world, "ranker", ("item",)).entities[0].views
-    assert compile_table(world).find("home", "shop").arms[0].inputs[1].default_row == plan.defaults[0].tobytes()
+    assert compile_table(world).find("home", "shop").weighted[0].inputs[1].default_row == plan.defaults[0].tobytes()
 
 
 def test_the_default_row_of_integers() -> None:
@@ -201,7 +201,7 @@ def test_subjects_are_split_by_route_and_stay_where_they_are() -> None:
 def test_an_arm_of_every_type_has_its_width_its_defaults_and_what_it_reads() -> None:
     """Embeddings, lists, codes, what is sent along and what is computed from another entity."""
     table = compile_table(snapshot_of(7, EVERY_TYPE, []))
-    [arm] = table.find("home", "shop").arms
+    [arm] = table.find("home", "shop").weighted
     item, user = arm.inputs
     assert item.spec.shape == (-1, COLUMNS)
     assert len(item.default_row) == 4 * COLUMNS

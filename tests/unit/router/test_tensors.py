@@ -16,10 +16,11 @@ from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.dtypes import BY_OIP
 from plait.errors import FailedPrecondition, Unavailable
+from plait.registry.places import Place
 from router.route_table import compile_table
-from router.tensors import copy_outputs, fill_infer, parameter, scores_of
+from router.tensors import column_of, copy_outputs, fill_infer, parameter, scores_of
 
-ARM = compile_table(snapshot()).find("home", "shop").arms[0]
+ARM = compile_table(snapshot()).find("home", "shop").weighted[0]
 LAYOUTS = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
 
 
@@ -127,3 +128,16 @@ def test_a_parameter_that_is_not_there_is_zero() -> None:
     response.parameters["queue_us"].int64_param = 7
     assert (parameter(response, "queue_us"), parameter(response, "compute_us")) == (7, 0)
     assert "compute_us" not in response.parameters
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=20))
+def test_a_column_is_its_numbers_and_what_is_none_is_the_lowest(values: list[float]) -> None:
+    rows = np.array([[7, value] for value in values], "<f4")
+    column = column_of(types_pb2.Tensor(name="item", data=rows.tobytes()), Place("item", 1, "float32"), len(values))
+    known = [value for value in values if math.isfinite(value)]
+    assert column.tolist() == [value if math.isfinite(value) else min(known, default=0.0) for value in values]
+
+
+def test_a_column_of_integers_is_read_in_their_type() -> None:
+    tensor = types_pb2.Tensor(name="item", data=np.array([[1, 2], [3, -4]], "<i8").tobytes())
+    assert column_of(tensor, Place("item", 1, "int64"), 2).tolist() == [2.0, -4.0]

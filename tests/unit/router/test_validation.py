@@ -63,7 +63,7 @@ def serving(**how: Any) -> tuple[ServingRoute, Arm]:
     limited = {"max_candidates": how.pop("max_candidates")} if "max_candidates" in how else {}
     table = compile_table(snapshot(route(**limited), **how))
     found = table.find("home", "shop")
-    return found, found.arms[0]
+    return found, found.weighted[0]
 
 
 def problems(request: Any, **how: Any) -> list[tuple[str, str]]:
@@ -113,6 +113,10 @@ RANK = [
     (rank(candidates=composite()), "candidates", "'item' are string, so send string_ids; got composite_ids"),
     (rank(top_k=-1), "top_k", "0 (all) or more"),
     (rank(request_id="r" * 129), "request_id", "at most 128 bytes, got 129"),
+    (rank(labels={f"l{n}": "" for n in range(17)}), "labels", "at most 16, got 17"),
+    (rank(labels={"": "x"}), "labels", "1 to 63 bytes, got one of 0"),
+    (rank(labels={"x" * 64: "x"}), "labels", "1 to 63 bytes, got one of 64"),
+    (rank(labels={"note": "é" * 129}), "labels['note']", "at most 256 bytes, got 258"),
     (rank(inline_features=[tensor("nope", 3, DI)]), "inline_features[0].name", "no input 'nope'; it has user, item"),
     (rank(inline_features=[tensor("", 3, DI)]), "inline_features[0].name", "no input ''"),
     (rank(inline_features=[tensor("user", 1, DU)] * 2), "inline_features[1].name", "given twice"),
@@ -251,7 +255,7 @@ def keyed() -> tuple[ServingRoute, Arm]:
     view = replace(registry.feature_views["item-view"], entity=SKU)
     table = compile_table(replace(registry, feature_views={**registry.feature_views, "item-view": view}))
     found = table.find("home", "shop")
-    return found, found.arms[0]
+    return found, found.weighted[0]
 
 
 @pytest.mark.parametrize(
@@ -302,7 +306,7 @@ def test_composite_ids_that_no_route_takes(ids_: types_pb2.EntityIds, field: str
 def test_what_a_transform_reads_must_be_given_once() -> None:
     table = compile_table(snapshot_of(7, EVERY_TYPE, []))
     where = table.find("home", "shop")
-    arm = where.arms[0]
+    arm = where.weighted[0]
 
     def told(request: pb.PredictRequest) -> list[str]:
         found = Findings()

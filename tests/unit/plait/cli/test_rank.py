@@ -50,7 +50,14 @@ async def test_the_answer_as_json(ask: Any, router: FakeRouter) -> None:
         "degraded_reasons": ["features_stale"],
         "request_id": request.request_id,
         "registry_revision": 3,
+        "assignments": [],
     }
+
+
+async def test_labels_are_sent(ask: Any, router: FakeRouter) -> None:
+    assert (await ask(*HOME, "--label", "country=de", "-l", "note=a=b")).exit_code == 0
+    assert dict(router.requests[0].labels) == {"country": "de", "note": "a=b"}
+    assert "NAME=VALUE" in (await ask(*HOME, "--label", "country")).stderr
 
 
 async def test_the_answer_as_a_table(ask: Any, router: FakeRouter) -> None:

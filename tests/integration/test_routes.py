@@ -1,0 +1,123 @@
+"""What routes do beyond one model: rules, experiments and what is told of them, on a real gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from tests.fakes.feature_retrieval import FakeFeatureRetrieval
+from tests.fakes.model_worker import FakeModelWorker
+from tests.fakes.router_world import INPUTS, OTHER_KEY, route, router_world, snapshot
+from tests.integration.test_router import ids
+
+from plait.api.router.v1 import router_service_pb2 as pb
+from plait.api.types.v1 import types_pb2
+from plait.registry.policies import Buckets, Condition, ExperimentArm, Range, Rule, Tier
+from plait.registry.records import Experiment, Variant
+from router.settings import AdmissionSettings
+
+VARIANTS = (
+    Variant(name="main", model="ranker", use="champion"),
+    Variant(name="canary", model="ranker", use="1", weight=0),
+)
+
+
+def rank(user: str = "u1", **fields: Any) -> pb.RankRequest:
+    return pb.RankRequest(**{"route": "home", "subject": ids(user), "candidates": ids("i1", "i2"), **fields})
+
+
+async def test_a_canary_is_reached_by_header_label_tenant_and_size_and_by_nobody_else() -> None:
+    rules = (
+        Rule(name="staff", variant="canary", when=Condition(headers={"x-staff": ("1",)})),
+        Rule(name="austria", variant="canary", when=Condition(labels={"country": ("at",)})),
+        Rule(name="other", variant="canary", when=Condition(tenants=("other",), fields={"candidates": Range(at_least=2)})),
+    )
+    registry = snapshot(route(variants=VARIANTS, rules=rules))
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        assert {(await router.rank(rank(f"u{n}"))).variant for n in range(30)} == {"main"}
+        assert (await router.rank(rank(), headers={"x-staff": "1"})).variant == "canary"
+        assert (await router.rank(rank(labels={"country": "at"}))).variant == "canary"
+        assert (await router.rank(rank(labels={"country": "de"}), headers={"x-staff": "0"})).variant == "main"
+        assert (await router.rank(rank(), key=OTHER_KEY)).variant == "canary"
+        assert (await router.rank(rank(candidates=ids("i1")), key=OTHER_KEY)).variant == "main"
+        asked = types_pb2.EntityRows(entity_type="user", ids=ids("u1")), types_pb2.EntityRows(entity_type="item", ids=ids("i1"))
+        predicted = await router.predict(pb.PredictRequest(route="home", entities=asked, labels={"country": "at"}))
+        assert (predicted.variant, predicted.model_version) == ("canary", "1")
+
+
+async def test_an_experiment_is_sticky_over_a_restart_and_told_in_the_answer() -> None:
+    arms = (ExperimentArm(variant="main"), ExperimentArm(variant="canary"))
+    experiment = Experiment(name="v4", route="home", layer="ranking", arms=arms, buckets=Buckets(count=5000))
+    registry = replace(snapshot(route(variants=VARIANTS)), experiments={"v4": experiment})
+    seen: list[dict[str, tuple[str, int]]] = []
+    async with FakeFeatureRetrieval(INPUTS) as features, FakeModelWorker() as worker:
+        for _ in range(2):
+            async with router_world(features.address, worker.address, registry) as router:
+                answers = {f"u{n}": await router.rank(rank(f"u{n}")) for n in range(60)}
+                seen.append({user: (a.variant, a.assignments[0].bucket) for user, a in answers.items() if a.assignments})
+                assert all(a.assignments[0].variant == a.variant for a in answers.values() if a.assignments)
+                assert {a.variant for a in answers.values() if not a.assignments} == {"main"}
+    assert seen[0] == seen[1]
+    assert all(bucket < 5000 for _, bucket in seen[0].values())
+    assert set(Counter(variant for variant, _ in seen[0].values())) == {"main", "canary"}
+    assert 0 < len(seen[0]) < 60
+
+
+LADDER = (Tier(tier="light", variant="canary"), Tier(tier="popularity", feature="item-view:f0"))
+
+
+async def test_with_every_worker_gone_candidates_come_by_popularity_and_it_is_told() -> None:
+    registry = snapshot(route(variants=VARIANTS, ladder=LADDER))
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker(lambda _, item: -item[:, 0]) as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        asked = rank(candidates=ids("i2", "i9", "i5"))
+        full = await router.rank(asked)
+        assert (full.tier, list(full.item_ids.string_ids), list(full.degraded_reasons)) == ("full", ["i2", "i5", "i9"], [])
+        await worker.server.drain()
+        answer = await router.rank(asked)
+        assert (answer.tier, list(answer.item_ids.string_ids)) == ("popularity", ["i9", "i5", "i2"])
+        assert (list(answer.degraded_reasons), answer.model, answer.variant) == (["tier_popularity"], "", "main")
+        assert len(features.calls) == 2  # what was read for the model is what it is ordered by
+        await features.server.drain()
+        answer = await router.rank(asked)
+        assert (answer.tier, list(answer.item_ids.string_ids)) == ("popularity", ["i2", "i9", "i5"])
+        assert list(answer.degraded_reasons) == ["features_unavailable", "tier_popularity"]
+
+
+async def test_a_model_that_hangs_leaves_time_for_the_light_one() -> None:
+    registry = snapshot(route(variants=VARIANTS, ladder=LADDER, timeout_s=1.0))
+    async with FakeFeatureRetrieval(INPUTS) as features, FakeModelWorker() as worker:
+        worker.gate = asyncio.Event()
+        worker.let_pass = lambda request: request.model_version == "1"
+        async with router_world(features.address, worker.address, registry) as router:
+            answer = await router.rank(rank())
+            assert (answer.tier, answer.variant, answer.model_version) == ("light", "canary", "1")
+            assert list(answer.degraded_reasons) == ["tier_light"]
+            worker.let_pass = lambda request: False
+            assert (await router.rank(rank())).tier == "popularity"
+
+
+async def test_where_the_router_is_full_popularity_answers_but_not_beyond_the_queue() -> None:
+    registry = snapshot(route(variants=VARIANTS[:1], ladder=LADDER[1:]))
+    admission = AdmissionSettings(limit=1, queue=1, max_wait_s=0.01)
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry, admission=admission) as router,
+    ):
+        worker.gate = asyncio.Event()
+        first = asyncio.create_task(router.rank(rank()))
+        await worker.started.wait()
+        answer = await router.rank(rank(candidates=ids("i1", "i7")))
+        assert (answer.tier, list(answer.item_ids.string_ids)) == ("popularity", ["i7", "i1"])
+        worker.gate.set()
+        assert (await first).tier == "full"
