@@ -34,16 +34,21 @@ from plait.settings import ChannelSettings, RpcSettings
 from plait.telemetry.metrics import Metrics
 from router import open_inference
 from router.admission import Admission
+from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
 from router.expectations import Expectations
+from router.exposures import Exposures
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.invalidating import Invalidating
+from router.invalidation import Invalidations
 from router.ladder import Ladder
 from router.pass_through import PassThrough
 from router.ranking import Ranking
+from router.repeats import Repeats
 from router.servicer import RouterServicer
-from router.settings import AdmissionSettings, FeaturesSettings, WorkersSettings
+from router.settings import AdmissionSettings, CacheSettings, FeaturesSettings, RepeatsSettings, WorkersSettings
 from router.stopwatch import RankingMetrics
 from router.worker_pool import WorkerPool
 
@@ -51,6 +56,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
 KEY = "plait_test-key"
 OTHER_KEY = "plait_other-tenants-key"
 NARROW_KEY = "plait_key-without-rank"
+OPERATING_KEY = "plait_operating-key"
 EXPIRED_KEY = "plait_expired-key"
 DEFAULT = 0.5  # of the first feature of each view; the others have none
 
@@ -97,6 +103,7 @@ def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_k
         ApiKey(id="k1", tenant="shop", sha256=digest(KEY)),
         ApiKey(id="k2", tenant="other", sha256=digest(OTHER_KEY)),
         ApiKey(id="k3", tenant="shop", sha256=digest(NARROW_KEY), scopes=("features",)),
+        ApiKey(id="k5", tenant="shop", sha256=digest(OPERATING_KEY), scopes=("rank", "operate")),
         ApiKey(id="k4", tenant="shop", sha256=digest(EXPIRED_KEY), expires_at=1.0),
     )
     return Snapshot(
@@ -135,8 +142,15 @@ class RouterWorld:
         call = self.raw_infer if isinstance(request, bytes) else self.inference.ModelInfer
         return await call(request, metadata=(*_metadata(key), *((("x-plait-unit", unit),) if unit else ())), timeout=timeout_s)
 
+    async def explain(self, request: Any, *, key: str | None = KEY, headers: dict[str, str] | None = None) -> Any:
+        asked = pb.ExplainRequest(rank=request) if isinstance(request, pb.RankRequest) else pb.ExplainRequest(predict=request)
+        return await self.stub.Explain(asked, metadata=(*_metadata(key), *(headers or {}).items()), timeout=20.0)
+
     async def predict(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
         return await self.stub.Predict(request, metadata=_metadata(key), timeout=timeout_s)
+
+    async def invalidate(self, request: Any, *, key: str | None = OPERATING_KEY) -> Any:
+        return await self.stub.InvalidateCache(request, metadata=_metadata(key), timeout=20.0)
 
 
 def _metadata(key: str | None) -> tuple[tuple[str, str], ...]:
@@ -162,12 +176,17 @@ async def router_world(
     pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
     metrics = Metrics()
     gate = Gate(Admission(admission or AdmissionSettings()))
+    invalidations = Invalidations()
+    answers, repeats = Answers(CacheSettings(), invalidations, metrics), Repeats(RepeatsSettings(), metrics)
     consulting = Consulting(feature_client, pool, features_share)
     ranking = Ranking(
         gate=gate,
         consulting=consulting,
         cascade=Cascade(consulting, feature_client, features_share),
         ladder=Ladder(consulting, Expectations(), metrics),
+        answers=answers,
+        repeats=repeats,
+        exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )
@@ -176,8 +195,8 @@ async def router_world(
         part.adopt(registry)
     settings = RpcSettings(grace_s=5, max_message_bytes=max_message_bytes)
     server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, service_token=token, required=require_key), metrics=metrics)
-    server.add(pb_grpc.add_RouterServiceServicer_to_server, RouterServicer(ranking), SERVICE, scope="rank")
     open_inference.add(server, open_inference.OpenInference(passing, pool, "1.2.3"))
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, RouterServicer(ranking, Invalidating(invalidations)), SERVICE, scope="rank")
     await server.start()
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
@@ -185,5 +204,7 @@ async def router_world(
             yield RouterWorld(server, ranking, to_router, metrics)
     finally:
         await server.drain()
+        await answers.close()
+        await repeats.close()
         await feature_client.close()
         await pool.close()

@@ -56,6 +56,7 @@ def settings(service: Service, ties: Ties) -> dict[str, str]:
         FEATURE_RETRIEVAL: {"REDIS__URL": ties.redis_url, "PRIVACY__KEY": ties.privacy_key},
         MODEL_WORKER: {"ARTIFACTS__CACHE": ties.artifact_cache},
         ROUTER: {
+            "REDIS__URL": ties.redis_url,
             "FEATURES__ADDRESSES": ties.feature_retrieval,
             "FEATURES__CHANNEL__SERVICE_TOKEN": ties.service_token,
             "WORKERS__ADDRESSES": ties.model_worker,

@@ -7,6 +7,8 @@ from importlib.metadata import version
 
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
+from plait.redis.dispatch import Dispatch
+from plait.redis.opening import topology_of
 from plait.registry.watcher import Watcher
 from plait.rpc.process import Tasks
 from plait.rpc.server import RpcServer
@@ -15,17 +17,23 @@ from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
 from router import auth, open_inference
 from router.admission import Admission
+from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
 from router.expectations import Expectations
+from router.exposures import Exposures
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.invalidating import Invalidating
+from router.invalidation import Invalidations
 from router.ladder import Ladder
 from router.open_inference import OpenInference
 from router.pass_through import PassThrough
 from router.ranking import Ranking
+from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
+from router.shared_invalidations import SharedInvalidations
 from router.stopwatch import RankingMetrics
 from router.worker_pool import WorkerPool
 
@@ -43,12 +51,25 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     workers = WorkerPool(settings.workers, _channel(settings.workers.channel, settings), tracing)
     stack.push_async_callback(workers.close)
     gate = Gate(Admission(settings.admission))
+    invalidations = Invalidations()
+    shared = None
+    if settings.redis.url.get_secret_value():
+        topology = topology_of(settings.redis)
+        stack.push_async_callback(topology.close)
+        shared = SharedInvalidations(invalidations, Dispatch(topology), metrics)
+        tasks.start(shared.run(), "invalidations")
+    answers, repeats = Answers(settings.cache, invalidations, metrics), Repeats(settings.repeats, metrics)
+    stack.push_async_callback(answers.close)
+    stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
     ranking = Ranking(
         gate=gate,
         consulting=consulting,
         cascade=Cascade(consulting, features, settings.features.budget_share),
         ladder=Ladder(consulting, Expectations(), metrics),
+        answers=answers,
+        repeats=repeats,
+        exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
     )
@@ -59,9 +80,10 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
 
     server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
-    servicer = RouterServicer(ranking)  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
-    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE)
+    servicer = RouterServicer(ranking, Invalidating(invalidations, shared))  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
     open_inference.add(server, OpenInference(passing, workers, version("plait-router")))
+    watcher.subscribe(server.reexamine)
     return server
 
 

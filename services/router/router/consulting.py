@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from router.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from plait.api.inference.v2 import inference_pb2
+
+R = TypeVar("R")
 
 
 class Consulting:
@@ -132,30 +134,51 @@ class Consulting:
         `sent`: the request-time features to pass on, None = all.
         """
         entity_types = dict.fromkeys(entity for item in inputs for entity in item.entities)
+        asked = self._features.get(
+            question.route,
+            arm.feature_set,
+            [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
+            () if inputs is arm.inputs else [item.name for item in inputs],
+            request_features=question.request.request_features if sent is None else sent,
+            ages=question.trail is not None,
+            deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
+            tenant=question.tenant,
+            request_id=question.request_id,
+        )
         try:
-            return await self._features.get(
-                question.route,
-                arm.feature_set,
-                [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
-                () if inputs is arm.inputs else [item.name for item in inputs],
-                request_features=question.request.request_features if sent is None else sent,
-                deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
-                tenant=question.tenant,
-                request_id=question.request_id,
-            )
+            features = await _traced(question, "features", asked)
         except (Unreachable, DeadlineExceeded) as error:
             if not question.route.takes_defaults:
                 raise
             late = isinstance(error, DeadlineExceeded)
             status = types_pb2.ROW_STATUS_TIMED_OUT if late else types_pb2.ROW_STATUS_UNAVAILABLE
-            return degradation.defaults(inputs, {name: count(question.ids[name]) for name in entity_types}, status)
+            features = degradation.defaults(inputs, {name: count(question.ids[name]) for name in entity_types}, status)
+        if question.trail is not None:
+            question.trail.aged(features.views, arm.view_versions)
+        return features
 
     async def _infer(
         self, question: Question, arm: Arm, tensors: Mapping[str, types_pb2.Tensor], outputs: Sequence[str]
     ) -> inference_pb2.ModelInferResponse:
         frame = worker_pb.StreamInferRequest()
         fill_infer(frame.request, arm, tensors, outputs, question.request_id)
-        return await self._workers.infer(frame, deadline=question.deadline, tenant=question.tenant, request_id=question.request_id)
+        asked = self._workers.infer(frame, deadline=question.deadline, tenant=question.tenant, request_id=question.request_id)
+        return await _traced(question, "model", asked)
+
+
+async def _traced(question: Question, what: str, asked: Awaitable[R]) -> R:
+    """Wait for a call to a service behind the router; an Explain learns what came of it."""
+    trail = question.trail
+    if trail is None:
+        return await asked
+    started = question.watch.stamp()
+    try:
+        answer = await asked
+    except PlaitError as error:
+        trail.tried(what, question.watch.stamp() - started, error)
+        raise
+    trail.tried(what, question.watch.stamp() - started)
+    return answer
 
 
 def _alike(one: Arm, other: Arm) -> bool:

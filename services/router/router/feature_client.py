@@ -54,6 +54,7 @@ class FeatureClient:
         inputs: Sequence[str],
         *,
         request_features: Sequence[types_pb2.Tensor] = (),
+        ages: bool = False,
         lenient: bool = False,
         deadline: Deadline,
         tenant: str,
@@ -61,7 +62,7 @@ class FeatureClient:
     ) -> pb.GetFeaturesResponse:
         """Return the tensors of `inputs` (empty = all) of a feature set for these ids and what the caller sent along.
 
-        `lenient`: what is missing is missing, whatever the route says of its model's features.
+        `ages`: also how old the rows are. `lenient`: what is missing is missing, whatever the route says of its model's features.
 
         Raises Unreachable when no replica can be reached, Unavailable (FEATURES_UNAVAILABLE) when none knows the feature set yet.
         FailedPrecondition (FEATURES_MISSING), Unavailable (STORE_UNAVAILABLE), ResourceExhausted and DeadlineExceeded are its own.
@@ -73,6 +74,7 @@ class FeatureClient:
         request.max_defaulted_share = 0 if lenient else route.max_defaulted_share
         request.inputs.extend(inputs)
         request.request_features.extend(request_features)
+        request.include_ages = ages
         for entity_type, ids in entities:
             request.entities.add(entity_type=entity_type).ids.CopyFrom(ids)
         try:

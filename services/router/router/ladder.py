@@ -58,7 +58,7 @@ class Ladder:
         return stepping
 
     async def _step_down(self, road: Road, question: Question, rungs: Sequence[Rung], filtering: Filtering | None) -> Response:
-        whole, chosen = question.deadline, question.arm
+        whole, chosen, told = question.deadline, question.arm, len(question.reasons)
         failed: PlaitError | None = None
         for place, rung in enumerate(rungs):
             below = rungs[place + 1] if place + 1 < len(rungs) else None
@@ -75,6 +75,7 @@ class Ladder:
                 if below is None or whole.expired or not _steps_down(error):
                     raise
                 failed = error
+                del question.reasons[told:]  # what was wrong with an answer that never came
                 continue
             self._settle(question, rung, chosen)
             _report(question, rung, "answered", left_s, expected_s)

@@ -25,8 +25,8 @@ TIER_POPULARITY = "popularity"  # no model answered
 class Question:
     """What to read, what to run, for whom, and in whose time.
 
-    `subject` is the one id it is about, if there is one. `candidates` are the ids of the route's candidate type, in the caller's order; `rows` says how many rows the model gets. `ids` holds the
-    ids of every entity type as they came. `metadata` and `scopes` are the call's. `assignments`: what the experiments, or the weights, made of
+    `subject` is the one id it is about, if there is one. `candidates` are the ids of the route's candidate type, in the caller's order;
+    `rows` says how many rows the model gets. `ids` holds the ids of every entity type as they came. `metadata` and `scopes` are the call's, `revision` is the registry's. `assignments`: what the experiments, or the weights, made of
     it. What the road learns on its way stands here too: `tier`, `reasons` why the answer is not the best possible, `by_rule` how many
     candidates each business rule dropped, boosted or held back, the `features` that were read (for the inputs of `features_for`), and the
     `trail` of an Explain.
@@ -48,6 +48,7 @@ class Question:
     metadata: Metadata
     deadline: Deadline
     watch: Stopwatch
+    revision: int
     tier: str = TIER_FULL
     reasons: list[str] = field(default_factory=list)
     by_rule: Mapping[str, int] = field(default_factory=dict)

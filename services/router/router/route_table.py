@@ -21,7 +21,7 @@ from plait.errors import FailedPrecondition, NotFound, PermissionDenied
 from plait.registry.crosschecks import misfits, retriever, rules_of
 from plait.registry.entity_ids import Id
 from plait.registry.places import Place, place_of
-from plait.registry.policies import Comparison, Stages
+from plait.registry.policies import CachePolicy, Comparison, Stages
 from plait.registry.records import EMPTY, Entity, Experiment, FeatureSet, Route, Signature, Snapshot, TensorSpec, Variant
 from plait.registry.rule_columns import columns_named
 from plait.registry.shapes import SetShape
@@ -75,6 +75,7 @@ class Arm:
     """A variant that can serve: the model version it resolved to, and how to fill its inputs (in signature order).
 
     `keys`: how ids of each entity type of the feature set are typed, None where no view says so. `outputs`: names, in signature order.
+    `view_versions`: which version of each view it reads.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Arm:
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     keys: Mapping[str, Entity | None]
+    view_versions: Mapping[str, int]
 
     def input_bytes(self, rows: int) -> int:
         """Return how many bytes the tensors of `rows` candidates take."""
@@ -150,6 +152,8 @@ class ServingRoute:
     max_defaulted_share: float
     tenants: frozenset[str]
     by_name: Mapping[str, Arm]
+    cache: CachePolicy | None
+    repeat_window_s: float
     weighted: tuple[Arm, ...]
     by_weight: Mapping[str, tuple[explanation_pb2.Assignment, ...]]
     sticky: str
@@ -238,6 +242,8 @@ def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) 
         max_defaulted_share=0.0 if share >= 1 else max(share, _NO_DEFAULTS),
         tenants=frozenset(route.tenants),
         by_name=MappingProxyType(by_name),
+        cache=route.cache,
+        repeat_window_s=route.repeat_window_s,
         weighted=weighted,
         by_weight=MappingProxyType(_by_weight(weighted)),
         sticky=route.sticky,
@@ -307,6 +313,7 @@ def _made(variant: Variant, version: str, signature: Signature, snapshot: Snapsh
         inputs=_inputs(signature, feature_set, shape),
         outputs=tuple(tensor.name for tensor in signature.outputs),
         keys=_keys(feature_set, shape),
+        view_versions=MappingProxyType({view.name: view.version for item in feature_set.inputs for view in shape.views_of(item)}),
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from plait.redis.settings import RedisSettings
 from plait.settings import ChannelSettings, Group, ServiceSettings
 from router.discovery import static
 
@@ -19,6 +20,31 @@ class AdmissionSettings(Group):
     max_wait_s: float = Field(0.2, gt=0, le=60, description="longest wait for a turn, seconds")
     min_budget_s: float = Field(0.001, ge=0, le=60, description="requests with less left of their deadline are refused at once, seconds")
     retry_after_s: float = Field(0.1, gt=0, le=60, description="when a refused caller is asked to come back, seconds")
+
+
+class CacheSettings(Group):
+    """Answers that are kept, on routes that say so."""
+
+    bytes: int = Field(64 << 20, ge=1 << 16, le=1 << 36, description="memory for answers, bytes; one of more than a 64th of it is not kept")
+
+
+class RepeatsSettings(Group):
+    """Answers that are kept for calls which are made again, on routes with a repeat_window_s."""
+
+    bytes: int = Field(32 << 20, ge=1 << 16, le=1 << 36, description="memory for answers, bytes; one of more than a 64th of it is not kept")
+
+
+class SharedSettings(RedisSettings):
+    """The Redis that routers tell each other things by. None of them needs it to answer."""
+
+    url: SecretStr = Field(
+        SecretStr(""), description="redis:// or rediss:// (TLS) URL that all routers share; empty = each router stands for itself"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _redis_url(cls, url: SecretStr) -> SecretStr:
+        return super()._redis_url(url) if url.get_secret_value() else url
 
 
 class EndpointsSettings(Group):
@@ -71,3 +97,6 @@ class RouterSettings(ServiceSettings):
     admission: AdmissionSettings = Field(default_factory=AdmissionSettings, description="how much work is taken on at once")
     features: FeaturesSettings = Field(default_factory=FeaturesSettings, description="feature-retrieval, behind the router")
     workers: WorkersSettings = Field(default_factory=WorkersSettings, description="model-workers, behind the router")
+    redis: SharedSettings = Field(default_factory=SharedSettings, description="what routers share")
+    cache: CacheSettings = Field(default_factory=CacheSettings, description="answers that are kept")
+    repeats: RepeatsSettings = Field(default_factory=RepeatsSettings, description="answers that are kept for calls made again")

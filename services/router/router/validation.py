@@ -26,6 +26,7 @@ MAX_REQUEST_ID_BYTES: Final = 128
 MAX_LABELS: Final = 16
 MAX_LABEL_BYTES: Final = 256
 MAX_DIMENSIONS: Final = 8
+MAX_INVALIDATED: Final = 1000  # items, in one call
 _MAX_TOLD: Final = 20  # violations travel in a trailer of a few KiB
 _MAX_UTF8: Final = 4  # bytes per character
 
@@ -267,3 +268,22 @@ def _check_tensor(tensor: types_pb2.Tensor, item: Input, rows: int, field: str, 
 def _shown(shape: Sequence[Any]) -> str:
     more = ", …" if len(shape) > MAX_DIMENSIONS else ""
     return f"[{', '.join(map(str, shape[:MAX_DIMENSIONS]))}{more}]"
+
+
+def check_invalidation(request: pb.InvalidateCacheRequest) -> Ids:
+    """Return the items that a request names, if any. Raises InvalidArgument with everything that is wrong with it."""
+    found = Findings()
+    ids: Ids = ()
+    for field, name in (("route", request.route), ("model", request.model), ("items.entity_type", request.items.entity_type)):
+        if len(name.encode()) > MAX_NAME_BYTES:
+            found.add(field, f"expected at most {MAX_NAME_BYTES} bytes, got {len(name.encode())}")
+    if request.HasField("items"):
+        ids = _ids(request.items.ids, "items.ids", found)
+        if not request.items.entity_type:
+            found.add("items.entity_type", "expected the entity type of the items")
+        if len(ids) > MAX_INVALIDATED:
+            found.add("items.ids", f"expected at most {MAX_INVALIDATED} ids, got {len(ids)}: send the rest in another call")
+    elif not (request.route or request.model):
+        found.add("", "expected a route, a model or items to forget")
+    found.raise_if_any()
+    return ids

@@ -60,6 +60,9 @@ class InThread:
     async def rank(self, *args: Any, **kwargs: Any) -> Any:
         return await asyncio.to_thread(self.client.rank, *args, **kwargs)
 
+    async def explain(self, *args: Any, **kwargs: Any) -> Any:
+        return await asyncio.to_thread(self.client.explain, *args, **kwargs)
+
     async def predict(self, *args: Any, **kwargs: Any) -> Any:
         return await asyncio.to_thread(self.client.predict, *args, **kwargs)
 
@@ -165,6 +168,14 @@ async def test_labels_go_and_assignments_come(client: Any, router: FakeRouter) -
     assert (await client.rank("home", "ann", ["a"], labels={"country": "de"})).assignments == given
     assert (await client.predict("home", {}, labels={"country": "at"})).assignments == given
     assert [dict(request.labels) for request in router.requests] == [{"country": "de"}, {"country": "at"}]
+
+
+async def test_an_explanation_holds_the_ranking_and_how_it_came_to_be(client: Any, router: FakeRouter) -> None:
+    told = await client.explain("home", "ann", ["a", "b"], request_id="r1", labels={"country": "de"})
+    assert (told.ranking.request_id, told.ranking.item_ids, told.summary) == ("r1", ["b", "a"], "It is so.")
+    assert [(rule.rule, rule.matched) for rule in told.rules] == [("staff", False), ("all", True)]
+    assert (told.cache, told.not_in, told.stages[0].by_rule) == ("hit", {"v5": "layer"}, {"sold-out": 2})
+    assert (told.ages[0].oldest_us, told.tiers[0].reason, told.attempts[0].outcome) == (3_000_000, "answered", "OK")
 
 
 async def test_explain_adds_timings_and_the_feature_report(client: Any, router: FakeRouter) -> None:
