@@ -32,7 +32,7 @@ def item_number(user: NDArray[np.float32], item: NDArray[np.float32]) -> NDArray
 class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
     """Answers output "score" from inputs "user" and "item".
 
-    Faults: `error` is raised instead of an answer; `gate` is waited for before one, unless it is `let_pass`.
+    Faults: `error` is raised instead of an answer; `gate` is waited for before one, unless it is `let_pass`. `load` is told on every answer.
     """
 
     def __init__(self, score: Score = item_number, *, token: str = "the-token", port: int = 0, instant: bool = False) -> None:
@@ -44,6 +44,7 @@ class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
         self.gate: asyncio.Event | None = None
         self.let_pass: Callable[[inference_pb2.ModelInferRequest], bool] = lambda _: False
         self.cancelled = 0
+        self.load: pb.LoadReport | None = None
         self.datatype = "FP32"
         self._instant = instant
         self._cache: dict[int, bytes] = {}
@@ -63,7 +64,11 @@ class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
         return self.server.address
 
     async def StreamInfer(self, requests: AsyncIterator[Any], context: Any) -> None:
-        await multiplex.serve(requests, context, self.fill, pb.StreamInferResponse)
+        await multiplex.serve(requests, context, self.fill, pb.StreamInferResponse, finish=self._finish)
+
+    def _finish(self, response: Any) -> None:
+        if self.load is not None:
+            response.load.CopyFrom(self.load)
 
     async def fill(self, request: Any, response: Any) -> None:
         if not self._instant:

@@ -45,12 +45,12 @@ from router.invalidating import Invalidating
 from router.invalidation import Invalidations
 from router.ladder import Ladder
 from router.pass_through import PassThrough
+from router.pools import Pools
 from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import AdmissionSettings, CacheSettings, FeaturesSettings, RepeatsSettings, WorkersSettings
 from router.stopwatch import RankingMetrics
-from router.worker_pool import WorkerPool
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
 KEY = "plait_test-key"
@@ -173,7 +173,8 @@ async def router_world(
     registry = registry or snapshot()
     channel = ChannelSettings(service_token=token)  # type: ignore[arg-type]
     feature_client = FeatureClient(FeaturesSettings(addresses=features, ejection_s=0.05), channel)
-    pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
+    pool = Pools(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
+    pool.adopt(registry)
     metrics = Metrics()
     gate = Gate(Admission(admission or AdmissionSettings()))
     invalidations = Invalidations()

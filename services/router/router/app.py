@@ -29,13 +29,14 @@ from router.invalidation import Invalidations
 from router.ladder import Ladder
 from router.open_inference import OpenInference
 from router.pass_through import PassThrough
+from router.pool_metrics import PoolMetrics
+from router.pools import Pools
 from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
 from router.shared_invalidations import SharedInvalidations
 from router.stopwatch import RankingMetrics
-from router.worker_pool import WorkerPool
 
 
 async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: Tasks) -> RpcServer:
@@ -48,7 +49,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
 
     features = FeatureClient(settings.features, _channel(settings.features.channel, settings), tracing)
     stack.push_async_callback(features.close)
-    workers = WorkerPool(settings.workers, _channel(settings.workers.channel, settings), tracing)
+    workers = Pools(settings.workers, _channel(settings.workers.channel, settings), tracing=tracing, metrics=PoolMetrics(metrics))
     stack.push_async_callback(workers.close)
     gate = Gate(Admission(settings.admission))
     invalidations = Invalidations()
@@ -74,9 +75,11 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
     )
     await watcher.first(registry.first_snapshot_timeout_s)
+    watcher.subscribe(workers.adopt)
     watcher.subscribe(ranking.adopt)
     passing = PassThrough(lambda: ranking.table, gate, workers, metrics)
     watcher.subscribe(passing.adopt)
+    tasks.start(workers.run(), "pools")
 
     server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name

@@ -15,13 +15,14 @@ from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import DeadlineExceeded, PlaitError
 from router import degradation
+from router.connections import CallPlan
 from router.feature_client import FeatureClient, Unreachable
 from router.ordering import best_first
+from router.pools import Pools
 from router.question import Question, Response
 from router.route_table import Arm, Input, Popularity
 from router.tensors import column_of, copy_outputs, fill_infer, scores_of
 from router.validation import count
-from router.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from plait.api.inference.v2 import inference_pb2
@@ -35,7 +36,7 @@ class Consulting:
     `features_share`: the part of what is left of a budget that features may take, so that late ones degrade the answer instead of failing it.
     """
 
-    def __init__(self, features: FeatureClient, workers: WorkerPool, features_share: float) -> None:
+    def __init__(self, features: FeatureClient, workers: Pools, features_share: float) -> None:
         self._features = features
         self._workers = workers
         self._features_share = features_share
@@ -162,8 +163,17 @@ class Consulting:
     ) -> inference_pb2.ModelInferResponse:
         frame = worker_pb.StreamInferRequest()
         fill_infer(frame.request, arm, tensors, outputs, question.request_id)
-        asked = self._workers.infer(frame, deadline=question.deadline, tenant=question.tenant, request_id=question.request_id)
-        return await _traced(question, "model", asked)
+        plan = CallPlan(
+            model=arm.model,
+            version=arm.version,
+            rows=question.rows,
+            deadline=question.deadline,
+            tenant=question.tenant,
+            request_id=question.request_id,
+            attempts=question.route.attempts,
+            hedge=question.route.hedge,
+        )
+        return await _traced(question, "model", self._workers.infer(frame, plan))
 
 
 async def _traced(question: Question, what: str, asked: Awaitable[R]) -> R:

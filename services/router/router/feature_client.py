@@ -11,10 +11,13 @@ from plait.errors import Cancelled, InvalidArgument, NotFound, PlaitError, Unava
 from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
 from plait.telemetry.tracing import Tracing
-from router.connections import Connections, lost
-from router.discovery import static
+from router.balancer import Balancer
+from router.connections import CallPlan, Connections, framed, lost
+from router.discovery.found import Found
+from router.endpoints import Transport
 from router.route_table import ServingRoute
 from router.settings import FeaturesSettings
+from router.transports.plait import PlaitTransport
 
 _METHOD: Final = "plait.api.feature_retrieval.v1.FeatureRetrievalService/GetFeatures"
 _STREAM: Final = "/plait.api.feature_retrieval.v1.FeatureRetrievalService/StreamFeatures"
@@ -31,17 +34,16 @@ class FeatureClient:
     """Calls feature-retrieval."""
 
     def __init__(self, settings: FeaturesSettings, channel: ChannelSettings, tracing: Tracing | None = None) -> None:
-        self._connections = Connections(
-            _METHOD,
-            static.parse(settings.addresses),
-            _STREAM,
-            pb.StreamFeaturesResponse,
-            channel,
-            per_replica=settings.connections,
-            ejection_s=settings.ejection_s,
-            max_ejection_s=settings.max_ejection_s,
-            tracing=tracing,
+        balancer = Balancer(
+            ejection_s=settings.ejection_s, max_ejection_s=settings.max_ejection_s, slow_start_s=settings.slow_start_s, zone=settings.zone
         )
+        most = settings.connections
+
+        def opened(address: str, _: object) -> Transport:
+            return PlaitTransport(address, _METHOD, _STREAM, pb.StreamFeaturesResponse, channel, most=most, tracing=tracing)
+
+        self._connections = Connections("feature-retrieval", opened, balancer)
+        self._connections.adopt(frozenset(Found(address=address) for address in settings.addresses_listed))
 
     def __repr__(self) -> str:
         return f"<FeatureClient {self._connections!r}>"
@@ -77,10 +79,9 @@ class FeatureClient:
         request.include_ages = ages
         for entity_type, ids in entities:
             request.entities.add(entity_type=entity_type).ids.CopyFrom(ids)
+        plan = CallPlan(deadline=deadline, tenant=tenant, request_id=request_id)
         try:
-            response: pb.GetFeaturesResponse = await self._connections.call(
-                frame, deadline=deadline, tenant=tenant, request_id=request_id, elsewhere=_lags
-            )
+            response: pb.GetFeaturesResponse = await self._connections.call(framed(frame, plan), plan, _lags)
         except PlaitError as error:
             raise _to_caller(error) from error
         return response

@@ -14,7 +14,7 @@ from plait.rpc.deadline import Deadline
 from plait.rpc.server import RpcServer
 from router import fleet_statistics
 from router.pass_through import PassThrough, Target
-from router.worker_pool import WorkerPool
+from router.pools import Pools
 
 if TYPE_CHECKING:
     _Handlers = dict[str, grpc.RpcMethodHandler[Any, Any]]
@@ -39,7 +39,7 @@ _HERE: Final = (
 class OpenInference:
     """What the protocol's methods mean when the models are elsewhere."""
 
-    def __init__(self, passing: PassThrough, workers: WorkerPool, version: str) -> None:
+    def __init__(self, passing: PassThrough, workers: Pools, version: str) -> None:
         self._passing = passing
         self._workers = workers
         self._version = version
@@ -87,7 +87,9 @@ class OpenInference:
         asked = pb.ModelStatisticsRequest()
         if request.name:
             target = self._find(request.name, request.version)
-            asked = pb.ModelStatisticsRequest(name=target.model, version=target.version if request.version or target.route else "")
+            asked = pb.ModelStatisticsRequest(
+                name=target.model, version=target.version if request.version or target.route is not None else ""
+            )
         answers = await self._ask_all("ModelStatistics", asked)
         if request.name and not answers:
             raise NotFound("no worker has it ready, so none counts for it", reason="MODEL_NOT_READY")
@@ -106,7 +108,7 @@ class OpenInference:
         return self._passing.find(name, version, current())
 
     async def _ask(self, target: Target, method: str, request: Any) -> bytes:
-        return await self._workers.ask(target.model, method, request.SerializeToString(), _soon())
+        return await self._workers.ask(target.model, target.version, method, request.SerializeToString(), _soon())
 
     async def _ask_all(self, method: str, request: Any) -> list[bytes]:
         return await self._workers.ask_all(method, request.SerializeToString(), _soon())

@@ -14,30 +14,36 @@ from typing import Final, NamedTuple
 from plait.errors import FailedPrecondition, NotFound
 from plait.registry.records import EMPTY, Model, Snapshot
 from plait.rpc.call import Call
-from plait.rpc.deadline import Deadline
 from plait.telemetry.metrics import Metrics
 from router import wire
 from router.choosing import choose
+from router.connections import CallPlan
 from router.gate import Gate
+from router.pools import Pools
 from router.route_table import Arm, RouteTable, ServingRoute
 from router.rules import Facts
-from router.worker_pool import WorkerPool
 
 UNIT_HEADER: Final = "x-plait-unit"
 _NEWEST: Final = ("", "-1")  # what clients say for "whichever is newest"; a worker knows which of those are ready
 _CHAMPION: Final = "champion"
 _MAX_REQUEST_ID_CHARS: Final = 128
+_BYTES_PER_ROW: Final = 400  # nobody looks at how many rows there are: a hundred floats are taken for one
+_ATTEMPTS: Final = 2
 _SHOWN_CHARS: Final = 80
 
 
 class Target(NamedTuple):
-    """Where an inference goes. `version` "" leaves the choice to the worker. `route` and `variant` are empty where a model was named."""
+    """Where an inference goes. `version` "" leaves the choice to the worker. There is no `route`, nor a `variant`, where a model was named."""
 
     model: str
     version: str
-    route: str = ""
+    route: ServingRoute | None = None
     variant: str = ""
-    timeout_s: float = 0.0
+
+    @property
+    def route_name(self) -> str:
+        """Empty where there is none."""
+        return self.route.name if self.route is not None else ""
 
 
 class PassThrough:
@@ -46,7 +52,7 @@ class PassThrough:
     `table` returns the routes of the newest snapshot; `adopt` takes its models.
     """
 
-    def __init__(self, table: Callable[[], RouteTable], gate: Gate, workers: WorkerPool, metrics: Metrics) -> None:
+    def __init__(self, table: Callable[[], RouteTable], gate: Gate, workers: Pools, metrics: Metrics) -> None:
         self._table = table
         self._gate = gate
         self._workers = workers
@@ -74,9 +80,19 @@ class PassThrough:
         target = self.find(head.model, head.version, call, head.id)
         if (target.model, target.version) != (head.model, head.version):
             request += wire.renaming(target.model, target.version)
-        deadline = call.deadline.at_most(target.timeout_s) if target.timeout_s else call.deadline
-        answer = await self._behind_the_gate(request, call, deadline, call.request_id or head.id[:_MAX_REQUEST_ID_CHARS])
-        self._passed.labels(target.route, target.variant, target.model, target.version).inc()
+        plan = CallPlan(
+            model=target.model,
+            version="" if target.version in _NEWEST else target.version,
+            rows=1 + len(request) // _BYTES_PER_ROW,
+            deadline=call.deadline.at_most(target.route.timeout_s) if target.route is not None else call.deadline,
+            tenant=call.tenant,
+            request_id=call.request_id or head.id[:_MAX_REQUEST_ID_CHARS],
+            metadata=call.metadata,
+            attempts=target.route.attempts if target.route is not None else _ATTEMPTS,
+            hedge=target.route.hedge if target.route is not None else None,
+        )
+        answer = await self._behind_the_gate(request, plan)
+        self._passed.labels(target.route_name, target.variant, target.model, target.version).inc()
         return answer
 
     def find(self, name: str, version: str, call: Call, request_id: str = "") -> Target:
@@ -90,7 +106,7 @@ class PassThrough:
                     reason="ROUTE_NOT_RAW",
                 )
             arm = _arm(route, version, call, request_id)
-            return Target(arm.model, arm.version, route.name, arm.name, route.timeout_s)
+            return Target(arm.model, arm.version, route, arm.name)
         model = self._models.get(name)
         if model is None:
             shown = repr(name[:_SHOWN_CHARS]) if name else "its name is empty"
@@ -100,10 +116,10 @@ class PassThrough:
             )
         return Target(name, _version(model, version))
 
-    async def _behind_the_gate(self, request: bytes, call: Call, deadline: Deadline, request_id: str) -> bytes:
-        await self._gate.enter(deadline)
+    async def _behind_the_gate(self, request: bytes, plan: CallPlan) -> bytes:
+        await self._gate.enter(plan.deadline)
         try:
-            return await self._workers.infer_raw(request, deadline=deadline, tenant=call.tenant, request_id=request_id)
+            return await self._workers.infer_raw(request, plan)
         finally:
             self._gate.leave()
 

@@ -21,7 +21,7 @@ from plait.errors import FailedPrecondition, NotFound, PermissionDenied
 from plait.registry.crosschecks import misfits, retriever, rules_of
 from plait.registry.entity_ids import Id
 from plait.registry.places import Place, place_of
-from plait.registry.policies import CachePolicy, Comparison, Stages
+from plait.registry.policies import CachePolicy, Comparison, Hedge, Stages
 from plait.registry.records import EMPTY, Entity, Experiment, FeatureSet, Route, Signature, Snapshot, TensorSpec, Variant
 from plait.registry.rule_columns import columns_named
 from plait.registry.shapes import SetShape
@@ -138,7 +138,7 @@ class Rung:
 class ServingRoute:
     """A route as requests meet it. `by_name` holds the variants that can serve; where none of them has a weight, `fault` says why.
 
-    `policy` and `max_defaulted_share` are as in GetFeaturesRequest. `by_weight` is what an answer says of a unit that weights assigned,
+    `policy` and `max_defaulted_share` are as in GetFeaturesRequest. `attempts` and `hedge` say how models are called. `by_weight` is what an answer says of a unit that weights assigned,
     where there is more than one to choose from.
     """
 
@@ -147,6 +147,8 @@ class ServingRoute:
     candidate: str
     score: str
     timeout_s: float
+    attempts: int
+    hedge: Hedge | None
     max_candidates: int
     policy: types_pb2.MissingPolicy.ValueType
     max_defaulted_share: float
@@ -237,6 +239,8 @@ def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) 
         candidate=route.candidate,
         score=route.score,
         timeout_s=route.timeout_s,
+        attempts=route.retry.attempts,
+        hedge=route.hedge,
         max_candidates=route.max_candidates,
         policy=_POLICIES[route.on_missing],
         max_defaulted_share=0.0 if share >= 1 else max(share, _NO_DEFAULTS),

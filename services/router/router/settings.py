@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from plait.redis.settings import RedisSettings
@@ -20,6 +20,14 @@ class AdmissionSettings(Group):
     max_wait_s: float = Field(0.2, gt=0, le=60, description="longest wait for a turn, seconds")
     min_budget_s: float = Field(0.001, ge=0, le=60, description="requests with less left of their deadline are refused at once, seconds")
     retry_after_s: float = Field(0.1, gt=0, le=60, description="when a refused caller is asked to come back, seconds")
+
+
+class KubernetesSettings(Group):
+    """A Kubernetes Service whose pods are followed; needs the extra `plait-router[kubernetes]`."""
+
+    namespace: str = Field("default", min_length=1, description="namespace of the service")
+    service: str = Field("", description="name of the service; empty = addresses are used instead")
+    port: str = Field("grpc", min_length=1, description="name of the service's port")
 
 
 class CacheSettings(Group):
@@ -51,9 +59,13 @@ class EndpointsSettings(Group):
     """Where a service behind the router listens."""
 
     addresses: str = Field("", description="host:port of each replica, separated by commas")
-    connections: int = Field(1, ge=1, le=64, description="connections to each replica, each with a stream of its own")
+    connections: int = Field(4, ge=1, le=64, description="most connections to each replica: another one for every 64 calls under way")
+    slow_start_s: float = Field(
+        10.0, ge=0, le=600, description="how long a replica that is new, or was avoided, gets less than its share, seconds"
+    )
+    zone: str = Field("", description="zone of this process; replicas of the same zone are preferred while they have room; empty = no zone")
     ejection_s: float = Field(0.5, gt=0, le=60, description="how long a replica that failed is avoided, seconds; doubles while it fails")
-    max_ejection_s: float = Field(10.0, gt=0, le=600, description="longest time a replica is avoided, seconds")
+    max_ejection_s: float = Field(30.0, gt=0, le=600, description="longest time a replica is avoided, seconds")
     channel: ChannelSettings = Field(
         default_factory=ChannelSettings, description="how the replicas are called; an empty service_token means rpc.service_token"
     )
@@ -69,6 +81,11 @@ class EndpointsSettings(Group):
     def _usable(cls, value: str) -> str:
         static.parse(value)
         return value
+
+    @property
+    def addresses_listed(self) -> tuple[str, ...]:
+        """The addresses, apart."""
+        return static.parse(self.addresses)
 
 
 class FeaturesSettings(EndpointsSettings):
@@ -87,6 +104,13 @@ class WorkersSettings(EndpointsSettings):
     """Model-workers."""
 
     addresses: str = Field("127.0.0.1:50053", description="host:port of each model-worker, separated by commas")
+    kubernetes: KubernetesSettings = Field(default_factory=KubernetesSettings, description="the service to follow instead of addresses")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> WorkersSettings:
+        if self.kubernetes.service and "addresses" in self.model_fields_set:
+            raise ValueError("addresses would be ignored, as kubernetes.service says whom to follow: leave one of them out")
+        return self
 
 
 class RouterSettings(ServiceSettings):

@@ -14,16 +14,18 @@ import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.fakes.foreign_server import ForeignServer
 from tests.fakes.model_worker import FakeModelWorker
 from tests.fakes.router_world import EXPIRED_KEY, KEY, NARROW_KEY, OTHER_KEY, RouterWorld, route, router_world, snapshot
 
 from plait.api.inference.v2 import inference_pb2 as pb
 from plait.errors import PlaitError, ResourceExhausted, from_rpc_error
 from plait.registry.policies import Comparison, Condition, Rule, Stages
-from plait.registry.records import FeatureSet, Model, Variant
+from plait.registry.records import FeatureSet, Model, Pool, PoolEndpoint, Variant
 from router.settings import AdmissionSettings
 
 UNKNOWN = b"\xf8\x3f\x96\x01\xfa\x3f\x02hi"  # two fields that no version of the protocol has
+AUTHORIZED = (("authorization", f"Bearer {KEY}"),)
 NOBODY = "127.0.0.1:1"  # (feature-retrieval is not asked)
 
 
@@ -219,3 +221,20 @@ async def test_it_waits_at_the_same_gate_as_others(worker: FakeModelWorker) -> N
         worker.gate.set()
         await held
         assert (await world.infer(request())).model_version == "2"
+
+
+async def test_a_model_of_a_foreign_pool_is_served_there(worker: FakeModelWorker) -> None:
+    async with ForeignServer(("ranker", "2")) as foreign:
+        pool = Pool(name="triton", protocol="oip", endpoints=(PoolEndpoint(address=foreign.address),))
+        registry = snapshot()
+        ranker = replace(registry.models["ranker"], pool="triton")
+        async with router_world(NOBODY, worker.address, replace(registry, models={"ranker": ranker}, pools={"triton": pool})) as world:
+            for name in ("home", "ranker"):
+                answer = await world.infer(request(name, id="r"))
+                assert (answer.model_version, answer.id, answer.raw_output_contents[0]) == ("2", "r", np.array([0, 3], "<f4").tobytes())
+            index = await world.inference.RepositoryIndex(pb.RepositoryIndexRequest(), metadata=AUTHORIZED)
+            assert [(one.name, one.version, one.state) for one in index.models] == [("ranker", "2", "READY")]
+            foreign.fail = (grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape")
+            assert "unexpected shape" in (await refused(world.infer(request()))).message
+        assert not worker.requests
+        assert not any(name in metadata for metadata in foreign.metadata for name in ("authorization", "x-plait-service-token"))

@@ -23,6 +23,8 @@ NAMES = [
     "FEATURES__EJECTION_S",
     "FEATURES__MAX_EJECTION_S",
     "FEATURES__BUDGET_SHARE",
+    "FEATURES__SLOW_START_S",
+    "FEATURES__ZONE",
     "FEATURES__CHANNEL__SERVICE_TOKEN",
     "FEATURES__CHANNEL__MAX_MESSAGE_BYTES",
     "FEATURES__CHANNEL__TLS",
@@ -44,6 +46,11 @@ NAMES = [
     "WORKERS__CONNECTIONS",
     "WORKERS__EJECTION_S",
     "WORKERS__MAX_EJECTION_S",
+    "WORKERS__SLOW_START_S",
+    "WORKERS__ZONE",
+    "WORKERS__KUBERNETES__NAMESPACE",
+    "WORKERS__KUBERNETES__SERVICE",
+    "WORKERS__KUBERNETES__PORT",
     "WORKERS__CHANNEL__SERVICE_TOKEN",
     "WORKERS__CHANNEL__MAX_MESSAGE_BYTES",
     "WORKERS__CHANNEL__TLS",
@@ -141,3 +148,10 @@ def test_a_misspelt_name_is_told_with_the_one_that_was_meant(monkeypatch: pytest
 def test_a_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = read(monkeypatch, FEATURES__CHANNEL__SERVICE_TOKEN="hush-hush")
     assert "hush-hush" not in repr(settings)
+
+
+def test_a_kubernetes_service_takes_the_place_of_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = read(monkeypatch, WORKERS__KUBERNETES__SERVICE="workers", WORKERS__KUBERNETES__NAMESPACE="ml")
+    assert settings.workers.kubernetes.port == "grpc"
+    with pytest.raises(SettingsError, match="addresses would be ignored"):
+        read(monkeypatch, WORKERS__ADDRESSES="a:1")
