@@ -30,8 +30,9 @@ from plait.registry.records import (
 )
 from plait.rpc.credentials import Authenticator, digest
 from plait.rpc.server import RpcServer
-from plait.settings import ChannelSettings, RpcSettings
+from plait.settings import ChannelSettings, RpcSettings, TelemetrySettings
 from plait.telemetry.metrics import Metrics
+from plait.telemetry.tracing import Tracing
 from router import open_inference
 from router.admission import Admission
 from router.answers import Answers
@@ -50,6 +51,7 @@ from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import AdmissionSettings, CacheSettings, FeaturesSettings, RepeatsSettings, WorkersSettings
+from router.shadow import Shadows
 from router.stopwatch import RankingMetrics
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
@@ -120,9 +122,10 @@ def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_k
 class RouterWorld:
     """The router under test, as its clients see it."""
 
-    def __init__(self, server: RpcServer, ranking: Ranking, channel: grpc.aio.Channel, metrics: Metrics) -> None:
+    def __init__(self, server: RpcServer, ranking: Ranking, shadows: Shadows, channel: grpc.aio.Channel, metrics: Metrics) -> None:
         self.server = server
         self.ranking = ranking
+        self.shadows = shadows
         self.stub: Any = pb_grpc.RouterServiceStub(channel)
         self.inference: Any = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
         self.raw_infer: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
@@ -168,6 +171,7 @@ async def router_world(
     max_message_bytes: int = 16 << 20,
     features_share: float = 0.8,
     require_key: bool = True,
+    telemetry: TelemetrySettings | None = None,
 ) -> AsyncIterator[RouterWorld]:
     """Run the router on a free port in front of comma separated addresses."""
     registry = registry or snapshot()
@@ -180,6 +184,9 @@ async def router_world(
     invalidations = Invalidations()
     answers, repeats = Answers(CacheSettings(), invalidations, metrics), Repeats(RepeatsSettings(), metrics)
     consulting = Consulting(feature_client, pool, features_share)
+    gate = Gate(Admission(admission or AdmissionSettings()))
+    tracing = Tracing(telemetry or TelemetrySettings(), "router")
+    shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     ranking = Ranking(
         gate=gate,
         consulting=consulting,
@@ -187,6 +194,7 @@ async def router_world(
         ladder=Ladder(consulting, Expectations(), metrics),
         answers=answers,
         repeats=repeats,
+        shadows=shadows,
         exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
@@ -195,17 +203,24 @@ async def router_world(
     for part in (ranking, passing):
         part.adopt(registry)
     settings = RpcSettings(grace_s=5, max_message_bytes=max_message_bytes)
-    server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, service_token=token, required=require_key), metrics=metrics)
+    server = RpcServer(
+        settings,
+        authenticator=Authenticator(registry.keys.get, service_token=token, required=require_key),
+        metrics=metrics,
+        tracing=tracing,
+    )
     open_inference.add(server, open_inference.OpenInference(passing, pool, "1.2.3"))
     server.add(pb_grpc.add_RouterServiceServicer_to_server, RouterServicer(ranking, Invalidating(invalidations)), SERVICE, scope="rank")
     await server.start()
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
         async with grpc.aio.insecure_channel(server.address, options=options) as to_router:
-            yield RouterWorld(server, ranking, to_router, metrics)
+            yield RouterWorld(server, ranking, shadows, to_router, metrics)
     finally:
         await server.drain()
+        await shadows.close()
         await answers.close()
         await repeats.close()
         await feature_client.close()
         await pool.close()
+        tracing.close()

@@ -14,9 +14,11 @@ from tests.fakes.model_worker import FakeModelWorker
 from tests.fakes.router_world import INPUTS, KEY, OTHER_KEY, route, router_world, snapshot
 from tests.integration.test_router import ids
 
+from plait.api.router.v1 import explanation_pb2
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
-from plait.registry.policies import Buckets, Condition, ExperimentArm, Range, Rule, Tier
+from plait.errors import from_rpc_error
+from plait.registry.policies import Buckets, CachePolicy, Condition, ExperimentArm, Range, Rule, Tier
 from plait.registry.records import Experiment, Variant
 from router.settings import AdmissionSettings
 
@@ -189,3 +191,41 @@ async def test_a_predict_is_explained_too_and_nothing_is_refused() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await router.stub.Explain(pb.ExplainRequest(), metadata=(("x-api-key", KEY),), timeout=20)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_explain_looks_at_the_cache_and_uses_none() -> None:
+    registry = snapshot(route(cache=CachePolicy(ttl_s=60), repeat_window_s=60))
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        assert (await router.explain(rank(request_id="r1"))).cache_would_be == explanation_pb2.CACHE_STATUS_MISS
+        assert (await router.rank(rank(request_id="r1"))).cache == explanation_pb2.CACHE_STATUS_MISS
+        told = await router.explain(rank(request_id="r1"))
+        assert (told.cache_would_be, told.rank.cache) == (explanation_pb2.CACHE_STATUS_HIT, explanation_pb2.CACHE_STATUS_UNSPECIFIED)
+        assert len(worker.requests) == 3
+        assert (await router.rank(rank(request_id="r2"))).cache == explanation_pb2.CACHE_STATUS_HIT
+
+
+@pytest.mark.parametrize("on_missing", ["default", "stale_ok", "fail"])
+async def test_a_view_that_is_required_is_whatever_the_policy_says(on_missing: str) -> None:
+    registry = snapshot(route(on_missing=on_missing, required_views=("item-view",)), route("lenient", on_missing=on_missing))
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        features.statuses = {types_pb2.ROW_STATUS_NULL: 1}
+        assert (await router.rank(rank())).tier == "full"
+        for status in (types_pb2.ROW_STATUS_STALE, types_pb2.ROW_STATUS_NOT_FOUND, types_pb2.ROW_STATUS_UNAVAILABLE):
+            features.statuses = {status: 1}
+            assert (await router.rank(rank(route="lenient"))).tier == "full"  # (the fake leaves the policy to the router)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await router.rank(rank())
+            error = from_rpc_error(caught.value)
+            assert (error.reason, "1 of 2 rows of feature view 'item-view'" in str(error)) == ("FEATURES_MISSING", True)
+        await features.server.drain()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.rank(rank())
+        assert from_rpc_error(caught.value).reason == "FEATURES_UNAVAILABLE"

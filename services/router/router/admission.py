@@ -29,6 +29,11 @@ class Admission:
         taken = self._settings.limit - self._free
         return f"<Admission in_flight={taken}/{self._settings.limit} waiting={len(self._waiting)}/{self._settings.queue}>"
 
+    @property
+    def load(self) -> float:
+        """The share of the places that are taken."""
+        return 1 - self._free / self._settings.limit
+
     def knock(self, deadline: Deadline) -> None:
         """Raise at once what `enter` would raise without a wait."""
         if deadline.remaining_s() < self._settings.min_budget_s:

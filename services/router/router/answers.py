@@ -87,6 +87,8 @@ class Answers:
         }
 
         async def cached(question: Question) -> Response:
+            if question.trail is not None:
+                question.trail.cache = self._would_be(question, policy)
             if question.request.explain:
                 return await road(question)
             key = self._keys.of(question)
@@ -101,6 +103,14 @@ class Answers:
     async def close(self) -> None:
         """End what is being made for nobody in particular."""
         await self._flights.close()
+
+    def _would_be(self, question: Question, policy: CachePolicy) -> explanation_pb.CacheStatus.ValueType:
+        """Return what would become of a question that explains nothing; nothing is touched."""
+        entry = self._entries.get(self._keys.of(question))
+        found = "gone" if entry is None else standing(self._clock() - entry.made_s, entry.took_s, policy, 1.0)
+        if entry is None or found == "gone" or self._untouched(entry, question) is None:
+            return MISS
+        return STALE if found == "stale" else HIT
 
     def _kept(self, key: bytes, question: Question, road: Road, policy: CachePolicy) -> Response | None:
         """Return what is kept, where it is good enough; where somebody should make it anew, that begins."""
@@ -147,7 +157,7 @@ class Answers:
             began_s=began_s,
             position=position,
         )
-        if made.tier == TIER_FULL and not made.reasons:
+        if made.tier == TIER_FULL and not made.reasons and self._keys.of(question) == key:  # (the registry may have changed meanwhile)
             # Its age counts from when it was begun: that is when its features were read.
             entry = Entry(data=made.data, made_s=began_s, took_s=made_s - began_s, position=position)
             self._entries.put(key, entry, len(made.data))

@@ -35,6 +35,7 @@ from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
+from router.shadow import Shadows
 from router.shared_invalidations import SharedInvalidations
 from router.stopwatch import RankingMetrics
 
@@ -63,6 +64,9 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
+    gate = Gate(Admission(settings.admission))
+    shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
+    stack.push_async_callback(shadows.close)
     ranking = Ranking(
         gate=gate,
         consulting=consulting,
@@ -70,6 +74,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
         ladder=Ladder(consulting, Expectations(), metrics),
         answers=answers,
         repeats=repeats,
+        shadows=shadows,
         exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),

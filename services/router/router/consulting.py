@@ -112,6 +112,8 @@ class Consulting:
         if question.inline:
             inputs = tuple(item for item in inputs if item.name not in question.inline)
         features = await self.read(question, arm, inputs) if inputs else features_pb.GetFeaturesResponse()
+        if question.route.required_views:
+            degradation.require(features.views, question.route.required_views)
         question.features, question.features_for = features, arm
         return features
 
@@ -163,7 +165,7 @@ class Consulting:
     ) -> inference_pb2.ModelInferResponse:
         frame = worker_pb.StreamInferRequest()
         fill_infer(frame.request, arm, tensors, outputs, question.request_id)
-        plan = CallPlan(
+        call = CallPlan(
             model=arm.model,
             version=arm.version,
             rows=question.rows,
@@ -173,7 +175,7 @@ class Consulting:
             attempts=question.route.attempts,
             hedge=question.route.hedge,
         )
-        return await _traced(question, "model", self._workers.infer(frame, plan))
+        return await _traced(question, "model", self._workers.infer(frame, call))
 
 
 async def _traced(question: Question, what: str, asked: Awaitable[R]) -> R:

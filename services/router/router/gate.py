@@ -16,6 +16,11 @@ class Gate:
     def __repr__(self) -> str:
         return f"<Gate {self._admission!r}>"
 
+    @property
+    def load(self) -> float:
+        """How much of what may be worked on at once is, 0 to 1."""
+        return self._admission.load
+
     def knock(self, deadline: Deadline) -> None:
         """Refuse what could not be let in anyway, before anything is done for it. Raises as `Admission.enter`."""
         self._admission.knock(deadline)

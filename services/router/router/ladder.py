@@ -139,19 +139,10 @@ def _steps_down(error: PlaitError) -> bool:
 
 
 def _suits(rung: Rung, question: Question) -> bool:
-    """Whether a rung can answer this request at all: it was checked against the variant that was chosen for it, not against others."""
+    """Whether a rung can answer this request, and is another one."""
     if rung.popularity is not None:
         return isinstance(question.request, pb.RankRequest)
-    if rung.arm is None or rung.arm is question.arm:
-        return False
-    meant = {item.name: item.spec for item in question.arm.inputs}
-    for item in rung.arm.inputs:
-        if item.name in question.inline:
-            if meant.get(item.name) != item.spec:
-                return False
-        elif any(entity not in question.ids for entity in item.entities):
-            return False
-    return all(name in rung.arm.outputs for name in question.outputs)
+    return rung.arm is not None and rung.arm is not question.arm and question.suits(rung.arm)
 
 
 def _report(question: Question, rung: Rung, reason: str, left_s: float, expected_s: float) -> None:

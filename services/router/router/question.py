@@ -26,7 +26,8 @@ class Question:
     """What to read, what to run, for whom, and in whose time.
 
     `subject` is the one id it is about, if there is one. `candidates` are the ids of the route's candidate type, in the caller's order;
-    `rows` says how many rows the model gets. `ids` holds the ids of every entity type as they came. `metadata` and `scopes` are the call's, `revision` is the registry's. `assignments`: what the experiments, or the weights, made of
+    `rows` says how many rows the model gets. `ids` holds the ids of every entity type as they came. `metadata` and `scopes` are the call's,
+    `revision` is the registry's. `assignments`: what the experiments, or the weights, made of
     it. What the road learns on its way stands here too: `tier`, `reasons` why the answer is not the best possible, `by_rule` how many
     candidates each business rule dropped, boosted or held back, the `features` that were read (for the inputs of `features_for`), and the
     `trail` of an Explain.
@@ -56,6 +57,17 @@ class Question:
     features: features_pb.GetFeaturesResponse | None = None
     features_for: Arm | None = None
     trail: Trail | None = None
+
+    def suits(self, arm: Arm) -> bool:
+        """Whether another variant can answer this request at all: it was checked against the one that was chosen for it."""
+        meant = {item.name: item.spec for item in self.arm.inputs}
+        for item in arm.inputs:
+            if item.name in self.inline:
+                if meant.get(item.name) != item.spec:
+                    return False
+            elif any(entity not in self.ids for entity in item.entities):
+                return False
+        return all(name in arm.outputs for name in self.outputs)
 
 
 Response = pb.RankResponse | pb.PredictResponse

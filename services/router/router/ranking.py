@@ -29,6 +29,7 @@ from router.ladder import Ladder
 from router.question import TIER_POPULARITY, Question, Response, Road
 from router.repeats import Repeats
 from router.route_table import NO_ROUTES, RouteTable, ServingRoute, compile_table
+from router.shadow import Shadows
 from router.stopwatch import RankingMetrics, Stopwatch
 from router.trail import Trail
 
@@ -54,6 +55,7 @@ class Ranking:
         ladder: Ladder,
         answers: Answers,
         repeats: Repeats,
+        shadows: Shadows,
         exposures: Exposures,
         metrics: RankingMetrics,
         max_message_bytes: int,
@@ -64,6 +66,7 @@ class Ranking:
         self._consulting = consulting
         self._cascade = cascade
         self._ladder = ladder
+        self._shadows = shadows
         self._exposures = exposures
         self._metrics = metrics
         self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)))
@@ -125,6 +128,8 @@ class Ranking:
         if route.ladder:
             filtering = self._cascade.filtering(stages) if stages and stages.filters else None
             road = self._ladder.around(road, route, filtering)  # outside of the gate: an overloaded model is a reason to answer otherwise
+        if route.shadows:
+            road = self._shadows.around(road, route)
         if route.cache is not None and route.cache.ttl_s:
             road = self._answers.around(road, route, route.cache)
         road = self._signed(road)

@@ -135,6 +135,16 @@ class Rung:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServingShadow:
+    """A variant that sees a share of the requests, and whose answers nobody does."""
+
+    arm: Arm
+    share: float
+    max_in_flight: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServingRoute:
     """A route as requests meet it. `by_name` holds the variants that can serve; where none of them has a weight, `fault` says why.
 
@@ -152,6 +162,7 @@ class ServingRoute:
     max_candidates: int
     policy: types_pb2.MissingPolicy.ValueType
     max_defaulted_share: float
+    required_views: frozenset[str]
     tenants: frozenset[str]
     by_name: Mapping[str, Arm]
     cache: CachePolicy | None
@@ -162,6 +173,7 @@ class ServingRoute:
     rules: tuple[ServingRule, ...]
     experiments: tuple[ServingExperiment, ...]
     ladder: tuple[Rung, ...]
+    shadows: tuple[ServingShadow, ...]
     fault: Fault | None = None
     left_out: Mapping[str, Fault] = field(default_factory=dict)
     stages: ServingStages | None = None
@@ -169,7 +181,7 @@ class ServingRoute:
     @property
     def takes_defaults(self) -> bool:
         """Whether defaults may stand in for every feature of an answer."""
-        return self.policy != types_pb2.MISSING_POLICY_FAIL and self.max_defaulted_share == 0
+        return self.policy != types_pb2.MISSING_POLICY_FAIL and self.max_defaulted_share == 0 and not self.required_views
 
     @property
     def plain(self) -> bool:
@@ -244,6 +256,7 @@ def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) 
         max_candidates=route.max_candidates,
         policy=_POLICIES[route.on_missing],
         max_defaulted_share=0.0 if share >= 1 else max(share, _NO_DEFAULTS),
+        required_views=frozenset(route.required_views),
         tenants=frozenset(route.tenants),
         by_name=MappingProxyType(by_name),
         cache=route.cache,
@@ -254,6 +267,11 @@ def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) 
         rules=tuple(ServingRule(name=rule.name, variant=rule.variant, tests=compile_condition(rule.when)) for rule in route.rules),
         experiments=compile_experiments(experiments),
         ladder=tuple(_ladder(route, weighted or arms, by_name, snapshot)),
+        shadows=tuple(
+            ServingShadow(arm=by_name[shadow.variant], share=shadow.share, max_in_flight=shadow.max_in_flight, timeout_s=shadow.timeout_s)
+            for shadow in route.shadow
+            if shadow.variant in by_name
+        ),
         fault=fault,
         left_out=MappingProxyType(left_out),
         stages=None if isinstance(stages, Fault) else stages,

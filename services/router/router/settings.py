@@ -22,14 +22,6 @@ class AdmissionSettings(Group):
     retry_after_s: float = Field(0.1, gt=0, le=60, description="when a refused caller is asked to come back, seconds")
 
 
-class KubernetesSettings(Group):
-    """A Kubernetes Service whose pods are followed; needs the extra `plait-router[kubernetes]`."""
-
-    namespace: str = Field("default", min_length=1, description="namespace of the service")
-    service: str = Field("", description="name of the service; empty = addresses are used instead")
-    port: str = Field("grpc", min_length=1, description="name of the service's port")
-
-
 class CacheSettings(Group):
     """Answers that are kept, on routes that say so."""
 
@@ -53,6 +45,14 @@ class SharedSettings(RedisSettings):
     @classmethod
     def _redis_url(cls, url: SecretStr) -> SecretStr:
         return super()._redis_url(url) if url.get_secret_value() else url
+
+
+class KubernetesSettings(Group):
+    """A Kubernetes Service whose pods are followed; needs the extra `plait-router[kubernetes]`."""
+
+    namespace: str = Field("default", min_length=1, description="namespace of the service")
+    service: str = Field("", description="name of the service; empty = addresses are used instead")
+    port: str = Field("grpc", min_length=1, description="name of the service's port")
 
 
 class EndpointsSettings(Group):
