@@ -180,7 +180,6 @@ async def router_world(
     pool = Pools(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
     pool.adopt(registry)
     metrics = Metrics()
-    gate = Gate(Admission(admission or AdmissionSettings()))
     invalidations = Invalidations()
     answers, repeats = Answers(CacheSettings(), invalidations, metrics), Repeats(RepeatsSettings(), metrics)
     consulting = Consulting(feature_client, pool, features_share)

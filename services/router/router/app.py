@@ -52,7 +52,6 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     stack.push_async_callback(features.close)
     workers = Pools(settings.workers, _channel(settings.workers.channel, settings), tracing=tracing, metrics=PoolMetrics(metrics))
     stack.push_async_callback(workers.close)
-    gate = Gate(Admission(settings.admission))
     invalidations = Invalidations()
     shared = None
     if settings.redis.url.get_secret_value():
