@@ -4,7 +4,7 @@
 
 A route's road is made once per snapshot, of the steps that the route uses and no others:
 
-    asked before? → kept? → ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity] → sign
+    asked before? → kept? → [shadows →] ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity] → sign
 """
 
 from __future__ import annotations
