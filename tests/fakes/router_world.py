@@ -120,8 +120,9 @@ def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_k
 class RouterWorld:
     """The router under test, as its clients see it."""
 
-    def __init__(self, server: RpcServer, ranking: Ranking, shadows: Shadows, stub: Any, metrics: Metrics) -> None:
+    def __init__(self, server: RpcServer, ranking: Ranking, shadows: Shadows, workers: Pools, stub: Any, metrics: Metrics) -> None:
         self.server = server
+        self.workers = workers
         self.ranking = ranking
         self.shadows = shadows
         self.stub = stub
@@ -197,7 +198,7 @@ async def router_world(
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
         async with grpc.aio.insecure_channel(server.address, options=options) as to_router:
-            yield RouterWorld(server, ranking, shadows, pb_grpc.RouterServiceStub(to_router), metrics)
+            yield RouterWorld(server, ranking, shadows, pool, pb_grpc.RouterServiceStub(to_router), metrics)
     finally:
         await server.drain()
         await shadows.close()
