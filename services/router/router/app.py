@@ -15,7 +15,6 @@ from plait.settings import ChannelSettings
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
 from router import auth
-from router.admission import Admission
 from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
@@ -68,7 +67,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
-    gate = Gate(Admission(settings.admission))
+    gate = Gate(settings.admission, metrics)
     shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     stack.push_async_callback(shadows.close)
     ranking = Ranking(

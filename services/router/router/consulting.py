@@ -179,7 +179,8 @@ class Consulting:
             hedge=question.route.hedge,
             trail=question.trail,
         )
-        return await self._workers.infer(frame, call)
+        question.scored = answer = await self._workers.infer(frame, call)
+        return answer
 
 
 def _alike(one: Arm, other: Arm) -> bool:

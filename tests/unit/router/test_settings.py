@@ -11,7 +11,11 @@ from plait.settings import SettingsError, fields, load
 from router.settings import RouterSettings
 
 NAMES = [
+    "ADMISSION__ADAPTIVE",
     "ADMISSION__LIMIT",
+    "ADMISSION__MIN_LIMIT",
+    "ADMISSION__START",
+    "ADMISSION__MAX_CELLS",
     "ADMISSION__QUEUE",
     "ADMISSION__MAX_WAIT_S",
     "ADMISSION__MIN_BUDGET_S",
@@ -72,7 +76,7 @@ def read(monkeypatch: pytest.MonkeyPatch, **environ: str) -> RouterSettings:
 
 def test_the_routers_own_names_are_these() -> None:
     """Deployments are written with them: one that is renamed breaks an upgrade."""
-    shared = re.compile("PLAIT_ROUTER_(RPC|TELEMETRY|REGISTRY|REDIS)__")
+    shared = re.compile("PLAIT_ROUTER_(RPC|TELEMETRY|REGISTRY)__")
     assert sorted(name.removeprefix("PLAIT_ROUTER_") for name, _ in fields(RouterSettings) if not shared.match(name)) == sorted(NAMES)
 
 
