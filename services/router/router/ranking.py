@@ -70,7 +70,7 @@ class Ranking:
         self._shadows = shadows
         self._exposures = exposures
         self._metrics = metrics
-        self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)))
+        self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)), consulting.ready)
         self._table = NO_ROUTES
         self._roads: dict[str, Road] = {}
 
