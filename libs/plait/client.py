@@ -29,12 +29,33 @@ import grpc
 from google.protobuf.message import Message
 
 from plait import dtypes
+from plait.api.events.v1 import events_pb2
+from plait.api.router.v1 import explanation_pb2
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1.router_service_pb2_grpc import RouterServiceStub
 from plait.api.types.v1 import types_pb2
 from plait.errors import Cancelled, FailedPrecondition, Internal, InvalidArgument, PlaitError, Unavailable, Violation, from_rpc_error
 
-__all__ = ["Assignment", "FeatureReport", "Prediction", "Ranking", "RankingClient", "SyncRankingClient", "Tensor", "Timings", "TlsConfig"]
+__all__ = [
+    "AgeReport",
+    "Assignment",
+    "AttemptReport",
+    "Explanation",
+    "FeatureReport",
+    "Outcome",
+    "Prediction",
+    "Ranking",
+    "RankingClient",
+    "Recorded",
+    "RuleReport",
+    "StageReport",
+    "SyncRankingClient",
+    "Tensor",
+    "TierReport",
+    "Timings",
+    "TlsConfig",
+    "WrongOutcome",
+]
 
 Id = str | int | tuple[str | int, ...]
 Ids = Iterable[str] | Iterable[int] | Iterable[tuple[str | int, ...]]
@@ -56,6 +77,7 @@ _CHANNEL_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.service_config_disable_resolution", 1),  # no TXT lookup beside every resolution
     ("grpc.lb_policy_name", "round_robin"),  # several routers behind one name share the calls
 )
+_OUTCOME_TYPES: Final = {name.removeprefix("EVENT_TYPE_").lower(): number for name, number in events_pb2.EventType.items() if number}
 _Part = TypeVar("_Part")
 
 
@@ -197,6 +219,114 @@ class Prediction:
     feature_report: tuple[FeatureReport, ...]
     tier: str = "full"
     assignments: tuple[Assignment, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleReport:
+    """Why one rule did or did not decide; the fields of the reports are explained in explanation.proto."""
+
+    rule: str
+    matched: bool
+    failed_condition: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierReport:
+    """Why one tier of the ladder did or did not answer; microseconds."""
+
+    tier: str
+    answered: bool
+    reason: str
+    budget_us: int
+    expected_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReport:
+    """What one stage of a cascade did; `by_rule` counts what each rule removed, moved or boosted."""
+
+    stage: str
+    candidates_in: int
+    candidates_out: int
+    took_us: int
+    by_rule: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptReport:
+    """One call to a service behind the router."""
+
+    what: str
+    endpoint: str
+    kind: str
+    outcome: str
+    took_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgeReport:
+    """How old the rows of one view were, microseconds; -1 where there was none."""
+
+    feature_view: str
+    view_version: int
+    oldest_us: int
+    median_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """A ranking and how it came to be, in the order things happened.
+
+    `cache` says what a cache would have done: "unspecified" (it took no part), "miss", "hit", "stale", "shared", "partial" or "repeated".
+    `not_in`: which experiments the unit is not in, and why. `summary` is one sentence for people.
+    """
+
+    ranking: Ranking
+    summary: str
+    rules: tuple[RuleReport, ...]
+    not_in: Mapping[str, str]
+    cache: str
+    ages: tuple[AgeReport, ...]
+    tiers: tuple[TierReport, ...]
+    stages: tuple[StageReport, ...]
+    attempts: tuple[AttemptReport, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one item of an answer, or with no `item` of the answer as a whole.
+
+    `request_id`: the answer's. `type`: "view", "like", "add_to_cart", "make_offer", "start_purchase", "complete_purchase" or "rate".
+    `at_s`: when, seconds since the epoch; None = now. `value`: a price, a rating, a duration. `outcome_id` tells outcomes apart that are alike
+    in answer, item and type, for example the third click on an item.
+    """
+
+    request_id: str
+    type: str
+    item: Id | None = None
+    entity_type: str = "item"
+    at_s: float | None = None
+    value: float = 0.0
+    outcome_id: str = ""
+    route: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrongOutcome:
+    """An outcome that was not kept: its place among those told, a stable word, and what to do about it."""
+
+    index: int
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What became of outcomes: how many were new, how many were known, and which are wrong."""
+
+    accepted: int
+    duplicates: int
+    errors: tuple[WrongOutcome, ...] = ()
 
 
 class _Client:
@@ -342,6 +472,26 @@ class RankingClient(_Client):
             )
         )
 
+    async def explain(
+        self,
+        route: str,
+        subject: Id,
+        candidates: Ids,
+        *,
+        top_k: int = 0,
+        request_id: str = "",
+        inline_features: Iterable[Tensor] = (),
+        request_features: Iterable[Tensor] = (),
+        labels: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Explanation:
+        """Return what `rank` would, and how it came to be; it is no exposure of an experiment. Arguments and errors as of `rank`.
+
+        Example:  print((await client.explain("home", "user-42", ["listing-7", "listing-8"])).summary)
+        """
+        asked = _rank_request(route, subject, candidates, top_k, request_id, inline_features, request_features, labels, explain=True)
+        return _explanation(await self._call("Explain", pb.ExplainRequest(rank=asked), timeout_s))
+
     async def predict(
         self,
         route: str,
@@ -369,6 +519,29 @@ class RankingClient(_Client):
                 timeout_s,
             )
         )
+
+    async def invalidate_cache(
+        self, *, route: str = "", model: str = "", entity_type: str = "", items: Ids = (), timeout_s: float | None = None
+    ) -> None:
+        """Have every router forget what it keeps of a route, of a model, or about items (at most 1 000 of one entity type).
+
+        For what changed before a kept answer runs out: something was sold, or is wrong. Needs a key with the scope `operate`. Forgetting
+        twice does no harm, so it is tried again like any call. Raises PlaitError: InvalidArgument, PermissionDenied, Unavailable
+        (INVALIDATION_NOT_SHARED: not every router could be told).
+
+        Example:  await client.invalidate_cache(entity_type="item", items=["listing-7"])
+        """
+        await self._call("InvalidateCache", _invalidation(route, model, entity_type, items), timeout_s)
+
+    async def record_outcomes(self, outcomes: Iterable[Outcome], *, timeout_s: float | None = None) -> Recorded:
+        """Tell what became of answers, 1 to 1 000 at once. Each counts once however often it is told, so tell again whatever you are not sure of.
+
+        Raises PlaitError: InvalidArgument, FailedPrecondition (OUTCOMES_NOT_KEPT), Unavailable. Outcomes that are wrong each are in `errors`,
+        the others are kept.
+
+        Example:  await client.record_outcomes([Outcome(request_id=ranking.request_id, type="like", item="listing-7")])
+        """
+        return _recorded(await self._call("RecordOutcome", _outcomes_request(outcomes), timeout_s))
 
     async def _call(self, method: str, request: Message, timeout_s: float | None) -> Any:
         tries = self._tries(timeout_s)
@@ -438,6 +611,23 @@ class SyncRankingClient(_Client):
             )
         )
 
+    def explain(
+        self,
+        route: str,
+        subject: Id,
+        candidates: Ids,
+        *,
+        top_k: int = 0,
+        request_id: str = "",
+        inline_features: Iterable[Tensor] = (),
+        request_features: Iterable[Tensor] = (),
+        labels: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Explanation:
+        """As RankingClient.explain, waiting."""
+        asked = _rank_request(route, subject, candidates, top_k, request_id, inline_features, request_features, labels, explain=True)
+        return _explanation(self._call("Explain", pb.ExplainRequest(rank=asked), timeout_s))
+
     def predict(
         self,
         route: str,
@@ -459,6 +649,16 @@ class SyncRankingClient(_Client):
                 timeout_s,
             )
         )
+
+    def invalidate_cache(
+        self, *, route: str = "", model: str = "", entity_type: str = "", items: Ids = (), timeout_s: float | None = None
+    ) -> None:
+        """Do what RankingClient.invalidate_cache does, and wait for it."""
+        self._call("InvalidateCache", _invalidation(route, model, entity_type, items), timeout_s)
+
+    def record_outcomes(self, outcomes: Iterable[Outcome], *, timeout_s: float | None = None) -> Recorded:
+        """Do what RankingClient.record_outcomes does, and wait for it."""
+        return _recorded(self._call("RecordOutcome", _outcomes_request(outcomes), timeout_s))
 
     def _call(self, method: str, request: Message, timeout_s: float | None) -> Any:
         tries = self._tries(timeout_s)
@@ -558,6 +758,39 @@ def _predict_request(
         for entity_type, ids in entities.items():
             _fill(request.entities.add(entity_type=entity_type).ids, ids, f"entities[{entity_type!r}]")
     return request
+
+
+def _invalidation(route: str, model: str, entity_type: str, items: Ids) -> pb.InvalidateCacheRequest:
+    with _sendable():
+        request = pb.InvalidateCacheRequest(route=route, model=model)
+        if entity_type:
+            request.items.entity_type = entity_type
+    if entity_type or items:
+        _fill(request.items.ids, items, "items.ids")
+    return request
+
+
+def _outcomes_request(outcomes: Iterable[Outcome]) -> pb.RecordOutcomeRequest:
+    request = pb.RecordOutcomeRequest()
+    for index, outcome in enumerate(outcomes):
+        number = _OUTCOME_TYPES.get(outcome.type)
+        if number is None:
+            raise InvalidArgument(f"outcomes[{index}].type: expected one of {', '.join(_OUTCOME_TYPES)}", reason="OUTCOME_TYPE_UNKNOWN")
+        with _sendable():
+            message = request.outcomes.add(
+                request_id=outcome.request_id, type=number, value=outcome.value, outcome_id=outcome.outcome_id, route=outcome.route
+            )
+            message.event_time.FromNanoseconds(round((time.time() if outcome.at_s is None else outcome.at_s) * 1e9))
+            if outcome.item is not None:
+                message.item.entity_type = outcome.entity_type
+        if outcome.item is not None:
+            _fill(message.item.ids, [outcome.item], f"outcomes[{index}].item")
+    return request
+
+
+def _recorded(response: pb.RecordOutcomeResponse) -> Recorded:
+    wrong = (WrongOutcome(index=error.index, reason=error.reason, message=error.message) for error in response.errors)
+    return Recorded(accepted=response.accepted, duplicates=response.duplicates, errors=tuple(wrong))
 
 
 @contextmanager
@@ -663,6 +896,29 @@ def _prediction(answer: pb.PredictResponse) -> Prediction:
         timings=_same(Timings, answer.timings) if answer.HasField("timings") else None,
         feature_report=tuple(_same(FeatureReport, view) for view in answer.feature_report),
         assignments=tuple(_same(Assignment, given) for given in answer.assignments),
+    )
+
+
+def _explanation(answer: pb.ExplainResponse) -> Explanation:
+    return Explanation(
+        ranking=_ranking(answer.rank),
+        summary=answer.summary,
+        rules=tuple(_same(RuleReport, report) for report in answer.rules),
+        not_in=dict(answer.not_in),
+        cache=explanation_pb2.CacheStatus.Name(answer.cache_would_be).removeprefix("CACHE_STATUS_").lower(),
+        ages=tuple(_same(AgeReport, report) for report in answer.ages),
+        tiers=tuple(_same(TierReport, report) for report in answer.tiers),
+        stages=tuple(
+            StageReport(
+                stage=report.stage,
+                candidates_in=report.candidates_in,
+                candidates_out=report.candidates_out,
+                took_us=report.took_us,
+                by_rule=dict(report.by_rule),
+            )
+            for report in answer.stages
+        ),
+        attempts=tuple(_same(AttemptReport, report) for report in answer.attempts),
     )
 
 

@@ -110,7 +110,9 @@ class RegistrySettings(Group):
 
     dsn: SecretStr = Field(SecretStr(""), description="Postgres of the registry, as postgresql://user:password@host:port/database")
     last_known_good: Path | None = Field(None, description="file that keeps the last snapshot, to start from when Postgres is away")
-    poll_s: float = Field(30.0, gt=0, description="how often to look for changes besides listening, seconds")
+    poll_s: float = Field(
+        0.5, gt=0, description="how often to look for changes besides listening, seconds; a revoked key is refused after this long at most"
+    )
     first_snapshot_timeout_s: float = Field(
         10.0, gt=0, description="how long to wait for Postgres at start before the file is used, seconds"
     )

@@ -20,6 +20,7 @@ from feature_retrieval.explanation import Explanation
 from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
+from feature_retrieval.permissions import ADMIN, SCOPES
 from feature_retrieval.publishing import Publishing
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.servicer import FeatureRetrievalServicer
@@ -127,7 +128,7 @@ async def event_service(
             max_in_flight=64,
             tracing=tracing,
         )
-        server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
+        server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope=ADMIN, scopes=SCOPES)
         await server.start()
         try:
             async with grpc.aio.insecure_channel(server.address) as channel:

@@ -29,7 +29,8 @@ def number_of(identifier: str | int) -> float:
 class FakeFeatureRetrieval(pb_grpc.FeatureRetrievalServiceServicer):
     """Each input is [ids, columns] of float32: the number of the id, then zeros. `inputs` maps an input to (entity type, columns).
 
-    Faults: `error` is raised instead of an answer; `gate` is waited for before one; `statuses` counts rows as of that status.
+    Faults: `error` is raised instead of an answer; `gate` is waited for before one; `statuses` counts rows as of that status. Every row is `age_us`
+    old, where that is asked.
     """
 
     def __init__(self, inputs: dict[str, tuple[str, int]], *, token: str = "the-token", port: int = 0, instant: bool = False) -> None:
@@ -39,6 +40,7 @@ class FakeFeatureRetrieval(pb_grpc.FeatureRetrievalServiceServicer):
         self.error: PlaitError | None = None
         self.gate: asyncio.Event | None = None
         self.statuses: dict[int, int] = {}
+        self.age_us = 2_000_000
         self.cancelled = 0
         self._instant = instant
         self._cache: dict[int, pb.GetFeaturesResponse] = {}
@@ -89,7 +91,10 @@ class FakeFeatureRetrieval(pb_grpc.FeatureRetrievalServiceServicer):
             for status, count in self.statuses.items():
                 counts[status] = min(count, len(listed))
             counts[types_pb2.ROW_STATUS_PRESENT] = len(listed) - sum(counts)
-            response.views.add(feature_view=f"{entity}-view", entity_type=entity, statuses=bytes([1]) * len(listed), status_counts=counts)
+            view = response.views.add(feature_view=f"{entity}-view", entity_type=entity, statuses=bytes([1]) * len(listed))
+            view.status_counts.extend(counts)
+            if request.include_ages:
+                view.ages_us = np.array([self.age_us] * len(listed), "<i8").tobytes()
         response.store_us = 321
 
     def _fill_at_once(self, request: Any, response: Any) -> None:

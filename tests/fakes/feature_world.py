@@ -21,6 +21,7 @@ from feature_retrieval.explanation import Explanation
 from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
+from feature_retrieval.permissions import ADMIN, SCOPES
 from feature_retrieval.publishing import Publishing
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.row_codec import entity_prefix
@@ -133,7 +134,7 @@ async def feature_world(snapshot: Snapshot, redis_url: str, *, near_cache: bool 
             tracing=off(),
             upkeep=upkeep,
         )
-        server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
+        server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope=ADMIN, scopes=SCOPES)
         await server.start()
         tracker = asyncio.create_task(track()) if near_cache else None
         async with grpc.aio.insecure_channel(server.address) as channel:

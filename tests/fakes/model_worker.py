@@ -32,7 +32,8 @@ def item_number(user: NDArray[np.float32], item: NDArray[np.float32]) -> NDArray
 class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
     """Answers output "score" from inputs "user" and "item".
 
-    Faults: `error` is raised instead of an answer; `gate` is waited for before one, unless it is `let_pass`.
+    Faults: `error` is raised instead of an answer (`refuse` and `score_of` tell requests apart); `gate` is waited for before one, unless it is
+    `let_pass`. `load` is told on every answer.
     """
 
     def __init__(self, score: Score = item_number, *, token: str = "the-token", port: int = 0, instant: bool = False) -> None:
@@ -41,9 +42,12 @@ class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
         self.requests: list[inference_pb2.ModelInferRequest] = []
         self.started = asyncio.Event()
         self.error: PlaitError | None = None
+        self.refuse: Callable[[inference_pb2.ModelInferRequest], PlaitError | None] = lambda _: self.error
+        self.score_of: Callable[[inference_pb2.ModelInferRequest], Score] = lambda _: self.score
         self.gate: asyncio.Event | None = None
         self.let_pass: Callable[[inference_pb2.ModelInferRequest], bool] = lambda _: False
         self.cancelled = 0
+        self.load: pb.LoadReport | None = None
         self.datatype = "FP32"
         self._instant = instant
         self._cache: dict[int, bytes] = {}
@@ -63,7 +67,11 @@ class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
         return self.server.address
 
     async def StreamInfer(self, requests: AsyncIterator[Any], context: Any) -> None:
-        await multiplex.serve(requests, context, self.fill, pb.StreamInferResponse)
+        await multiplex.serve(requests, context, self.fill, pb.StreamInferResponse, finish=self._finish)
+
+    def _finish(self, response: Any) -> None:
+        if self.load is not None:
+            response.load.CopyFrom(self.load)
 
     async def fill(self, request: Any, response: Any) -> None:
         if not self._instant:
@@ -87,8 +95,9 @@ class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
             except asyncio.CancelledError:
                 self.cancelled += 1
                 raise
-        if self.error is not None:
-            raise self.error
+        error = self.refuse(request)
+        if error is not None:
+            raise error
 
     def _scores(self, request: inference_pb2.ModelInferRequest) -> bytes:
         rows = next(i.shape[0] for i in request.inputs if i.name == "item")
@@ -98,5 +107,5 @@ class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
             i.name: np.frombuffer(raw, "<f4").reshape(tuple(i.shape))
             for i, raw in zip(request.inputs, request.raw_input_contents, strict=True)
         }
-        self._cache[rows] = self.score(tensors["user"], tensors["item"]).astype("<f4").tobytes()
+        self._cache[rows] = self.score_of(request)(tensors["user"], tensors["item"]).astype("<f4").tobytes()
         return self._cache[rows]

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from plait.api.router.v1 import explanation_pb2
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
 from plait.errors import DETAILS_KEY, PlaitError
@@ -58,6 +59,12 @@ class FakeRouter(pb_grpc.RouterServiceServicer):
     def requests(self) -> list[Any]:
         return [received.request for received in self.received]
 
+    async def RecordOutcome(self, request: Any, context: Any) -> pb.RecordOutcomeResponse:
+        await self._receive(request, context)
+        wrong = [(at, outcome) for at, outcome in enumerate(request.outcomes) if outcome.request_id == "bad"]
+        errors = [pb.OutcomeError(index=at, reason="REQUEST_ID_INVALID", message="bad") for at, _ in wrong]
+        return pb.RecordOutcomeResponse(accepted=len(request.outcomes) - len(errors), duplicates=0, errors=errors)
+
     async def Rank(self, request: Any, context: Any) -> pb.RankResponse:
         await self._receive(request, context)
         answer = pb.RankResponse(
@@ -82,6 +89,20 @@ class FakeRouter(pb_grpc.RouterServiceServicer):
         self.change(answer)
         return answer
 
+    async def Explain(self, request: Any, context: Any) -> pb.ExplainResponse:
+        told = pb.ExplainResponse(rank=await self.Rank(request.rank, context), summary="It is so.", not_in={"v5": "layer"})
+        told.rank.assignments.add(experiment="v4", layer="ranking", variant="champion", bucket=7)
+        told.rules.add(rule="staff", failed_condition="headers.x-staff")
+        told.rules.add(rule="all", matched=True)
+        told.cache_would_be = explanation_pb2.CACHE_STATUS_HIT
+        told.ages.add(feature_view="listing_stats", view_version=2, oldest_us=3_000_000, median_us=1_500_000)
+        told.ages.add(feature_view="user_stats", view_version=1, oldest_us=-1, median_us=-1)
+        told.tiers.add(tier="full", answered=True, reason="answered", budget_us=250_000, expected_us=5_000)
+        told.stages.add(stage="filter", candidates_in=5, candidates_out=3, took_us=40, by_rule={"sold-out": 2})
+        told.attempts.add(what="model", endpoint="10.0.0.7:1", kind="first", outcome="OK", took_us=1234)
+        self.change(told)
+        return told
+
     async def Predict(self, request: Any, context: Any) -> pb.PredictResponse:
         await self._receive(request, context)
         answer = pb.PredictResponse(
@@ -96,6 +117,10 @@ class FakeRouter(pb_grpc.RouterServiceServicer):
             self._explain(answer)
         self.change(answer)
         return answer
+
+    async def InvalidateCache(self, request: Any, context: Any) -> pb.InvalidateCacheResponse:
+        await self._receive(request, context)
+        return pb.InvalidateCacheResponse()
 
     @staticmethod
     def _explain(answer: Any) -> None:

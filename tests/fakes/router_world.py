@@ -29,25 +29,34 @@ from plait.registry.records import (
 )
 from plait.rpc.credentials import Authenticator, digest
 from plait.rpc.server import RpcServer
-from plait.settings import ChannelSettings, RpcSettings
+from plait.settings import ChannelSettings, RpcSettings, TelemetrySettings
 from plait.telemetry.metrics import Metrics
-from router.admission import Admission
+from plait.telemetry.tracing import Tracing
+from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
 from router.expectations import Expectations
+from router.exposures import Exposures
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.invalidating import Invalidating
+from router.invalidation import Invalidations
 from router.ladder import Ladder
+from router.outcomes import Outcomes
+from router.pools import Pools
+from router.quotas import Quotas
 from router.ranking import Ranking
+from router.repeats import Repeats
 from router.servicer import RouterServicer
-from router.settings import AdmissionSettings, FeaturesSettings, WorkersSettings
+from router.settings import AdmissionSettings, CacheSettings, FeaturesSettings, RepeatsSettings, WorkersSettings
+from router.shadow import Shadows
 from router.stopwatch import RankingMetrics
-from router.worker_pool import WorkerPool
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
 KEY = "plait_test-key"
 OTHER_KEY = "plait_other-tenants-key"
 NARROW_KEY = "plait_key-without-rank"
+OPERATING_KEY = "plait_operating-key"
 EXPIRED_KEY = "plait_expired-key"
 DEFAULT = 0.5  # of the first feature of each view; the others have none
 
@@ -94,6 +103,7 @@ def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_k
         ApiKey(id="k1", tenant="shop", sha256=digest(KEY)),
         ApiKey(id="k2", tenant="other", sha256=digest(OTHER_KEY)),
         ApiKey(id="k3", tenant="shop", sha256=digest(NARROW_KEY), scopes=("features",)),
+        ApiKey(id="k5", tenant="shop", sha256=digest(OPERATING_KEY), scopes=("rank", "operate")),
         ApiKey(id="k4", tenant="shop", sha256=digest(EXPIRED_KEY), expires_at=1.0),
     )
     return Snapshot(
@@ -110,9 +120,10 @@ def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_k
 class RouterWorld:
     """The router under test, as its clients see it."""
 
-    def __init__(self, server: RpcServer, ranking: Ranking, stub: Any, metrics: Metrics) -> None:
+    def __init__(self, server: RpcServer, ranking: Ranking, shadows: Shadows, stub: Any, metrics: Metrics) -> None:
         self.server = server
         self.ranking = ranking
+        self.shadows = shadows
         self.stub = stub
         self.metrics = metrics
 
@@ -125,8 +136,15 @@ class RouterWorld:
     ) -> Any:
         return await self.stub.Rank(request, metadata=(*_metadata(key), *(headers or {}).items()), timeout=timeout_s)
 
+    async def explain(self, request: Any, *, key: str | None = KEY, headers: dict[str, str] | None = None) -> Any:
+        asked = pb.ExplainRequest(rank=request) if isinstance(request, pb.RankRequest) else pb.ExplainRequest(predict=request)
+        return await self.stub.Explain(asked, metadata=(*_metadata(key), *(headers or {}).items()), timeout=20.0)
+
     async def predict(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0) -> Any:
         return await self.stub.Predict(request, metadata=_metadata(key), timeout=timeout_s)
+
+    async def invalidate(self, request: Any, *, key: str | None = OPERATING_KEY) -> Any:
+        return await self.stub.InvalidateCache(request, metadata=_metadata(key), timeout=20.0)
 
 
 def _metadata(key: str | None) -> tuple[tuple[str, str], ...]:
@@ -143,32 +161,48 @@ async def router_world(
     token: str = "the-token",
     max_message_bytes: int = 16 << 20,
     features_share: float = 0.8,
+    telemetry: TelemetrySettings | None = None,
 ) -> AsyncIterator[RouterWorld]:
     """Run the router on a free port in front of comma separated addresses."""
     registry = registry or snapshot()
     channel = ChannelSettings(service_token=token)  # type: ignore[arg-type]
     feature_client = FeatureClient(FeaturesSettings(addresses=features, ejection_s=0.05), channel)
-    pool = WorkerPool(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
+    pool = Pools(WorkersSettings(addresses=workers, ejection_s=0.05), channel)
+    pool.adopt(registry)
     metrics = Metrics()
+    invalidations = Invalidations()
+    answers, repeats = Answers(CacheSettings(), invalidations, metrics), Repeats(RepeatsSettings(), metrics)
     consulting = Consulting(feature_client, pool, features_share)
+    gate = Gate(admission or AdmissionSettings(), Quotas(), metrics)
+    tracing = Tracing(telemetry or TelemetrySettings(), "router")
+    shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     ranking = Ranking(
-        gate=Gate(Admission(admission or AdmissionSettings())),
+        gate=gate,
         consulting=consulting,
         cascade=Cascade(consulting, feature_client, features_share),
         ladder=Ladder(consulting, Expectations(), metrics),
+        answers=answers,
+        repeats=repeats,
+        shadows=shadows,
+        exposures=Exposures(metrics),
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )
     ranking.adopt(registry)
     settings = RpcSettings(grace_s=5, max_message_bytes=max_message_bytes)
-    server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, required=True), metrics=metrics)
-    server.add(pb_grpc.add_RouterServiceServicer_to_server, RouterServicer(ranking), SERVICE, scope="rank")
+    server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, required=True), metrics=metrics, tracing=tracing)
+    servicer = RouterServicer(ranking, Invalidating(invalidations), Outcomes(None, metrics))
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, SERVICE, scope="rank")
     await server.start()
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
         async with grpc.aio.insecure_channel(server.address, options=options) as to_router:
-            yield RouterWorld(server, ranking, pb_grpc.RouterServiceStub(to_router), metrics)
+            yield RouterWorld(server, ranking, shadows, pb_grpc.RouterServiceStub(to_router), metrics)
     finally:
         await server.drain()
+        await shadows.close()
+        await answers.close()
+        await repeats.close()
         await feature_client.close()
         await pool.close()
+        tracing.close()

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import re
+import time
 from collections.abc import AsyncIterator
 
 import asyncpg
@@ -47,7 +48,7 @@ async def store(dsn: str) -> AsyncIterator[Store]:
 
 async def test_migrating_twice_does_nothing_the_second_time(dsn: str) -> None:
     async with await Store.open(dsn) as store:
-        assert [str(m) for m in await store.migrate()] == ["0001_registry", "0002_features", "0003_built"]
+        assert [str(m) for m in await store.migrate()] == ["0001_registry", "0002_features", "0003_built", "0004_keys"]
         assert await store.migrate() == ()
         assert (await store.snapshot()).tenants == {"default": DEFAULT}
 
@@ -325,6 +326,52 @@ async def test_keys_are_shown_once_stored_hashed_and_revoked(store: Store, dsn: 
         await store.revoke_key(key.id, actor="bob")
 
 
+async def test_a_rotated_key_is_let_in_beside_its_successor_for_the_overlap(store: Store) -> None:
+    old, old_secret = await store.create_key("default", ("rank",), actor="anna", note="home page")
+    new, new_secret = await store.rotate_key(old.id, overlap_s=3600, actor="bob", reason="it is old")
+    assert new_secret != old_secret
+    assert (new.tenant, new.scopes, new.note, new.replaces, new.expires_at) == ("default", ("rank",), "home page", old.id, 0.0)
+    keys = {key.id: key for key in (await store.snapshot()).keys.values()}
+    assert keys[new.id] == new
+    assert keys[old.id].expires_at == pytest.approx(new.created_at + 3600)
+    assert [(c.action, c.generation, c.actor) for c in await store.history("ApiKey", old.id)] == [
+        ("updated", 2, "bob"),
+        ("created", 1, "anna"),
+    ]
+    with pytest.raises(FailedPrecondition, match=f"replaced by {new.id}"):
+        await store.rotate_key(old.id, overlap_s=0, actor="bob")
+    await store.revoke_key(old.id, actor="bob")
+    assert [c.generation for c in await store.history("ApiKey", old.id)] == [3, 2, 1]
+    newest, _ = await store.rotate_key(new.id, overlap_s=0, actor="bob")
+    assert {key.id for key in await store.list_keys()} == {new.id, newest.id}
+    await store.revoke_key(newest.id, actor="bob")
+    await store.rotate_key(new.id, overlap_s=0, actor="bob")  # its successor is gone, so it may have another
+    with pytest.raises(NotFound):
+        await store.rotate_key("key-0", overlap_s=0, actor="bob")
+
+
+async def test_a_successor_lives_as_long_as_the_key_was_made_to_and_the_overlap_adds_nothing(store: Store) -> None:
+    old, _ = await store.create_key("default", ("rank",), actor="anna", expires_at=time.time() + 60)
+    new, _ = await store.rotate_key(old.id, overlap_s=3600, actor="anna")
+    assert new.expires_at - new.created_at == pytest.approx(old.expires_at - old.created_at)
+    assert {key.expires_at for key in await store.list_keys() if key.id == old.id} == {old.expires_at}
+
+
+async def test_keys_made_before_they_could_be_rotated_are_kept(dsn: str) -> None:
+    async with await Store.open(dsn) as store:
+        await store.migrate(migrator.shipped()[:3])
+        connection = await asyncpg.connect(dsn)
+        await connection.execute(
+            "insert into plait.api_key (id, tenant, sha256, scopes) values ('key-1', 'default', $1, $2)", "ab" * 32, ["features"]
+        )
+        await connection.close()
+        await store.migrate()
+        (key,) = await store.list_keys()
+        assert (key.id, key.scopes, key.replaces, key.note) == ("key-1", ("features",), "", "")
+        new, _ = await store.rotate_key("key-1", overlap_s=60, actor="anna")
+        assert new.replaces == "key-1"
+
+
 async def test_keys_that_make_no_sense_are_refused(store: Store) -> None:
     with pytest.raises(InvalidArgument, match="found root"):
         await store.create_key("default", ("rank", "root"), actor="anna")
@@ -332,6 +379,8 @@ async def test_keys_that_make_no_sense_are_refused(store: Store) -> None:
         await store.create_key("default", (), actor="anna")
     with pytest.raises(NotFound, match="no tenant 'nobody'"):
         await store.create_key("nobody", actor="anna")
+    with pytest.raises(InvalidArgument, match="note"):
+        await store.create_key("default", actor="anna", note="x" * 257)
 
 
 async def test_a_change_needs_an_author_and_a_short_reason(store: Store) -> None:

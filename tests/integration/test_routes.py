@@ -7,14 +7,18 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import grpc
+import pytest
 from tests.fakes.feature_retrieval import FakeFeatureRetrieval
 from tests.fakes.model_worker import FakeModelWorker
-from tests.fakes.router_world import INPUTS, OTHER_KEY, route, router_world, snapshot
+from tests.fakes.router_world import INPUTS, KEY, OPERATING_KEY, OTHER_KEY, route, router_world, snapshot
 from tests.integration.test_router import ids
 
+from plait.api.router.v1 import explanation_pb2
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
-from plait.registry.policies import Buckets, Condition, ExperimentArm, Range, Rule, Tier
+from plait.errors import from_rpc_error
+from plait.registry.policies import Buckets, CachePolicy, Condition, ExperimentArm, Range, Rule, Tier
 from plait.registry.records import Experiment, Variant
 from router.settings import AdmissionSettings
 
@@ -121,3 +125,112 @@ async def test_where_the_router_is_full_popularity_answers_but_not_beyond_the_qu
         assert (answer.tier, list(answer.item_ids.string_ids)) == ("popularity", ["i7", "i1"])
         worker.gate.set()
         assert (await first).tier == "full"
+
+
+async def test_explain_tells_what_is_true_of_the_very_same_answer() -> None:
+    rules = (
+        Rule(name="staff", variant="canary", when=Condition(headers={"x-staff": ("1",)})),
+        Rule(name="austria", variant="canary", when=Condition(labels={"country": ("at",)})),
+    )
+    arms = (ExperimentArm(variant="main"), ExperimentArm(variant="canary"))
+    registry = snapshot(route(variants=VARIANTS, rules=rules, ladder=LADDER))
+    registry = replace(registry, experiments={"v4": Experiment(name="v4", route="home", arms=arms, layer="ranking")})
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        asked = rank(labels={"country": "at"}, request_id="r1", candidates=ids("i2", "i9", "i5"))
+        answer, told = await router.rank(asked), await router.explain(asked)
+        for name in ("item_ids", "scores", "variant", "model_version", "tier", "request_id", "registry_revision"):
+            assert getattr(told.rank, name) == getattr(answer, name)
+        assert told.rank.timings.total_us > 0
+        assert [(r.rule, r.matched, r.failed_condition) for r in told.rules] == [("staff", False, "headers.x-staff"), ("austria", True, "")]
+        assert dict(told.not_in) == {"v4": "rule"}
+        assert [(a.feature_view, a.view_version, a.oldest_us, a.median_us) for a in told.ages] == [
+            ("user-view", 1, 2_000_000, 2_000_000), ("item-view", 1, 2_000_000, 2_000_000),
+        ]  # fmt: skip
+        assert next((t.tier, t.answered, t.reason) for t in told.tiers) == ("full", True, "answered")
+        assert [(a.what, a.kind, a.outcome) for a in told.attempts] == [("features", "first", "OK"), ("model", "first", "OK")]
+        operators = await router.explain(asked, key=OPERATING_KEY)
+        assert [a.endpoint for a in operators.attempts] == [features.address, worker.address]
+        assert told.summary == "Variant 'canary' (ranker version 1) answered, by rule 'austria'."
+        assert "experiment 'v4' (bucket " in (await router.explain(rank())).summary
+        await worker.server.drain()
+        told = await router.explain(asked)
+        tried = [(a.what, a.kind, a.outcome) for a in told.attempts]
+        lost = "UNAVAILABLE CONNECTION_LOST"
+        assert tried == [("features", "first", "OK"), ("model", "first", lost), ("model", "retry", lost)]
+        assert {a.endpoint for a in told.attempts} == {""}, "where services live is for operators"
+        assert "popularity of the candidates answered" in told.summary
+        assert "on tier popularity, because full failed" in told.summary
+
+
+async def test_an_explain_is_no_exposure_and_reads_no_ages_for_others() -> None:
+    arms = (ExperimentArm(variant="main"), ExperimentArm(variant="canary"))
+    registry = replace(snapshot(route(variants=VARIANTS)), experiments={"v4": Experiment(name="v4", route="home", arms=arms)})
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        variant = (await router.explain(rank())).rank.variant
+        exposures = router.metrics.registry.get_sample_value
+        labels = {"experiment": "v4", "variant": variant}
+        assert exposures("plait_router_exposures_total", labels) is None
+        assert (await router.rank(rank())).variant == variant
+        assert exposures("plait_router_exposures_total", labels) == 1
+        assert [request.include_ages for request in features.requests] == [True, False]
+
+
+async def test_a_predict_is_explained_too_and_nothing_is_refused() -> None:
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address) as router,
+    ):
+        asked = types_pb2.EntityRows(entity_type="user", ids=ids("u1")), types_pb2.EntityRows(entity_type="item", ids=ids("i1"))
+        told = await router.explain(pb.PredictRequest(route="home", entities=asked))
+        assert told.predict.outputs[0].name == "score"
+        assert "as the route's only variant with a weight" in told.summary
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.stub.Explain(pb.ExplainRequest(), metadata=(("x-api-key", KEY),), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_explain_looks_at_the_cache_and_uses_none() -> None:
+    registry = snapshot(route(cache=CachePolicy(ttl_s=60), repeat_window_s=60))
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        assert (await router.explain(rank(request_id="r1"))).cache_would_be == explanation_pb2.CACHE_STATUS_MISS
+        assert (await router.rank(rank(request_id="r1"))).cache == explanation_pb2.CACHE_STATUS_MISS
+        told = await router.explain(rank(request_id="r1"))
+        assert (told.cache_would_be, told.rank.cache) == (explanation_pb2.CACHE_STATUS_HIT, explanation_pb2.CACHE_STATUS_UNSPECIFIED)
+        assert len(worker.requests) == 3
+        assert (await router.rank(rank(request_id="r2"))).cache == explanation_pb2.CACHE_STATUS_HIT
+
+
+@pytest.mark.parametrize("on_missing", ["default", "stale_ok", "fail"])
+async def test_a_view_that_is_required_is_whatever_the_policy_says(on_missing: str) -> None:
+    registry = snapshot(route(on_missing=on_missing, required_views=("item-view",)), route("lenient", on_missing=on_missing))
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        features.statuses = {types_pb2.ROW_STATUS_NULL: 1}
+        assert (await router.rank(rank())).tier == "full"
+        for status in (types_pb2.ROW_STATUS_STALE, types_pb2.ROW_STATUS_NOT_FOUND, types_pb2.ROW_STATUS_UNAVAILABLE):
+            features.statuses = {status: 1}
+            assert (await router.rank(rank(route="lenient"))).tier == "full"  # (the fake leaves the policy to the router)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await router.rank(rank())
+            error = from_rpc_error(caught.value)
+            assert (error.reason, "1 of 2 rows of feature view 'item-view'" in str(error)) == ("FEATURES_MISSING", True)
+        await features.server.drain()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.rank(rank())
+        assert from_rpc_error(caught.value).reason == "FEATURES_UNAVAILABLE"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -18,15 +17,14 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from tests.fakes.registry_world import eventually
-from tests.fakes.worker_world import SERVICE_TOKEN, TOKEN, infer_request, model, outputs, published, scripted, snapshot
+from tests.fakes.worker_process import worker_process
+from tests.fakes.worker_world import TOKEN, infer_request, model, outputs, published, scripted, snapshot
 from torch import Tensor, nn
 
 from plait.api.inference.v2 import inference_pb2 as pb
 from plait.api.inference.v2 import inference_pb2_grpc as pb_grpc
 from plait.errors import ResourceExhausted, from_rpc_error
 from plait.local.child import Child
-from plait.registry import last_known_good
 from plait.registry.artifact import ArtifactManifest
 from plait.registry.records import Batching, Execution, ModelVersion, TensorSpec
 from plait.rpc.channel import open_channel
@@ -101,32 +99,15 @@ def version(execution: Execution, tmp_path: Path) -> ModelVersion:
 
 @asynccontextmanager
 async def started(version: ModelVersion, folder: Path, dsn: str) -> AsyncIterator[Process]:
-    """Start `python -m model_worker` from a last-known-good file; it is ready, and gone afterwards."""
-    last_known_good.write(folder / "registry.json", snapshot(model("worker", version)))
-    settings = {
-        "RPC__PORT_FILE": str(folder / "port.json"),
-        "RPC__SERVICE_TOKEN": SERVICE_TOKEN,
-        "RPC__GRACE_S": str(GRACE_S),
-        "RPC__MAX_IN_FLIGHT": str(CALLERS),
-        "REGISTRY__DSN": dsn,
-        "REGISTRY__LAST_KNOWN_GOOD": str(folder / "registry.json"),
-        "ARTIFACTS__CACHE": str(folder / "cache"),
-    }
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PLAIT_")}
-    env |= {f"PLAIT_MODEL_WORKER_{name}": value for name, value in settings.items()}
-    child = Child.start([sys.executable, "-m", "model_worker"], name="model-worker", log=folder / "log", env=env)
-    try:
-        await eventually(lambda: (folder / "port.json").exists() or not child.running, 60)
-        assert child.running, child.log_tail()
-        address = json.loads((folder / "port.json").read_text())["rpc"]
-        async with open_channel(address, ChannelSettings()) as channel:
-            process = Process(child, pb_grpc.GRPCInferenceServiceStub(channel))
-            async with asyncio.timeout(60):
-                while not await process.ready():
-                    assert child.running, child.log_tail()
-            yield process
-    finally:
-        await child.stop(signal.SIGKILL, grace_s=10)
+    """Start a worker; it is ready, and gone afterwards."""
+    registry = snapshot(model("worker", version))
+    limits = {"RPC__GRACE_S": str(GRACE_S), "RPC__MAX_IN_FLIGHT": str(CALLERS)}
+    async with worker_process(folder, registry, dsn, **limits) as worker, open_channel(worker.address, ChannelSettings()) as channel:
+        process = Process(worker.child, pb_grpc.GRPCInferenceServiceStub(channel))
+        async with asyncio.timeout(60):
+            while not await process.ready():
+                assert process.child.running, process.child.log_tail()
+        yield process
 
 
 def children(pid: int) -> set[Path]:

@@ -10,8 +10,9 @@ from typing import Final
 from plait.local.state import StateFolder, write_private
 from plait.registry.manifests import Manifest
 from plait.registry.records import Tenant
-from plait.registry.store import SCOPES, Store
+from plait.registry.store import Store
 from plait.rpc.credentials import digest
+from plait.rpc.identity.roles import SCOPES, granted
 
 TENANT: Final = "default"
 ACTOR: Final = "plait up"
@@ -48,7 +49,7 @@ def privacy_key_on(state: StateFolder) -> str:
 
 async def _api_key(store: Store, known: str) -> str:
     """Return the key of the last time if the registry still takes it, else a new one."""
-    valid = {key.sha256 for key in await store.list_keys(TENANT) if set(SCOPES) <= set(key.scopes) and not key.expires_at}
+    valid = {key.sha256 for key in await store.list_keys(TENANT) if granted(key.scopes).issuperset(SCOPES) and not key.expires_at}
     if known and digest(known) in valid:
         return known
     _, secret = await store.create_key(TENANT, SCOPES, actor=ACTOR, reason="the key of a local mesh")

@@ -14,6 +14,7 @@ from plait.registry.findings import Finding, Steps
 from plait.registry.policies import Retrieve
 from plait.registry.problems import Problem, path
 from plait.registry.records import Experiment, FeatureSet, Model, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec
+from plait.registry.references_of import models_of
 from plait.registry.resources import Key, records_of
 from plait.registry.rule_columns import RuleColumns, columns_named, rule_columns
 from plait.registry.shapes import SetShape
@@ -56,7 +57,9 @@ def users_of(snapshot: Snapshot, key: Key) -> tuple[str, ...]:
         found += [f"Model {m.name}" for m in models if any(v.signature and v.signature.feature_set == name for v in m.versions)]
         found += [f"Route {r.name}" for r in snapshot.routes.values() if r.stages and r.stages.rules == name]
     elif kind == "Model":
-        found += [f"Route {r.name}" for r in snapshot.routes.values() if name in _models_named(r)]
+        found += [f"Route {r.name}" for r in snapshot.routes.values() if any(model == name for model, _ in models_of(r))]
+    elif kind == "Pool":
+        found += [f"Model {m.name}" for m in snapshot.models.values() if m.pool == name]
     elif kind == "Route":
         found += [f"Experiment {e.name}" for e in snapshot.experiments.values() if e.route == name]
     elif kind == "Tenant":
@@ -66,11 +69,6 @@ def users_of(snapshot: Snapshot, key: Key) -> tuple[str, ...]:
         found += [f"Experiment {e.name}" for e in snapshot.experiments.values() if name in e.when.tenants]
         found += [f"API key {k.id}" for k in snapshot.keys.values() if k.tenant == name]
     return tuple(found)
-
-
-def _models_named(route: Route) -> set[str]:
-    retrieve = route.stages.retrieve if route.stages else None
-    return {variant.model for variant in route.variants} | ({retrieve.model} if retrieve else set())
 
 
 def pinned(feature_sets: Iterable[FeatureSet]) -> frozenset[tuple[str, int]]:
@@ -105,7 +103,7 @@ def _models_of(snapshot: Snapshot, set_name: str) -> list[str]:
 def _routes_of(snapshot: Snapshot, set_name: str) -> list[str]:
     found = []
     for route in snapshot.routes.values():
-        used = [model.resolve(v.use) for v in route.variants if (model := snapshot.models.get(v.model)) is not None]
+        used = [model.resolve(use) for name, use in models_of(route) if (model := snapshot.models.get(name)) is not None]
         if any(version and version.signature and version.signature.feature_set == set_name for version in used):
             found.append(f"Route {route.name}")
     return found
@@ -123,15 +121,31 @@ def misfits(route: Route, model: Model, version: ModelVersion, snapshot: Snapsho
 
 
 def _model(model: Model, snapshot: Snapshot) -> Iterator[Finding]:
+    pool = snapshot.pools.get(model.pool)
+    if model.pool and pool is None:
+        yield ("pool",), f"there is no pool {model.pool!r}{suggestion(model.pool, list(snapshot.pools))}"
+    foreign = pool is not None and pool.protocol == "oip"
     for index, version in enumerate(model.versions):
         at: Steps = ("versions", index)
-        if not version.digest:
+        if foreign:
+            yield from _foreign(at, version)
+        elif model.pool and not version.artifact:
+            yield (*at, "artifact"), "expected the folder of the artifact: the model-workers of the pool load it"
+        elif not version.digest:
             yield (*at, "digest"), "is missing; pin the artifact first (plait apply does)"
-        if version.signature is None:
+        if version.signature is None and not foreign:
             yield (*at, "signature"), "is missing; pin the artifact first (plait apply does)"
-        elif version.signature.feature_set:
+        elif version.signature is not None and version.signature.feature_set:
             for steps, message in _fits(version.signature, snapshot):
                 yield (*at, "signature", *steps), f"version {version.version}: {message}"
+
+
+def _foreign(at: Steps, version: ModelVersion) -> Iterator[Finding]:
+    """A foreign server has its models from elsewhere: what would be ignored here is refused, and what cannot be read is to be written."""
+    if version.artifact or version.digest:
+        yield (*at, "artifact"), "would be ignored, as servers of an oip pool have their models from elsewhere; leave it and the digest out"
+    if version.signature is None:
+        yield (*at, "signature"), "is missing; write it down, as it cannot be read from a foreign server"
 
 
 def _fits(signature: Signature, snapshot: Snapshot) -> Iterator[Finding]:

@@ -229,7 +229,8 @@ def _pin(manifest: Manifest, base: Path, options: StoreOptions, problems: list[P
     versions = []
     for index, version in enumerate(model.versions):
         try:
-            versions.append(_pin_version(version, base, options))
+            named_only = model.pool and not version.artifact  # on a foreign server, which has it from elsewhere
+            versions.append(version if named_only else _pin_version(version, base, options))
         except PlaitError as error:
             field = path_text(("spec", "versions", index, "artifact"))
             problems.append(Problem(where=manifest.where, field=field, message=str(error)))

@@ -9,8 +9,8 @@ from typing import Final
 from plait.registry import findings
 from plait.registry.findings import Finding
 from plait.registry.records import Pool
-from plait.registry.route_rules import not_yet
 
+DEFAULT: Final = "default"  # where models run that name no pool
 MAX_ENDPOINTS: Final = 1000
 
 _ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})\Z")
@@ -19,7 +19,8 @@ _LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z")  # as Kube
 
 def check_pool(pool: Pool) -> Iterator[Finding]:
     """Yield what is wrong with a pool."""
-    yield from not_yet(pool, pool)
+    if pool.name == DEFAULT:
+        yield (), f"{DEFAULT!r} is what the router's own workers are called: choose another name"
     if bool(pool.endpoints) == (pool.kubernetes is not None):
         yield ("endpoints",), "give either endpoints or kubernetes: where the workers are has to be known once"
     if len(pool.endpoints) > MAX_ENDPOINTS:

@@ -231,24 +231,41 @@ async def generation(connection: Connection, key: Key, wanted: int) -> Record | 
 async def api_keys(connection: Connection, tenant: str | None = None, key_id: str | None = None) -> list[ApiKey]:
     """Return the keys that were not revoked (an expired one is still there, so that its bearer can be told)."""
     rows = await connection.fetch(
-        """select id, tenant, sha256, scopes, expires_at from plait.api_key
+        """select id, tenant, sha256, scopes, expires_at, extract(epoch from created_at)::double precision as created_at,
+                  coalesce(replaces, '') as replaces, note
+           from plait.api_key
            where revoked_at is null and ($1::text is null or tenant = $1) and ($2::text is null or id = $2) order by created_at, id""",
         tenant,
         key_id,
     )
-    return [ApiKey(id=r["id"], tenant=r["tenant"], sha256=r["sha256"], scopes=tuple(r["scopes"]), expires_at=r["expires_at"]) for r in rows]
+    return [ApiKey(**{**row, "scopes": tuple(row["scopes"])}) for row in rows]
 
 
 async def insert_key(connection: Connection, key: ApiKey) -> None:
     """Store a key."""
     await connection.execute(
-        "insert into plait.api_key (id, tenant, sha256, scopes, expires_at) values ($1, $2, $3, $4, $5)",
+        """insert into plait.api_key (id, tenant, sha256, scopes, expires_at, created_at, replaces, note)
+           values ($1, $2, $3, $4, $5, to_timestamp($6), nullif($7, ''), $8)""",
         key.id,
         key.tenant,
         key.sha256,
         list(key.scopes),
         key.expires_at,
+        key.created_at,
+        key.replaces,
+        key.note,
     )
+
+
+async def successor(connection: Connection, key_id: str) -> str:
+    """Return the id of the key that was made to replace this one and is still let in, or ''."""
+    found = await connection.fetchval("select id from plait.api_key where replaces = $1 and revoked_at is null limit 1", key_id)
+    return cast("str", found or "")
+
+
+async def expire_key(connection: Connection, key_id: str, expires_at: float) -> None:
+    """Let a key in until then, and no longer."""
+    await connection.execute("update plait.api_key set expires_at = $2 where id = $1", key_id, expires_at)
 
 
 async def revoke_key(connection: Connection, key_id: str) -> None:

@@ -462,8 +462,8 @@ class Tenant:
 class ApiKey:
     """A caller's key. Only the SHA-256 (hex) of the 256-bit secret is ever stored; `id` may be logged.
 
-    Scopes: "rank" (router), "features" (read and write features), "infer" (Open Inference calls), "admin".
-    `expires_at` is seconds since the epoch, 0 = never.
+    Scopes are those of `plait.rpc.identity.roles`. Times are seconds since the epoch; `expires_at` 0 = never. `replaces`: the id of the key
+    it takes over from. `note`: what it is for.
     """
 
     id: str
@@ -471,6 +471,9 @@ class ApiKey:
     sha256: str
     scopes: tuple[str, ...] = ("rank", "features", "infer")
     expires_at: float = 0.0
+    created_at: float = 0.0
+    replaces: str = ""
+    note: str = ""
 
 
 Record = Model | FeatureView | FeatureSet | Route | Tenant | Experiment | Pool

@@ -19,6 +19,8 @@ def check_route(route: Route, snapshot: Snapshot) -> Iterator[Finding]:
     """Yield what rules name and nobody knows."""
     for index, rule in enumerate(route.rules):
         yield from _condition(("rules", index, "when"), rule.when, route, snapshot)
+    for index, view in enumerate(route.required_views):
+        yield from _required(("required_views", index), view, route, snapshot)
     for index, tier in enumerate(route.ladder):
         if tier.tier == "popularity":
             yield from _popularity(("ladder", index, "feature"), tier.feature, route, snapshot)
@@ -46,6 +48,17 @@ def feature_set_of(variant: Variant, snapshot: Snapshot) -> FeatureSet | None:
     if version is None or version.signature is None:
         return None
     return snapshot.feature_sets.get(version.signature.feature_set)
+
+
+def _required(at: Steps, view: str, route: Route, snapshot: Snapshot) -> Iterator[Finding]:
+    """Required of a variant that does not read it, it would be ignored."""
+    for variant in route.variants:
+        feature_set = feature_set_of(variant, snapshot)
+        if variant.weight > 0 and feature_set is not None:
+            shape = SetShape(feature_set, snapshot.feature_views)
+            read = {v.name for item in feature_set.inputs for v in shape.views_of(item)}
+            if view not in read:
+                yield at, f"variant {variant.name!r} does not read feature view {view!r}{suggestion(view, sorted(read))}"
 
 
 def _popularity(at: Steps, feature: str, route: Route, snapshot: Snapshot) -> Iterator[Finding]:

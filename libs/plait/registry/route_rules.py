@@ -8,7 +8,7 @@ from typing import Final
 
 from plait.registry import findings
 from plait.registry.findings import Finding, Steps
-from plait.registry.policies import Comparison, Condition, Range, Stages, Tier
+from plait.registry.policies import CachePolicy, Comparison, Condition, Range, Stages, Tier
 from plait.registry.records import Experiment, Record, Route
 
 MAX_VARIANTS: Final = 100
@@ -29,7 +29,7 @@ _TIERS: Final = ("light", "cached", "popularity")  # from the best to the cheape
 # Nothing serves these yet, and a setting that would be ignored is refused.
 NOT_YET: Final = frozenset(
     {
-        "priority", "shadow", "cache", "repeat_window_s", "retry", "hedge", "required_views", "Pool", "weight", "quota",
+        "scores_ttl_s",
     }
 )  # fmt: skip
 _PLAIN: Final = Route(name="plain", variants=())
@@ -58,7 +58,7 @@ def check_route(route: Route) -> Iterator[Finding]:
         yield from _stages(("stages",), route.stages)
 
 
-def not_yet(record: Record, plain: Record) -> Iterator[Finding]:
+def not_yet(record: Record | CachePolicy, plain: Record | CachePolicy) -> Iterator[Finding]:
     """Yield the fields, or the kind itself, that nothing serves yet; `plain` is a record of the same kind that uses none of them."""
     kind = type(record).__name__
     if kind in NOT_YET:
@@ -187,6 +187,7 @@ def _policies(route: Route) -> Iterator[Finding]:
         yield from findings.in_range(("hedge", "percentile"), route.hedge.percentile, 50, 99.9)
         yield from findings.in_range(("hedge", "share"), route.hedge.share, 0, 0.5, open_low=True)
     if route.cache is not None:
+        yield from ((("cache", *at), wrong) for at, wrong in not_yet(route.cache, CachePolicy()))
         for name in ("ttl_s", "stale_s", "scores_ttl_s"):
             yield from findings.in_range(("cache", name), getattr(route.cache, name), 0, 86_400)
         yield from findings.in_range(("cache", "early_refresh"), route.cache.early_refresh, 0, 10)

@@ -7,15 +7,15 @@ resources, appends to the audit log, bumps the revision and notifies, or does no
 from __future__ import annotations
 
 import asyncio
-import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
-from plait.errors import InvalidArgument, NotFound
+from plait.errors import FailedPrecondition, InvalidArgument, NotFound
 from plait.registry import epochs as epoch_rules
-from plait.registry import erasures, migrator, plan, queries
+from plait.registry import erasures, key_changes, migrator, plan, queries
 from plait.registry.database import Pool, connect, mapped, open_pool
 from plait.registry.epochs import EpochKey
 from plait.registry.erasures import Erasure
@@ -25,9 +25,8 @@ from plait.registry.queries import CHANNEL, Connection
 from plait.registry.records import ApiKey, Epochs, FeatureView, Kind, Snapshot
 from plait.registry.resources import Change, Resource
 from plait.registry.specs import to_stored
-from plait.rpc.credentials import new_key
+from plait.rpc.identity.roles import check_scopes
 
-SCOPES: Final = ("rank", "features", "infer", "admin")
 MAX_REASON_BYTES: Final = 1024
 MAX_PAGE: Final = 1000
 _LISTENER_TIMEOUT_S: Final = 10.0  # an answer this late means that the connection is dead
@@ -144,38 +143,66 @@ class Store:
             return await queries.changes(connection, kind, name, max(1, min(limit, MAX_PAGE)), below_revision)
 
     async def create_key(
-        self, tenant: str, scopes: Sequence[str] = ("rank", "features", "infer"), *, actor: str, expires_at: float = 0.0, reason: str = ""
+        self,
+        tenant: str,
+        scopes: Sequence[str] = ("rank", "features", "infer"),
+        *,
+        actor: str,
+        expires_at: float = 0.0,
+        reason: str = "",
+        note: str = "",
     ) -> tuple[ApiKey, str]:
         """Make an API key; return it and its secret, which is shown this once and stored nowhere.
 
-        `expires_at`: seconds since the epoch, 0 = never. Raises InvalidArgument (SCOPE_UNKNOWN), NotFound (the tenant).
+        `expires_at`: seconds since the epoch, 0 = never. Raises InvalidArgument (SCOPE_UNKNOWN, NOTE_TOO_LONG), NotFound (the tenant).
         """
         _check_author(actor, reason)
-        unknown = sorted(set(scopes) - set(SCOPES))
-        if unknown or not scopes:
-            raise InvalidArgument(
-                f"expected scopes out of {', '.join(SCOPES)}; found {', '.join(unknown) or 'none'}", reason="SCOPE_UNKNOWN"
-            )
-        secret, sha256 = new_key()
-        key = ApiKey(
-            id=f"key-{secrets.token_hex(6)}", tenant=tenant, sha256=sha256, scopes=tuple(dict.fromkeys(scopes)), expires_at=expires_at
-        )
+        check_scopes(scopes)
+        key_changes.check_note(note)
+        key, secret = key_changes.new(tenant, scopes, now_s=time.time(), expires_at=expires_at, note=note)
         async with self._writing() as (connection, revision):
             if ("Tenant", tenant) not in await queries.resources(connection, "Tenant", tenant):
                 raise NotFound(f"there is no tenant {tenant!r}; apply a Tenant manifest first", reason="RESOURCE_NOT_FOUND")
             await queries.insert_key(connection, key)
-            await _record(connection, [_key_change(key, revision + 1, actor, reason, revoked=False)])
+            await _record(connection, [key_changes.logged(None, key, 1, revision + 1, actor, reason)])
         return key, secret
+
+    async def rotate_key(self, key_id: str, *, overlap_s: float, actor: str, reason: str = "") -> tuple[ApiKey, str]:
+        """Make a key that replaces another, with its tenant, scopes, note and length of life; return it and its secret, as `create_key` does.
+
+        The old one is let in for `overlap_s` more, or as long as it would have been if that is less. Raises NotFound (KEY_NOT_FOUND),
+        FailedPrecondition (KEY_REPLACED) where it was rotated before.
+        """
+        _check_author(actor, reason)
+        async with self._writing() as (connection, revision):
+            old = await _key(connection, key_id)
+            if known := await queries.successor(connection, key_id):
+                raise FailedPrecondition(
+                    f"API key {key_id} is being replaced by {known} already: rotate that one, or revoke it first", reason="KEY_REPLACED"
+                )
+            now_s = time.time()
+            new, secret = key_changes.successor(old, now_s=now_s)
+            shortened = key_changes.shortened(old, now_s + overlap_s)
+            await queries.insert_key(connection, new)
+            await queries.expire_key(connection, key_id, shortened.expires_at)
+            generation = await _next_generation(connection, key_id)
+            await _record(
+                connection,
+                [
+                    key_changes.logged(old, shortened, generation, revision + 1, actor, reason),
+                    key_changes.logged(None, new, 1, revision + 1, actor, reason),
+                ],
+            )
+        return new, secret
 
     async def revoke_key(self, key_id: str, *, actor: str, reason: str = "") -> None:
         """Refuse a key from now on (everywhere, as soon as the snapshots are swapped). Raises NotFound (KEY_NOT_FOUND)."""
         _check_author(actor, reason)
         async with self._writing() as (connection, revision):
-            found = await queries.api_keys(connection, key_id=key_id)
-            if not found:
-                raise NotFound("there is no such API key, or it was revoked before", reason="KEY_NOT_FOUND")
+            old = await _key(connection, key_id)
             await queries.revoke_key(connection, key_id)
-            await _record(connection, [_key_change(found[0], revision + 1, actor, reason, revoked=True)])
+            generation = await _next_generation(connection, key_id)
+            await _record(connection, [key_changes.logged(old, None, generation, revision + 1, actor, reason)])
 
     async def list_keys(self, tenant: str | None = None) -> Keys:
         """Return the keys that were not revoked, oldest first."""
@@ -347,6 +374,18 @@ async def _epoch_key(connection: Connection, tenant: str, view: str, version: in
     return tenant, view, wanted.version
 
 
+async def _key(connection: Connection, key_id: str) -> ApiKey:
+    found = await queries.api_keys(connection, key_id=key_id)
+    if not found:
+        raise NotFound("there is no such API key, or it was revoked before", reason="KEY_NOT_FOUND")
+    return found[0]
+
+
+async def _next_generation(connection: Connection, key_id: str) -> int:
+    logged = ("ApiKey", key_id)
+    return (await queries.generations(connection, [logged]))[logged] + 1
+
+
 def _check_author(actor: str, reason: str) -> None:
     if not actor or len(actor.encode()) > 256 or "\0" in actor + reason:
         raise InvalidArgument("say who makes this change (actor), in 1 to 256 bytes without NUL", reason="ACTOR_INVALID")
@@ -395,22 +434,6 @@ def _change(step: plan.Step, generation: int, revision: int, actor: str, reason:
         revision=revision,
         before=before,
         after=to_stored(step.after) if step.after is not None else None,
-        actor=actor,
-        reason=reason,
-    )
-
-
-def _key_change(key: ApiKey, revision: int, actor: str, reason: str, *, revoked: bool) -> Change:
-    """Describe a key's coming or going; its hash is nobody's business."""
-    described = {"tenant": key.tenant, "scopes": [*key.scopes], "expires_at": key.expires_at}
-    return Change(
-        action="deleted" if revoked else "created",
-        kind="ApiKey",
-        name=key.id,
-        generation=2 if revoked else 1,
-        revision=revision,
-        before=described if revoked else None,
-        after=None if revoked else described,
         actor=actor,
         reason=reason,
     )

@@ -6,7 +6,9 @@ from typing import Any, Final
 
 import grpc
 
-from plait.rpc.credentials import SERVICE_TOKEN_HEADER, channel_credentials
+from plait.rpc.certificates import Certificates, Material, channel_credentials
+from plait.rpc.credentials import SERVICE_TOKEN_HEADER
+from plait.rpc.renewed_channel import RenewedChannel
 from plait.settings import ChannelSettings
 
 # A peer that vanishes without a word (a lost node) is noticed within 30 s; one that was restarted is found again within a second.
@@ -25,7 +27,10 @@ _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
 def open_channel(
     address: str, settings: ChannelSettings, *, interceptors: list[grpc.aio.ClientInterceptor] | None = None
 ) -> grpc.aio.Channel:
-    """Return a channel to `address` (host:port or a gRPC target). It connects on first use and reconnects by itself."""
+    """Return a channel to `address` (host:port or a gRPC target). It connects on first use and reconnects by itself.
+
+    Where settings name certificates, new calls use those that are in the files then. Raises FailedPrecondition (CERTIFICATE_UNUSABLE).
+    """
     options = [
         *_OPTIONS,
         ("grpc.max_receive_message_length", settings.max_message_bytes),
@@ -33,8 +38,11 @@ def open_channel(
         ("grpc.use_local_subchannel_pool", 1),
     ]
     if settings.tls:
-        credentials = channel_credentials(settings.tls_ca, settings.tls_cert, settings.tls_key)
-        return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+
+        def secure(material: Material) -> grpc.aio.Channel:
+            return grpc.aio.secure_channel(address, channel_credentials(material), options=options, interceptors=interceptors)
+
+        return RenewedChannel(Certificates(settings.tls_cert, settings.tls_key, settings.tls_ca), secure)
     return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
 
 

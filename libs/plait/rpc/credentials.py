@@ -1,4 +1,4 @@
-"""Who may call: API keys for the outside, a service token among ourselves, TLS on either side.
+"""Who may call: API keys for the outside, a service token among ourselves.
 
 A key is 256 random bits, so a plain SHA-256 is enough to store it by: there is nothing to guess, and nothing slow on the hot path.
 """
@@ -11,12 +11,10 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final, Protocol
 
-import grpc
-
 from plait.errors import PermissionDenied, Unauthenticated
+from plait.rpc.identity.roles import granted, roles_with
 
 API_KEY_HEADER: Final = "x-api-key"
 AUTHORIZATION_HEADER: Final = "authorization"
@@ -54,7 +52,7 @@ class Identity:
 
 
 _SERVICE: Final = Identity(caller="service", tenant=DEFAULT_TENANT, scopes=frozenset(), is_service=True)
-ANONYMOUS: Final = Identity(caller="anonymous", tenant=DEFAULT_TENANT, scopes=frozenset({"rank", "features", "infer"}))
+ANONYMOUS: Final = Identity(caller="anonymous", tenant=DEFAULT_TENANT, scopes=granted(("rank", "features", "infer")))
 
 
 def new_key() -> tuple[str, str]:
@@ -115,19 +113,10 @@ class Authenticator:
             raise Unauthenticated("the API key is not known or was revoked: ask for a new one", reason="API_KEY_INVALID")
         if record.expires_at and record.expires_at <= time.time():
             raise Unauthenticated("the API key has expired: ask for a new one", reason="API_KEY_EXPIRED")
-        if scope not in record.scopes:
-            raise PermissionDenied(f"the API key lacks the scope '{scope}': ask for a key that has it", reason="SCOPE_MISSING")
-        return Identity(caller=record.id, tenant=record.tenant, scopes=frozenset(record.scopes))
-
-
-def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
-    """Return TLS (or, with `client_ca`, mutual TLS) credentials for a server."""
-    roots = client_ca.read_bytes() if client_ca else None
-    return grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())], roots, require_client_auth=client_ca is not None)
-
-
-def channel_credentials(ca: Path | None, cert: Path | None, key: Path | None) -> grpc.ChannelCredentials:
-    """Return TLS credentials for a channel; without `ca` the system's roots are trusted."""
-    return grpc.ssl_channel_credentials(
-        ca.read_bytes() if ca else None, key.read_bytes() if key else None, cert.read_bytes() if cert else None
-    )
+        scopes = granted(record.scopes)
+        if scope not in scopes:
+            raise PermissionDenied(
+                f"the API key lacks the scope '{scope}': ask for a key that has it (role {' or '.join(roles_with(scope))})",
+                reason="SCOPE_MISSING",
+            )
+        return Identity(caller=record.id, tenant=record.tenant, scopes=scopes)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import grpc
@@ -54,20 +55,30 @@ class MalformedMessage(InvalidArgument):
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handlers of our services; health, reflection and channelz pass untouched.
 
-    `scopes` maps a service's full name to the scope its methods ask for. At most `max_in_flight` unary calls run at once.
+    `scopes` maps a service's full name to the scope its methods ask for; `method_scopes` maps methods ("/service/Method") that ask for
+    another. At most `max_in_flight` unary calls run at once.
     """
 
     by_method: Final = True  # what is wrapped depends on the method alone
 
     def __init__(
-        self, authenticator: Authenticator, scopes: dict[str, str], metrics: Metrics, *, max_in_flight: int, default_timeout_s: float
+        self,
+        authenticator: Authenticator,
+        scopes: dict[str, str],
+        metrics: Metrics,
+        *,
+        max_in_flight: int,
+        default_timeout_s: float,
+        method_scopes: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._authenticator = authenticator
         self._scopes = scopes
+        self._method_scopes = method_scopes
         self._max_in_flight = max_in_flight
         self._default_timeout_s = default_timeout_s
         self._in_flight = 0
         self._streams: set[RequestStream] = set()
+        self._let_in: dict[_Open, tuple[Any, str]] = {}  # streams under way: the context and the scope each was let in with
         self._draining = False
         self._wrapped: dict[str, _Handler] = {}
         self._handled: Counter = metrics.counter(
@@ -92,7 +103,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         scope = self._scopes.get(method.split("/")[1])
         if handler is None or scope is None:
             return handler
-        wrapped = self._wrap(handler, method, scope)
+        wrapped = self._wrap(handler, method, self._method_scopes.get(method, scope))
         self._wrapped[method] = wrapped
         return wrapped
 
@@ -107,6 +118,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             trailers=_trailers(error),
             told=lambda method: self._handled.labels(method, error.code.name).inc(),
         )
+
+    def reexamine(self) -> None:
+        """End open streams whose callers would not be let in any more: a key that was revoked, a token that has expired."""
+        for stream, (context, scope) in tuple(self._let_in.items()):
+            try:
+                self._authenticator.identify(context.invocation_metadata() or (), scope)
+            except PlaitError as error:
+                stream.refuse(error)
 
     def drain(self) -> None:
         """End the request side of every open stream, as if its client had finished, so that handlers answer what they hold and return."""
@@ -166,16 +185,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handled_ok = self._handled.labels(method, "OK")
 
         async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
+            stream = _Open()
             try:
                 self._admit(context, method, scope)
                 if type(request) is Malformed:
                     raise InvalidArgument(f"the request {_UNPARSED}", reason="MALFORMED_MESSAGE")
+                self._let_in[stream] = (context, scope)
                 async for response in inner(request, context):
                     yield response
+                    stream.check()
             except Exception as error:
                 await self._fail(context, method, error)
             else:
                 handled_ok.inc()
+            finally:
+                self._let_in.pop(stream, None)
 
         return behaviour
 
@@ -188,6 +212,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._streams.add(stream)
             try:
                 self._admit(context, method, scope)
+                self._let_in[stream] = (context, scope)
                 if self._draining:
                     stream.end()
                 yield stream
@@ -196,12 +221,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             else:
                 handled_ok.inc()
             finally:
+                self._let_in.pop(stream, None)
                 self._streams.discard(stream)
 
         async def generating(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
             async with accepted(requests, context) as stream:
                 async for response in inner(stream, context):
                     yield response
+                    stream.check()
 
         async def writing(requests: AsyncIterator[Any], context: Any) -> None:
             async with accepted(requests, context) as stream:
@@ -252,10 +279,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         await context.abort(error.code, error.message, _trailers(error))
 
 
-class RequestStream:
+class _Open:
+    """A stream under way, which is refused between two of its messages where its caller is not let in any more."""
+
+    def __init__(self) -> None:
+        self._refused: PlaitError | None = None
+
+    def refuse(self, error: PlaitError) -> None:
+        """Fail the stream with this error."""
+        self._refused = error
+
+    def check(self) -> None:
+        """Raise the error, if there is one."""
+        if self._refused is not None:
+            raise self._refused
+
+
+class RequestStream(_Open):
     """The request side of a stream: refuses malformed messages, and can be ended from our side when the process drains."""
 
     def __init__(self, requests: AsyncIterator[Any]) -> None:
+        super().__init__()
         self._requests = requests
         self._iterator: AsyncIterator[Any] | None = None  # made when first read: grpc warns of one that is never used
         self._reader: asyncio.Task[Any] | None = None
@@ -265,6 +309,7 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> Any:
+        self.check()
         if self._ended:
             raise StopAsyncIteration
         if self._iterator is None:
@@ -273,8 +318,9 @@ class RequestStream:
         try:
             message = await self._iterator.__anext__()
         except asyncio.CancelledError:
-            if self._ended and self._reader is not None and self._reader.uncancel() == 0:
-                raise StopAsyncIteration from None
+            ours = self._ended or self._refused is not None
+            if ours and self._reader is not None and self._reader.uncancel() == 0:
+                raise (self._refused or StopAsyncIteration()) from None
             raise
         finally:
             self._reader = None
@@ -285,6 +331,15 @@ class RequestStream:
     def end(self) -> None:
         """Let the handler see the end of its requests, now."""
         self._ended = True
+        self._wake()
+
+    def refuse(self, error: PlaitError) -> None:
+        """Let the handler see this error in place of its next request, now."""
+        if self._refused is None:
+            super().refuse(error)
+            self._wake()
+
+    def _wake(self) -> None:
         if self._reader is not None:
             self._reader.cancel()
 

@@ -90,6 +90,7 @@ async def serve(name: str, settings: S, open_service: OpenService[S], stop: asyn
             stack.callback(endpoint.close)
             addresses["metrics"] = endpoint.address
         await server.start()
+        tasks.start(server.tend(), "server")
         addresses["rpc"] = server.address
         _spare_the_collector()
         if settings.rpc.port_file is not None:

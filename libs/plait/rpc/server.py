@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final
 
 import grpc
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
@@ -14,8 +15,9 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
+from plait.rpc.certificates import Certificates, server_credentials
 from plait.rpc.core_server import CoreServer
-from plait.rpc.credentials import Authenticator, server_credentials
+from plait.rpc.credentials import Authenticator
 from plait.rpc.interceptor import CallInterceptor
 from plait.settings import RpcSettings
 from plait.telemetry.logging import get_logger
@@ -23,6 +25,8 @@ from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing, off
 
 log = get_logger(__name__)
+
+_TEND_S: Final = 1.0
 
 
 class RpcServer:
@@ -40,6 +44,7 @@ class RpcServer:
         """`loop_polls` as `CoreServer` has it."""
         self._settings = settings
         self._scopes: dict[str, str] = {}
+        self._method_scopes: dict[str, str] = {}
         self.metrics = metrics or Metrics()
         self.tracing = tracing or off()
         self._interceptor = CallInterceptor(
@@ -48,6 +53,7 @@ class RpcServer:
             self.metrics,
             max_in_flight=settings.max_in_flight,
             default_timeout_s=settings.default_timeout_s,
+            method_scopes=self._method_scopes,
         )
         self._health = HealthServicer()
         self._waiting: set[str] = set()  # services that have said they are not ready
@@ -65,6 +71,11 @@ class RpcServer:
             if settings.server == "core"
             else grpc.aio.server(interceptors=interceptors, options=options)
         )
+        self._certificates: Certificates | None = None
+        if settings.tls_cert and settings.tls_key:
+            self._certificates = certificates = Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+            ends = self.metrics.gauge("plait_certificate_expiry_seconds", "when the certificate served ends, seconds since the epoch")
+            ends.set_function(lambda: certificates.material.ends_s)
         self._stops = False
         self.address = ""
 
@@ -76,10 +87,34 @@ class RpcServer:
         """Whether it has begun to stop: calls are still answered, and better sent elsewhere."""
         return self._stops
 
-    def add(self, register: Callable[[Any, Any], None], servicer: object, service_name: str, *, scope: str) -> None:
-        """Serve `servicer`, registered by its generated `add_…_to_server`; callers need `scope` (services have every scope)."""
+    def add(
+        self,
+        register: Callable[[Any, Any], None],
+        servicer: object,
+        service_name: str,
+        *,
+        scope: str,
+        scopes: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Serve `servicer`, registered by its generated `add_…_to_server`; callers need `scope` (services have every scope).
+
+        `scopes`: by name, the methods that ask for another.
+        """
         register(servicer, self._server)
         self._scopes[service_name] = scope
+        self._method_scopes.update({f"/{service_name}/{method}": asked for method, asked in scopes.items()})
+
+    def reexamine(self, _: object = None) -> None:
+        """End open streams whose callers would not be let in any more. Takes whatever a subscription hands over."""
+        self._interceptor.reexamine()
+
+    async def tend(self) -> None:
+        """Do, every second and for ever, what time brings: certificates are replaced, keys and tokens expire while streams are open."""
+        while True:
+            await asyncio.sleep(_TEND_S)
+            self._interceptor.reexamine()
+            if self._certificates is not None:
+                await asyncio.to_thread(self._certificates.renew)  # a disk may be slow
 
     async def start(self) -> None:
         """Listen and answer, with health SERVING, but for services that have said they are not ready."""
@@ -112,8 +147,8 @@ class RpcServer:
 
     def _listen(self) -> int:
         target = f"{self._settings.host}:{self._settings.port}"
-        if self._settings.tls_cert and self._settings.tls_key:
-            credentials = server_credentials(self._settings.tls_cert, self._settings.tls_key, self._settings.tls_client_ca)
+        if self._certificates is not None:
+            credentials = server_credentials(self._certificates, mutual=self._settings.tls_client_ca is not None)
             return int(self._server.add_secure_port(target, credentials))
         return int(self._server.add_insecure_port(target))
 

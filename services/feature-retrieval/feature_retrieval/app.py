@@ -26,6 +26,7 @@ from feature_retrieval.feast.reading import FeastRows
 from feature_retrieval.freshness import Freshness
 from feature_retrieval.ingestion import Ingestion
 from feature_retrieval.near_cache import NearCache
+from feature_retrieval.permissions import ADMIN, SCOPES
 from feature_retrieval.publishing import Publishing
 from feature_retrieval.read_metrics import ReadCounts, ReadMetrics
 from feature_retrieval.read_through import Budget, ReadThrough
@@ -151,7 +152,8 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
         max_bytes=settings.ingestion.max_bytes,
     )
     name = pb.DESCRIPTOR.services_by_name["FeatureRetrievalService"].full_name
-    server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope="features")
+    server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, name, scope=ADMIN, scopes=SCOPES)
+    watcher.subscribe(server.reexamine)
     if settings.feast.serving:
         _serve_feast(server, Retrieval(reads, NearCache(0, settings.near_cache.max_age_s), current.plans, counts=counts), current)
     return server
@@ -241,7 +243,7 @@ def _serve_feast(server: RpcServer, retrieval: Retrieval, current: CurrentPlans)
     from feature_retrieval.feast import serving  # noqa: PLC0415
 
     servicer = serving.Serving(retrieval, current.plans)
-    server.add(serving.register, servicer, serving.SERVICE, scope="features")
+    server.add(serving.register, servicer, serving.SERVICE, scope="read")
 
 
 class CurrentPlans:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Final
 
 from plait.errors import PermissionDenied
@@ -10,6 +11,20 @@ from plait.registry.records import FeatureView
 from plait.rpc.call import Call
 
 ADMIN: Final = "admin"
+SCOPES: Final = MappingProxyType(  # by method; what is not named is for administrators
+    {
+        "GetFeatures": "read",
+        "StreamFeatures": "read",
+        "DescribeFeatureSet": "read",
+        "ExplainFeatures": "read",
+        "GetViewStatus": "read",
+        "WriteFeatures": "publish",
+        "IngestFeatures": "publish",
+        "PublishEvents": "publish",
+        "ListDeadLetters": "publish",
+        "RedriveDeadLetters": "publish",
+    }
+)
 
 
 def may_read(view: FeatureView, call: Call) -> bool:

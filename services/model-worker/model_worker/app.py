@@ -90,6 +90,7 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
         _INTERNAL,
         scope="infer",
     )
+    watcher.subscribe(server.reexamine)
     tasks.start(_tell_health(models, server), "health")
     return server
 

@@ -13,7 +13,9 @@ from model_worker.memory import Claim, Need
 from model_worker.quarantine import Breaker
 from model_worker.served import Served
 from plait.errors import PlaitError
+from plait.registry.pool_rules import DEFAULT
 from plait.registry.records import Model, ModelVersion, Snapshot
+from plait.registry.references_of import models_of
 
 Key = tuple[str, str]  # model, version
 NEVER: Final = math.inf
@@ -69,9 +71,13 @@ class Step:
     again_s: float
 
 
-def wanted(snapshot: Snapshot, only: Collection[str], paused: Collection[str]) -> dict[Key, ModelVersion]:
-    """Return the versions that routes and aliases refer to, then those of each model's version policy: what is in use is loaded first."""
-    models = [m for m in snapshot.models.values() if m.name not in paused and (not only or m.name in only)]
+def wanted(snapshot: Snapshot, only: Collection[str], paused: Collection[str], pool: str = DEFAULT) -> dict[Key, ModelVersion]:
+    """Return the versions that routes and aliases refer to, then those of each model's version policy: what is in use is loaded first.
+
+    Models of other pools are others' to load.
+    """
+    here = [m for m in snapshot.models.values() if (m.pool or DEFAULT) == pool]
+    models = [m for m in here if m.name not in paused and (not only or m.name in only)]
     found = {(m.name, v.version): v for m in models for v in _referred(m, snapshot)}
     for model in models:
         for version in by_policy(model):
@@ -80,7 +86,7 @@ def wanted(snapshot: Snapshot, only: Collection[str], paused: Collection[str]) -
 
 
 def _referred(model: Model, snapshot: Snapshot) -> list[ModelVersion]:
-    uses = [v.use for route in snapshot.routes.values() for v in route.variants if v.model == model.name]
+    uses = [use for route in snapshot.routes.values() for name, use in models_of(route) if name == model.name]
     resolved = [model.resolve(use) for use in (*uses, *model.aliases)]
     return [version for version in resolved if version is not None]
 

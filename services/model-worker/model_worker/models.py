@@ -422,7 +422,7 @@ class Models:
 
     def _notify(self) -> None:
         """Something changed: let requests see it, and wake `run` and whoever waits for a model."""
-        self._want = {} if self._closing else wanted(self._snapshot, self._settings.only, self._paused)
+        self._want = {} if self._closing else wanted(self._snapshot, self._settings.only, self._paused, self._settings.pool)
         open_ = {key: e.served for key, e in self._entries.items() if e.state is State.READY and e.served is not None}
         for name in {name for name, _ in open_}:
             known = self._snapshot.models.get(name)

@@ -38,7 +38,12 @@ class QuarantineSettings(Group):
 class ModelSettings(Group):
     """Which models are served, and how."""
 
-    only: tuple[str, ...] = Field((), description='names of the models to serve, as a JSON list; empty = every model, e.g. ["ranker"]')
+    pool: str = Field(
+        "default", min_length=1, max_length=63, description="name of the pool this worker is in; it serves the models of that pool"
+    )
+    only: tuple[str, ...] = Field(
+        (), description='names of the models to serve, as a JSON list; empty = every model of the pool, e.g. ["ranker"]'
+    )
     artifact_root: Path | None = Field(None, description="folder outside of which no artifact is opened; unset = anywhere")
     num_threads: int = Field(
         1,

@@ -6,6 +6,8 @@ from contextlib import AsyncExitStack
 
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
+from plait.redis.dispatch import Dispatch
+from plait.redis.opening import topology_of
 from plait.registry.watcher import Watcher
 from plait.rpc.process import Tasks
 from plait.rpc.server import RpcServer
@@ -13,18 +15,29 @@ from plait.settings import ChannelSettings
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
 from router import auth
-from router.admission import Admission
+from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
 from router.expectations import Expectations
+from router.exposures import Exposures
 from router.feature_client import FeatureClient
 from router.gate import Gate
+from router.invalidating import Invalidating
+from router.invalidation import Invalidations
+from router.journal import Journal
 from router.ladder import Ladder
+from router.outcomes import Outcomes
+from router.pool_metrics import PoolMetrics
+from router.pools import Pools
+from router.quotas import Quotas
 from router.ranking import Ranking
+from router.redis_level import RedisLevel
+from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
+from router.shadow import Shadows
+from router.shared_invalidations import SharedInvalidations
 from router.stopwatch import RankingMetrics
-from router.worker_pool import WorkerPool
 
 
 async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: Tasks) -> RpcServer:
@@ -37,24 +50,49 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
 
     features = FeatureClient(settings.features, _channel(settings.features.channel, settings), tracing)
     stack.push_async_callback(features.close)
-    workers = WorkerPool(settings.workers, _channel(settings.workers.channel, settings), tracing)
+    workers = Pools(settings.workers, _channel(settings.workers.channel, settings), tracing=tracing, metrics=PoolMetrics(metrics))
     stack.push_async_callback(workers.close)
+    invalidations = Invalidations()
+    shared = level = journal = None
+    if settings.redis.url.get_secret_value():
+        topology = topology_of(settings.redis)
+        stack.push_async_callback(topology.close)
+        level = RedisLevel(Dispatch(topology), metrics, settings.cache.redis_budget_s)
+        stack.push_async_callback(level.close)
+        shared = SharedInvalidations(invalidations, Dispatch(topology), metrics)
+        tasks.start(shared.run(), "invalidations")
+        journal = Journal(Dispatch(topology), settings.journal, metrics)
+        stack.push_async_callback(journal.close)
+        tasks.start(journal.run(), "journal")
+    answers, repeats = Answers(settings.cache, invalidations, metrics, level), Repeats(settings.repeats, metrics, level)
+    stack.push_async_callback(answers.close)
+    stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
+    gate = Gate(settings.admission, Quotas(), metrics)
+    shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
+    stack.push_async_callback(shadows.close)
     ranking = Ranking(
-        gate=Gate(Admission(settings.admission)),
+        gate=gate,
         consulting=consulting,
         cascade=Cascade(consulting, features, settings.features.budget_share),
         ladder=Ladder(consulting, Expectations(), metrics),
+        answers=answers,
+        repeats=repeats,
+        shadows=shadows,
+        exposures=Exposures(metrics, journal, key=settings.journal.key.get_secret_value().encode()),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
     )
     await watcher.first(registry.first_snapshot_timeout_s)
+    watcher.subscribe(workers.adopt)
     watcher.subscribe(ranking.adopt)
+    tasks.start(workers.run(), "pools")
 
     server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
-    servicer = RouterServicer(ranking)  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
-    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE)
+    servicer = RouterServicer(ranking, Invalidating(invalidations, shared), Outcomes(journal, metrics))
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
+    watcher.subscribe(server.reexamine)
     return server
 
 

@@ -36,7 +36,7 @@ class Asking:
         found.raise_if_any()
         ids = {route.subject: request.subject, route.candidate: request.candidates}
         return self._question(
-            request, call, route, choice, ids, subject, candidates, len(candidates), (route.score,), request_id, watch, trail
+            request, call, table, route, choice, ids, subject, candidates, len(candidates), (route.score,), request_id, watch, trail
         )
 
     def predict(self, request: pb.PredictRequest, table: RouteTable, call: Call, watch: Stopwatch, trail: Trail | None = None) -> Question:
@@ -53,12 +53,15 @@ class Asking:
         found.raise_if_any()
         ids = {entity.entity_type: entity.ids for entity in request.entities}
         candidates = rows.get(route.candidate, ())
-        return self._question(request, call, route, choice, ids, subject, candidates, most, request.outputs, request_id, watch, trail)
+        return self._question(
+            request, call, table, route, choice, ids, subject, candidates, most, request.outputs, request_id, watch, trail
+        )
 
     def _question(
         self,
         request: pb.RankRequest | pb.PredictRequest,
         call: Call,
+        table: RouteTable,
         route: ServingRoute,
         choice: Choice,
         ids: Mapping[str, types_pb2.EntityIds],
@@ -97,7 +100,9 @@ class Asking:
             watch=watch,
             reasons=[*choice.reasons],
             assignments=choice.assignments,
+            unit=choice.unit,
             trail=trail,
+            revision=table.revision,
         )
 
 
@@ -117,8 +122,9 @@ def _choose(
 ) -> Choice:
     """A route without rules and experiments pays for none."""
     if route.plain:
-        arm = route.assign(request_id if subject is None else subject)
-        return Choice(arm=arm, assignments=route.by_weight.get(arm.name, ()))
+        unit = request_id if subject is None else subject
+        arm = route.assign(unit)
+        return Choice(arm=arm, assignments=route.by_weight.get(arm.name, ()), unit=unit)
     facts = Facts(
         tenant=call.tenant,
         metadata=call.metadata,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+from typing import Final
+
 from plait.registry.records import ApiKey
 from plait.registry.watcher import Watcher
 from plait.rpc.credentials import Authenticator
 from plait.settings import RpcSettings
 
-SCOPE = "rank"
+SCOPE: Final = "rank"
+OTHER_SCOPES: Final = MappingProxyType({"InvalidateCache": "operate"})
 
 
 def authenticator(settings: RpcSettings, watcher: Watcher) -> Authenticator:

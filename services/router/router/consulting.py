@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +15,19 @@ from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import DeadlineExceeded, PlaitError
 from router import degradation
+from router.connections import CallPlan
 from router.feature_client import FeatureClient, Unreachable
 from router.ordering import best_first
+from router.pools import Pools
 from router.question import Question, Response
 from router.route_table import Arm, Input, Popularity
 from router.tensors import column_of, copy_outputs, fill_infer, scores_of
 from router.validation import count
-from router.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from plait.api.inference.v2 import inference_pb2
+
+R = TypeVar("R")
 
 
 class Consulting:
@@ -33,7 +36,7 @@ class Consulting:
     `features_share`: the part of what is left of a budget that features may take, so that late ones degrade the answer instead of failing it.
     """
 
-    def __init__(self, features: FeatureClient, workers: WorkerPool, features_share: float) -> None:
+    def __init__(self, features: FeatureClient, workers: Pools, features_share: float) -> None:
         self._features = features
         self._workers = workers
         self._features_share = features_share
@@ -109,6 +112,8 @@ class Consulting:
         if question.inline:
             inputs = tuple(item for item in inputs if item.name not in question.inline)
         features = await self.read(question, arm, inputs) if inputs else features_pb.GetFeaturesResponse()
+        if question.route.required_views:
+            degradation.require(features.views, question.route.required_views)
         question.features, question.features_for = features, arm
         return features
 
@@ -133,7 +138,7 @@ class Consulting:
         """
         entity_types = dict.fromkeys(entity for item in inputs for entity in item.entities)
         try:
-            return await self._features.get(
+            features = await self._features.get(
                 question.route,
                 arm.feature_set,
                 [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
@@ -142,20 +147,36 @@ class Consulting:
                 deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
                 tenant=question.tenant,
                 request_id=question.request_id,
+                trail=question.trail,
             )
         except (Unreachable, DeadlineExceeded) as error:
             if not question.route.takes_defaults:
                 raise
             late = isinstance(error, DeadlineExceeded)
             status = types_pb2.ROW_STATUS_TIMED_OUT if late else types_pb2.ROW_STATUS_UNAVAILABLE
-            return degradation.defaults(inputs, {name: count(question.ids[name]) for name in entity_types}, status)
+            features = degradation.defaults(inputs, {name: count(question.ids[name]) for name in entity_types}, status)
+        if question.trail is not None:
+            question.trail.aged(features.views, arm.view_versions)
+        return features
 
     async def _infer(
         self, question: Question, arm: Arm, tensors: Mapping[str, types_pb2.Tensor], outputs: Sequence[str]
     ) -> inference_pb2.ModelInferResponse:
         frame = worker_pb.StreamInferRequest()
         fill_infer(frame.request, arm, tensors, outputs, question.request_id)
-        return await self._workers.infer(frame, deadline=question.deadline, tenant=question.tenant, request_id=question.request_id)
+        call = CallPlan(
+            model=arm.model,
+            version=arm.version,
+            rows=question.rows,
+            deadline=question.deadline,
+            tenant=question.tenant,
+            request_id=question.request_id,
+            attempts=question.route.attempts,
+            hedge=question.route.hedge,
+            trail=question.trail,
+        )
+        question.scored = answer = await self._workers.infer(frame, call)
+        return answer
 
 
 def _alike(one: Arm, other: Arm) -> bool:

@@ -6,10 +6,12 @@ The words are read off the reports of feature-retrieval; nothing is ever passed 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
+from plait.errors import FailedPrecondition
 from router.route_table import Input
 
 _REASONS: Final = (
@@ -48,6 +50,21 @@ def reasons(views: Iterable[Any]) -> list[str]:
         for status, count in enumerate(view.status_counts[:_STATUSES]):
             seen[status] |= count > 0
     return list(dict.fromkeys(word for status, word in _REASONS if seen[status]))
+
+
+def require(views: Iterable[Any], required: AbstractSet[str]) -> None:
+    """Raise FailedPrecondition (FEATURES_MISSING) where a row of a required view is not known: neither there nor null."""
+    for view in views:
+        if view.feature_view not in required:
+            continue
+        counts = [*view.status_counts, *([0] * _STATUSES)]
+        known, rows = counts[types_pb2.ROW_STATUS_PRESENT] + counts[types_pb2.ROW_STATUS_NULL], len(view.statuses)
+        if known < rows:
+            raise FailedPrecondition(
+                f"{rows - known} of {rows} rows of feature view {view.feature_view!r} are missing or too old, and the route requires it: "
+                "write them, leave out the entities they are about, or take the view from required_views",
+                reason="FEATURES_MISSING",
+            )
 
 
 def report(views: Iterable[Any], into: Any) -> None:

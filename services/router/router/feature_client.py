@@ -11,10 +11,14 @@ from plait.errors import Cancelled, InvalidArgument, NotFound, PlaitError, Unava
 from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
 from plait.telemetry.tracing import Tracing
-from router.connections import Connections, lost
-from router.discovery import static
+from router.balancer import Balancer
+from router.connections import CallPlan, Connections, framed, lost
+from router.discovery.found import Found
+from router.endpoints import Transport
 from router.route_table import ServingRoute
 from router.settings import FeaturesSettings
+from router.trail import Trail
+from router.transports.plait import PlaitTransport
 
 _METHOD: Final = "plait.api.feature_retrieval.v1.FeatureRetrievalService/GetFeatures"
 _STREAM: Final = "/plait.api.feature_retrieval.v1.FeatureRetrievalService/StreamFeatures"
@@ -31,17 +35,16 @@ class FeatureClient:
     """Calls feature-retrieval."""
 
     def __init__(self, settings: FeaturesSettings, channel: ChannelSettings, tracing: Tracing | None = None) -> None:
-        self._connections = Connections(
-            _METHOD,
-            static.parse(settings.addresses),
-            _STREAM,
-            pb.StreamFeaturesResponse,
-            channel,
-            per_replica=settings.connections,
-            ejection_s=settings.ejection_s,
-            max_ejection_s=settings.max_ejection_s,
-            tracing=tracing,
+        balancer = Balancer(
+            ejection_s=settings.ejection_s, max_ejection_s=settings.max_ejection_s, slow_start_s=settings.slow_start_s, zone=settings.zone
         )
+        most = settings.connections
+
+        def opened(address: str, _: object) -> Transport:
+            return PlaitTransport(address, _METHOD, _STREAM, pb.StreamFeaturesResponse, channel, most=most, tracing=tracing)
+
+        self._connections = Connections("feature-retrieval", opened, balancer)
+        self._connections.adopt(frozenset(Found(address=address) for address in settings.addresses_listed))
 
     def __repr__(self) -> str:
         return f"<FeatureClient {self._connections!r}>"
@@ -58,10 +61,11 @@ class FeatureClient:
         deadline: Deadline,
         tenant: str,
         request_id: str,
+        trail: Trail | None = None,
     ) -> pb.GetFeaturesResponse:
         """Return the tensors of `inputs` (empty = all) of a feature set for these ids and what the caller sent along.
 
-        `lenient`: what is missing is missing, whatever the route says of its model's features.
+        With a `trail` also how old the rows are, and what was tried. `lenient`: what is missing is missing, whatever the route says of its model's features.
 
         Raises Unreachable when no replica can be reached, Unavailable (FEATURES_UNAVAILABLE) when none knows the feature set yet.
         FailedPrecondition (FEATURES_MISSING), Unavailable (STORE_UNAVAILABLE), ResourceExhausted and DeadlineExceeded are its own.
@@ -73,12 +77,12 @@ class FeatureClient:
         request.max_defaulted_share = 0 if lenient else route.max_defaulted_share
         request.inputs.extend(inputs)
         request.request_features.extend(request_features)
+        request.include_ages = trail is not None
         for entity_type, ids in entities:
             request.entities.add(entity_type=entity_type).ids.CopyFrom(ids)
+        plan = CallPlan(what="features", deadline=deadline, tenant=tenant, request_id=request_id, trail=trail)
         try:
-            response: pb.GetFeaturesResponse = await self._connections.call(
-                frame, deadline=deadline, tenant=tenant, request_id=request_id, elsewhere=_lags
-            )
+            response: pb.GetFeaturesResponse = await self._connections.call(framed(frame, plan), plan, _lags)
         except PlaitError as error:
             raise _to_caller(error) from error
         return response

@@ -58,13 +58,13 @@ class Ladder:
         return stepping
 
     async def _step_down(self, road: Road, question: Question, rungs: Sequence[Rung], filtering: Filtering | None) -> Response:
-        whole, chosen = question.deadline, question.arm
+        whole, chosen, told = question.deadline, question.arm, len(question.reasons)
         failed: PlaitError | None = None
         for place, rung in enumerate(rungs):
             below = rungs[place + 1] if place + 1 < len(rungs) else None
             question.arm = rung.arm or chosen
             left_s, expected_s = whole.remaining_s(), self._expected_s(rung, chosen, question)
-            if below is not None and left_s < expected_s * _MARGIN:
+            if below is not None and left_s < expected_s * _MARGIN and not self._expectations.probe(question.arm, question.rows):
                 _report(question, rung, "budget_too_small", left_s, expected_s)
                 continue
             question.deadline = whole if below is None else Deadline(whole.at_s - self._kept_s(below, chosen, question, left_s))
@@ -75,6 +75,7 @@ class Ladder:
                 if below is None or whole.expired or not _steps_down(error):
                     raise
                 failed = error
+                del question.reasons[told:]  # what was wrong with an answer that never came
                 continue
             self._settle(question, rung, chosen)
             _report(question, rung, "answered", left_s, expected_s)
@@ -92,7 +93,7 @@ class Ladder:
             response = await road(question)
         except DeadlineExceeded:
             if watch.admitted:  # (what waited at the gate says nothing of the model)
-                self._expectations.learn(arm, question.rows, watch.stamp() - watch.admitted)
+                self._expectations.learn(arm, question.rows, watch.stamp() - watch.admitted, answered=False)
             raise
         finally:
             watch.admitted = watch.admitted or watch.stamp()
@@ -138,19 +139,10 @@ def _steps_down(error: PlaitError) -> bool:
 
 
 def _suits(rung: Rung, question: Question) -> bool:
-    """Whether a rung can answer this request at all: it was checked against the variant that was chosen for it, not against others."""
+    """Whether a rung can answer this request, and is another one."""
     if rung.popularity is not None:
         return isinstance(question.request, pb.RankRequest)
-    if rung.arm is None or rung.arm is question.arm:
-        return False
-    meant = {item.name: item.spec for item in question.arm.inputs}
-    for item in rung.arm.inputs:
-        if item.name in question.inline:
-            if meant.get(item.name) != item.spec:
-                return False
-        elif any(entity not in question.ids for entity in item.entities):
-            return False
-    return all(name in rung.arm.outputs for name in question.outputs)
+    return rung.arm is not None and rung.arm is not question.arm and question.suits(rung.arm)
 
 
 def _report(question: Question, rung: Rung, reason: str, left_s: float, expected_s: float) -> None:

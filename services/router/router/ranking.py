@@ -1,60 +1,81 @@
 """The page: the whole story of a request, in the order it happens; everything it calls is one file away.
 
-    authenticate (the server's interceptor) → knock → resolve route → choose variant → road → sign → answer
+    authenticate (the server's interceptor) → knock → resolve route → choose variant → road → answer
 
 A route's road is made once per snapshot, of the steps that the route uses and no others:
 
-    ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity]
+    asked before? → kept? → ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity] → sign
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Final, TypeVar, cast
+from typing import Final, cast
 
 from plait.api.router.v1 import router_service_pb2 as pb
+from plait.errors import InvalidArgument, Violation
 from plait.registry.records import Snapshot
 from plait.rpc.call import current
 from plait.telemetry.logging import get_logger
+from router.answers import Answers
 from router.asking import Asking
 from router.cascade import Cascade
 from router.consulting import Consulting
+from router.explanation import explain
+from router.exposures import Exposures
 from router.gate import Gate
 from router.ladder import Ladder
-from router.question import TIER_POPULARITY, Question, Road
+from router.question import TIER_POPULARITY, Question, Response, Road
+from router.repeats import Repeats
 from router.route_table import NO_ROUTES, ServingRoute, compile_table
+from router.shadow import Shadows
 from router.stopwatch import RankingMetrics, Stopwatch
+from router.trail import Trail
 
 log = get_logger(__name__)
 _stdlib_log: Final = logging.getLogger(__name__)
 
+_OPERATORS: Final = frozenset({"operate", "admin"})  # scopes that may know where services live
 _ENVELOPE: Final = 1 / 16  # of a message is kept for names, statuses and framing
-
-R = TypeVar("R", pb.RankResponse, pb.PredictResponse)
 
 
 class Ranking:
-    """Answers Rank and Predict.
+    """Answers Rank, Predict and Explain.
 
     `max_message_bytes` bounds the tensors of one request. `adopt` takes each new snapshot; a request reads the table once and so sees one
     world.
     """
 
     def __init__(
-        self, *, gate: Gate, consulting: Consulting, cascade: Cascade, ladder: Ladder, metrics: RankingMetrics, max_message_bytes: int
+        self,
+        *,
+        gate: Gate,
+        consulting: Consulting,
+        cascade: Cascade,
+        ladder: Ladder,
+        answers: Answers,
+        repeats: Repeats,
+        shadows: Shadows,
+        exposures: Exposures,
+        metrics: RankingMetrics,
+        max_message_bytes: int,
     ) -> None:
         self._gate = gate
+        self._answers = answers
+        self._repeats = repeats
         self._consulting = consulting
         self._cascade = cascade
         self._ladder = ladder
+        self._shadows = shadows
+        self._exposures = exposures
         self._metrics = metrics
         self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)))
         self._table = NO_ROUTES
         self._roads: dict[str, Road] = {}
 
     def __repr__(self) -> str:
-        return f"<Ranking {self._table!r} {self._gate!r} {self._consulting!r}>"
+        return f"<Ranking {self._table!r} {self._gate!r} {self._consulting!r} {self._answers!r} {self._repeats!r}>"
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Serve by a new snapshot from the next request on."""
@@ -62,36 +83,65 @@ class Ranking:
         for route in table.routes.values():
             for variant, fault in route.left_out.items():
                 log.warning("a variant cannot serve", route=route.name, variant=variant, reason=fault.reason, error=fault.message)
+        self._gate.adopt(snapshot)
+        self._answers.adopt(snapshot)
         self._roads = {route.name: self._road(route) for route in table.routes.values()}
         self._table = table
 
     async def rank(self, request: pb.RankRequest) -> pb.RankResponse:
         """Answer a Rank; errors are those of the contract."""
         call, watch, table = current(), Stopwatch(), self._table
-        self._gate.knock(call.deadline)
+        self._gate.knock(call, request.route)
         question = self._asking.rank(request, table, call, watch)
-        response = await self._roads[question.route.name](question)
-        return self._sign(cast("pb.RankResponse", response), question, table.revision)
+        return cast("pb.RankResponse", await self._roads[question.route.name](question))
 
     async def predict(self, request: pb.PredictRequest) -> pb.PredictResponse:
         """Answer a Predict; errors are those of the contract."""
         call, watch, table = current(), Stopwatch(), self._table
-        self._gate.knock(call.deadline)
+        self._gate.knock(call, request.route)
         question = self._asking.predict(request, table, call, watch)
-        response = await self._roads[question.route.name](question)
-        return self._sign(cast("pb.PredictResponse", response), question, table.revision)
+        return cast("pb.PredictResponse", await self._roads[question.route.name](question))
+
+    async def explain(self, request: pb.ExplainRequest) -> pb.ExplainResponse:
+        """Answer a Rank or Predict on the same road and tell how; InvalidArgument where neither is set, other errors are those of the call."""
+        call, watch, table = current(), Stopwatch(), self._table
+        trail = Trail(endpoints=call.is_service or bool(_OPERATORS & call.scopes))
+        self._gate.knock(call, request.rank.route or request.predict.route)
+        asked = request.WhichOneof("call")
+        if asked is None:
+            message = "nothing to explain: set rank or predict"
+            raise InvalidArgument(message, violations=[Violation("call", "expected rank or predict")])
+        getattr(request, asked).explain = True
+        if asked == "rank":
+            question = self._asking.rank(request.rank, table, call, watch, trail)
+        else:
+            question = self._asking.predict(request.predict, table, call, watch, trail)
+        return explain(await self._roads[question.route.name](question), question, trail)
 
     def _road(self, route: ServingRoute) -> Road:
         """Return the steps of a route, the last one first: this is the only place where their order stands."""
         stages = route.stages
         road: Road = self._cascade.road(route, stages) if stages else self._consulting.answer
-        road = self._gate.around(road)
+        road = self._gate.around(road, route)
         if route.ladder:
             filtering = self._cascade.filtering(stages) if stages and stages.filters else None
             road = self._ladder.around(road, route, filtering)  # outside of the gate: an overloaded model is a reason to answer otherwise
+        if route.shadows:
+            road = self._shadows.around(road, route)
+        if route.cache is not None and route.cache.ttl_s:
+            road = self._answers.around(road, route, route.cache)
+        road = self._signed(road)
+        if route.repeat_window_s:
+            road = self._repeats.around(road, route.name, route.repeat_window_s)
         return road
 
-    def _sign(self, response: R, question: Question, revision: int) -> R:
+    def _signed(self, road: Road) -> Road:
+        async def signed(question: Question) -> Response:
+            return self._sign(await road(question), question)
+
+        return signed
+
+    def _sign(self, response: Response, question: Question) -> Response:
         """Say who answered, under which revision, and how well; count it once it is on its way: nobody waits for the counters."""
         if question.tier != TIER_POPULARITY:
             response.model = question.arm.model
@@ -99,7 +149,7 @@ class Ranking:
         response.variant = question.arm.name
         response.tier = question.tier
         response.request_id = question.request_id
-        response.registry_revision = revision
+        response.registry_revision = question.revision
         response.degraded_reasons.extend(dict.fromkeys(question.reasons))  # (two tiers may have met the same)
         response.assignments.extend(question.assignments)
         question.watch.done = question.watch.stamp()
@@ -109,6 +159,7 @@ class Ranking:
     def _account(self, question: Question) -> None:
         """Count the answer, and log it where somebody looks: a log line costs as much as a stage."""
         watch = question.watch
+        self._exposures.note(question)
         self._metrics.answered(question.route.name, question.arm.name, question.reasons, watch)
         if question.by_rule:
             self._metrics.ruled(question.route.name, question.by_rule)

@@ -21,7 +21,7 @@ from plait.errors import FailedPrecondition, NotFound, PermissionDenied
 from plait.registry.crosschecks import misfits, retriever, rules_of
 from plait.registry.entity_ids import Id
 from plait.registry.places import Place, place_of
-from plait.registry.policies import Comparison, Stages
+from plait.registry.policies import CachePolicy, Comparison, Hedge, Stages
 from plait.registry.records import EMPTY, Entity, Experiment, FeatureSet, Route, Signature, Snapshot, TensorSpec, Variant
 from plait.registry.rule_columns import columns_named
 from plait.registry.shapes import SetShape
@@ -75,6 +75,7 @@ class Arm:
     """A variant that can serve: the model version it resolved to, and how to fill its inputs (in signature order).
 
     `keys`: how ids of each entity type of the feature set are typed, None where no view says so. `outputs`: names, in signature order.
+    `view_versions`: which version of each view it reads.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Arm:
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     keys: Mapping[str, Entity | None]
+    view_versions: Mapping[str, int]
 
     def input_bytes(self, rows: int) -> int:
         """Return how many bytes the tensors of `rows` candidates take."""
@@ -133,10 +135,20 @@ class Rung:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServingShadow:
+    """A variant that sees a share of the requests, and whose answers nobody does."""
+
+    arm: Arm
+    share: float
+    max_in_flight: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServingRoute:
     """A route as requests meet it. `by_name` holds the variants that can serve; where none of them has a weight, `fault` says why.
 
-    `policy` and `max_defaulted_share` are as in GetFeaturesRequest. `by_weight` is what an answer says of a unit that weights assigned,
+    `policy` and `max_defaulted_share` are as in GetFeaturesRequest. `attempts` and `hedge` say how models are called. `by_weight` is what an answer says of a unit that weights assigned,
     where there is more than one to choose from.
     """
 
@@ -145,17 +157,23 @@ class ServingRoute:
     candidate: str
     score: str
     timeout_s: float
+    attempts: int
+    hedge: Hedge | None
     max_candidates: int
     policy: types_pb2.MissingPolicy.ValueType
     max_defaulted_share: float
+    required_views: frozenset[str]
     tenants: frozenset[str]
     by_name: Mapping[str, Arm]
+    cache: CachePolicy | None
+    repeat_window_s: float
     weighted: tuple[Arm, ...]
     by_weight: Mapping[str, tuple[explanation_pb2.Assignment, ...]]
     sticky: str
     rules: tuple[ServingRule, ...]
     experiments: tuple[ServingExperiment, ...]
     ladder: tuple[Rung, ...]
+    shadows: tuple[ServingShadow, ...]
     fault: Fault | None = None
     left_out: Mapping[str, Fault] = field(default_factory=dict)
     stages: ServingStages | None = None
@@ -163,7 +181,7 @@ class ServingRoute:
     @property
     def takes_defaults(self) -> bool:
         """Whether defaults may stand in for every feature of an answer."""
-        return self.policy != types_pb2.MISSING_POLICY_FAIL and self.max_defaulted_share == 0
+        return self.policy != types_pb2.MISSING_POLICY_FAIL and self.max_defaulted_share == 0 and not self.required_views
 
     @property
     def plain(self) -> bool:
@@ -233,17 +251,27 @@ def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) 
         candidate=route.candidate,
         score=route.score,
         timeout_s=route.timeout_s,
+        attempts=route.retry.attempts,
+        hedge=route.hedge,
         max_candidates=route.max_candidates,
         policy=_POLICIES[route.on_missing],
         max_defaulted_share=0.0 if share >= 1 else max(share, _NO_DEFAULTS),
+        required_views=frozenset(route.required_views),
         tenants=frozenset(route.tenants),
         by_name=MappingProxyType(by_name),
+        cache=route.cache,
+        repeat_window_s=route.repeat_window_s,
         weighted=weighted,
         by_weight=MappingProxyType(_by_weight(weighted)),
         sticky=route.sticky,
         rules=tuple(ServingRule(name=rule.name, variant=rule.variant, tests=compile_condition(rule.when)) for rule in route.rules),
         experiments=compile_experiments(experiments),
         ladder=tuple(_ladder(route, weighted or arms, by_name, snapshot)),
+        shadows=tuple(
+            ServingShadow(arm=by_name[shadow.variant], share=shadow.share, max_in_flight=shadow.max_in_flight, timeout_s=shadow.timeout_s)
+            for shadow in route.shadow
+            if shadow.variant in by_name
+        ),
         fault=fault,
         left_out=MappingProxyType(left_out),
         stages=None if isinstance(stages, Fault) else stages,
@@ -307,6 +335,7 @@ def _made(variant: Variant, version: str, signature: Signature, snapshot: Snapsh
         inputs=_inputs(signature, feature_set, shape),
         outputs=tuple(tensor.name for tensor in signature.outputs),
         keys=_keys(feature_set, shape),
+        view_versions=MappingProxyType({view.name: view.version for item in feature_set.inputs for view in shape.views_of(item)}),
     )
 
 

@@ -26,6 +26,7 @@ MAX_REQUEST_ID_BYTES: Final = 128
 MAX_LABELS: Final = 16
 MAX_LABEL_BYTES: Final = 256
 MAX_DIMENSIONS: Final = 8
+MAX_INVALIDATED: Final = 1000  # items, in one call
 _MAX_TOLD: Final = 20  # violations travel in a trailer of a few KiB
 _MAX_UTF8: Final = 4  # bytes per character
 
@@ -45,6 +46,9 @@ class Findings:
             self._found.append(Violation(field, description))
         else:
             self._more += 1
+
+    def __len__(self) -> int:
+        return len(self._found) + self._more
 
     def raise_if_any(self) -> None:
         """Raise InvalidArgument with all of them, if there are any."""
@@ -168,6 +172,13 @@ def count(ids: types_pb2.EntityIds) -> int:
     return len(ids.string_ids) + len(ids.int64_ids) + len(ids.composite_ids)
 
 
+def one_entity(rows: types_pb2.EntityRows) -> bool:
+    """Say whether these rows are one id, well formed, of an entity type."""
+    found = Findings()
+    ids = _ids(rows.ids, "ids", found)
+    return len(ids) == 1 and not found and 0 < len(rows.entity_type.encode()) <= MAX_NAME_BYTES
+
+
 def _ids(ids: types_pb2.EntityIds, field: str, found: Findings, *, distinct: bool = False) -> Ids:
     """Return the ids as a list, with what is wrong with their number, kind, length or (where they must be `distinct`) repetition noted."""
     strings, integers, composites = len(ids.string_ids), len(ids.int64_ids), len(ids.composite_ids)
@@ -267,3 +278,22 @@ def _check_tensor(tensor: types_pb2.Tensor, item: Input, rows: int, field: str, 
 def _shown(shape: Sequence[Any]) -> str:
     more = ", …" if len(shape) > MAX_DIMENSIONS else ""
     return f"[{', '.join(map(str, shape[:MAX_DIMENSIONS]))}{more}]"
+
+
+def check_invalidation(request: pb.InvalidateCacheRequest) -> Ids:
+    """Return the items that a request names, if any. Raises InvalidArgument with everything that is wrong with it."""
+    found = Findings()
+    ids: Ids = ()
+    for field, name in (("route", request.route), ("model", request.model), ("items.entity_type", request.items.entity_type)):
+        if len(name.encode()) > MAX_NAME_BYTES:
+            found.add(field, f"expected at most {MAX_NAME_BYTES} bytes, got {len(name.encode())}")
+    if request.HasField("items"):
+        ids = _ids(request.items.ids, "items.ids", found)
+        if not request.items.entity_type:
+            found.add("items.entity_type", "expected the entity type of the items")
+        if len(ids) > MAX_INVALIDATED:
+            found.add("items.ids", f"expected at most {MAX_INVALIDATED} ids, got {len(ids)}: send the rest in another call")
+    elif not (request.route or request.model):
+        found.add("", "expected a route, a model or items to forget")
+    found.raise_if_any()
+    return ids

@@ -50,6 +50,14 @@ def test_what_is_wanted(world: Snapshot, only: Any, paused: Any, expected: Any) 
     assert list(wanted(world, only, paused)) == expected
 
 
+def test_a_worker_wants_the_models_of_its_pool_only() -> None:
+    world = snapshot(
+        Model(name="a", versions=(V1,)), Model(name="b", versions=(V1,), pool="gpu"), Model(name="c", versions=(V1,), pool="triton")
+    )
+    assert list(wanted(world, (), ())) == [("a", "1")]
+    assert list(wanted(world, (), (), "gpu")) == [("b", "1")]
+
+
 def test_what_is_missing_is_loaded_one_by_one() -> None:
     step = next_step({("a", "1"): V1, ("a", "2"): V2}, {("a", "1"): entry(V1)}, 100.0, 30.0)
     assert (step.load, step.unload) == ((("a", "2"),), ())

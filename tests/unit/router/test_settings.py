@@ -11,26 +11,55 @@ from plait.settings import SettingsError, fields, load
 from router.settings import RouterSettings
 
 NAMES = [
+    "ADMISSION__ADAPTIVE",
     "ADMISSION__LIMIT",
+    "ADMISSION__MIN_LIMIT",
+    "ADMISSION__START",
+    "ADMISSION__MAX_CELLS",
     "ADMISSION__QUEUE",
     "ADMISSION__MAX_WAIT_S",
     "ADMISSION__MIN_BUDGET_S",
     "ADMISSION__RETRY_AFTER_S",
+    "CACHE__BYTES",
+    "CACHE__REDIS_BUDGET_S",
+    "REPEATS__BYTES",
+    "JOURNAL__KEY",
+    "JOURNAL__QUEUE",
+    "JOURNAL__MAX_ENTRIES",
+    "JOURNAL__KNOWN_S",
     "FEATURES__ADDRESSES",
     "FEATURES__CONNECTIONS",
     "FEATURES__EJECTION_S",
     "FEATURES__MAX_EJECTION_S",
     "FEATURES__BUDGET_SHARE",
+    "FEATURES__SLOW_START_S",
+    "FEATURES__ZONE",
     "FEATURES__CHANNEL__SERVICE_TOKEN",
     "FEATURES__CHANNEL__MAX_MESSAGE_BYTES",
     "FEATURES__CHANNEL__TLS",
     "FEATURES__CHANNEL__TLS_CA",
     "FEATURES__CHANNEL__TLS_CERT",
     "FEATURES__CHANNEL__TLS_KEY",
+    "REDIS__CONNECTIONS",
+    "REDIS__CONNECT_TIMEOUT_S",
+    "REDIS__MODE",
+    "REDIS__NODES",
+    "REDIS__SENTINEL_PASSWORD",
+    "REDIS__SENTINEL_SERVICE",
+    "REDIS__TLS_CA",
+    "REDIS__TLS_CERT",
+    "REDIS__TLS_KEY",
+    "REDIS__URL",
+    "REDIS__WRITE_TIMEOUT_S",
     "WORKERS__ADDRESSES",
     "WORKERS__CONNECTIONS",
     "WORKERS__EJECTION_S",
     "WORKERS__MAX_EJECTION_S",
+    "WORKERS__SLOW_START_S",
+    "WORKERS__ZONE",
+    "WORKERS__KUBERNETES__NAMESPACE",
+    "WORKERS__KUBERNETES__SERVICE",
+    "WORKERS__KUBERNETES__PORT",
     "WORKERS__CHANNEL__SERVICE_TOKEN",
     "WORKERS__CHANNEL__MAX_MESSAGE_BYTES",
     "WORKERS__CHANNEL__TLS",
@@ -128,3 +157,10 @@ def test_a_misspelt_name_is_told_with_the_one_that_was_meant(monkeypatch: pytest
 def test_a_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = read(monkeypatch, FEATURES__CHANNEL__SERVICE_TOKEN="hush-hush")
     assert "hush-hush" not in repr(settings)
+
+
+def test_a_kubernetes_service_takes_the_place_of_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = read(monkeypatch, WORKERS__KUBERNETES__SERVICE="workers", WORKERS__KUBERNETES__NAMESPACE="ml")
+    assert settings.workers.kubernetes.port == "grpc"
+    with pytest.raises(SettingsError, match="addresses would be ignored"):
+        read(monkeypatch, WORKERS__ADDRESSES="a:1")

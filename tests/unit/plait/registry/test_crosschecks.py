@@ -7,12 +7,14 @@ import pytest
 from tests.fakes.registry_world import FEATURES, HOME, RANKER, SIGNATURE, VERSION, WORLD
 
 from plait.registry.crosschecks import check, misfits, users_of
+from plait.registry.policies import PoolEndpoint, Retrieve, Stages
 from plait.registry.records import (
     ApiKey,
     Entity,
     Feature,
     FeatureView,
     ModelInput,
+    Pool,
     Record,
     Signature,
     Snapshot,
@@ -207,6 +209,40 @@ def test_every_problem_is_found_at_once() -> None:
 def test_users_are_listed(key: Key, users: tuple[str, ...]) -> None:
     with_key = snapshot_of(1, WORLD, [ApiKey(id="key-1", tenant="shop", sha256="0" * 64)])
     assert users_of(with_key, key) == users
+
+
+FOREIGN = Pool(name="triton", protocol="oip", endpoints=(PoolEndpoint(address="triton:8001"),))
+OWN = Pool(name="gpu", endpoints=(PoolEndpoint(address="gpu:50053"),))
+
+
+def pooled(pool: str, **fields: Any) -> Record:
+    return dataclasses.replace(RANKER, pool=pool, versions=(dataclasses.replace(VERSION, **fields),))
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (pooled("triton", artifact="", digest=""), []),
+        (pooled("gpu"), []),
+        (pooled("tritom"), ["spec.pool: there is no pool 'tritom'; did you mean 'triton'?"]),
+        (pooled("gpu", artifact="", digest=""), ["spec.versions[0].artifact: expected the folder of the artifact"]),
+        (pooled("triton"), ["spec.versions[0].artifact: would be ignored"]),
+        (pooled("triton", artifact="", digest="", signature=None), ["spec.versions[0].signature: is missing; write it down"]),
+    ],
+)
+def test_a_model_runs_in_a_pool_that_there_is_and_has_what_it_takes_there(changed: Record, expected: list[str]) -> None:
+    found = problems(changed, FOREIGN, OWN)
+    assert len(found) == len(expected)
+    for problem, start in zip(found, expected, strict=True):
+        assert problem.startswith(f"Model ranker {start}")
+
+
+def test_a_pool_is_kept_by_its_models_and_a_model_by_what_retrieves_with_it() -> None:
+    asking = dataclasses.replace(HOME, name="asking", stages=Stages(retrieve=Retrieve(model="finder", use="1")))
+    finder = dataclasses.replace(RANKER, name="finder")
+    there = world(pooled("gpu"), OWN, asking, finder)
+    assert users_of(there, ("Pool", "gpu")) == ("Model ranker",)
+    assert users_of(there, ("Model", "finder")) == ("Route asking",)
 
 
 def test_a_version_that_fits_has_no_misfits_and_one_that_does_not_says_why() -> None:

@@ -246,6 +246,23 @@ def test_pinning_fills_in_path_digest_and_signature(location: str, tmp_path: Pat
     assert pin_artifacts([pinned]) == [pinned]
 
 
+def test_a_version_on_a_foreign_server_has_nothing_to_pin(tmp_path: Path) -> None:
+    text = (
+        HEAD
+        + """kind: Model
+metadata: {name: ranker}
+spec:
+  pool: triton
+  versions:
+  - version: "1"
+    signature: {inputs: [{name: x, dtype: float32, shape: [-1, 2]}], outputs: [{name: score, dtype: float32, shape: [-1]}], feature_set: home}
+"""
+    )
+    [manifest] = parse(text, source="m.yaml")
+    assert pin_artifacts([manifest], tmp_path) == [manifest]
+    assert tuple(rules.check(manifest.record)) == ()
+
+
 def test_pinning_may_start_elsewhere_and_leaves_other_kinds_alone(tmp_path: Path) -> None:
     published(tmp_path / "art")
     tenant = Manifest(record=Tenant(name="shop"))

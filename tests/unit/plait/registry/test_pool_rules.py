@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from plait.registry import route_rules, rules
+from plait.registry import rules
 from plait.registry.findings import Steps
 from plait.registry.policies import KubernetesService, PoolEndpoint
 from plait.registry.records import Pool
 
 
-def findings(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> dict[Steps, str]:
-    monkeypatch.setattr(route_rules, "NOT_YET", frozenset())
+def findings(pool: Pool) -> dict[Steps, str]:
     return dict(rules.check(pool))
 
 
@@ -20,18 +19,22 @@ def findings(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> dict[Steps, str]:
         Pool(name="p", protocol="oip", kubernetes=KubernetesService(namespace="ml", service="triton")),
     ],
 )
-def test_somewhere_to_call_is_enough(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert findings(pool, monkeypatch) == {}
+def test_somewhere_to_call_is_enough(pool: Pool) -> None:
+    assert findings(pool) == {}
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:0", "host:70000", "http://host:80", ":80", "ho st:80"])
-def test_an_address_is_host_and_port(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = findings(Pool(name="p", endpoints=(PoolEndpoint(address=address),)), monkeypatch)
+def test_an_address_is_host_and_port(address: str) -> None:
+    found = findings(Pool(name="p", endpoints=(PoolEndpoint(address=address),)))
     assert "expected host:port" in found["endpoints", 0, "address"]
 
 
-def test_where_the_workers_are_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_workers_are_is_said_once() -> None:
     service, endpoint = KubernetesService(namespace="Ml", service="s"), PoolEndpoint(address="a:1")
-    assert ("endpoints",) in findings(Pool(name="p"), monkeypatch)
-    found = findings(Pool(name="p", endpoints=(endpoint, endpoint), kubernetes=service), monkeypatch)
+    assert ("endpoints",) in findings(Pool(name="p"))
+    found = findings(Pool(name="p", endpoints=(endpoint, endpoint), kubernetes=service))
     assert found.keys() == {("endpoints",), ("endpoints", 1, "address"), ("kubernetes", "namespace")}
+
+
+def test_the_routers_own_pool_is_not_in_the_registry() -> None:
+    assert "choose another name" in findings(Pool(name="default", endpoints=(PoolEndpoint(address="a:1"),)))[()]

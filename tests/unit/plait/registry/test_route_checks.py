@@ -46,6 +46,7 @@ def test_what_fits_has_no_problems() -> None:
         (world(experiment(), experiment("y", unit="tenant")), "Experiment y spec.unit", "deals by subject"),
         (world(ladder=(Tier(tier="popularity", feature="item-view:f9"),)), "Route home spec.ladder[0].feature", "reads 'item-view:f9'"),
         (world(ladder=(Tier(tier="popularity", feature="user-view:f0"),)), "Route home spec.ladder[0].feature", "one number of 'item'"),
+        (world(required_views=("item-vew",)), "Route home spec.required_views[0]", "did you mean 'item-view'"),
         (ruled(tenants=("nobody",)), "Route home spec.rules[0].when.tenants[0]", "no tenant"),
         (ruled(request_features={"hour": Range(at_least=1)}), "Route home spec.rules[0].when.request_features.hour", "declares it"),
     ],

@@ -24,7 +24,7 @@ from plait.registry.policies import (
     Stages,
     Tier,
 )
-from plait.registry.records import Experiment, Pool, Route, Tenant, Variant
+from plait.registry.records import Experiment, Route, Tenant, Variant
 
 ROUTE = Route(
     name="home",
@@ -132,5 +132,3 @@ def test_what_nothing_serves_yet_is_refused() -> None:
     for name in route_rules.NOT_YET & {field.name for field in dataclasses.fields(Route)}:
         used = dataclasses.replace(plain, **{name: getattr(ROUTE, name) if name != "priority" else "critical"})
         assert "not served yet" in dict(rules.check(used))[name,]
-    if "Pool" in route_rules.NOT_YET:
-        assert "not served yet" in dict(rules.check(Pool(name="p")))[()]

@@ -28,7 +28,8 @@ if _version_not_supported:
 class FeatureRetrievalServiceStub:
     """Online features: packed rows out of Redis, tensors ready for a model.
 
-    Every call needs an API key with the scope `features`, or a plait service's token. Rows belong to the key's tenant.
+    Every call needs an API key, or a plait service's token: with the scope `read` to read features, `publish` to write them and to publish
+    events (`features` is both), `admin` for the rest. Rows belong to the key's tenant.
     Codes common to all calls: UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (overload, with RetryInfo; a message over the
     size limit, 16 MiB unless set otherwise), DEADLINE_EXCEEDED (spent before the read began).
     """
@@ -124,7 +125,8 @@ class FeatureRetrievalServiceStub:
 class FeatureRetrievalServiceServicer:
     """Online features: packed rows out of Redis, tensors ready for a model.
 
-    Every call needs an API key with the scope `features`, or a plait service's token. Rows belong to the key's tenant.
+    Every call needs an API key, or a plait service's token: with the scope `read` to read features, `publish` to write them and to publish
+    events (`features` is both), `admin` for the rest. Rows belong to the key's tenant.
     Codes common to all calls: UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (overload, with RetryInfo; a message over the
     size limit, 16 MiB unless set otherwise), DEADLINE_EXCEEDED (spent before the read began).
     """
@@ -373,7 +375,8 @@ def add_FeatureRetrievalServiceServicer_to_server(servicer, server):
 class FeatureRetrievalService:
     """Online features: packed rows out of Redis, tensors ready for a model.
 
-    Every call needs an API key with the scope `features`, or a plait service's token. Rows belong to the key's tenant.
+    Every call needs an API key, or a plait service's token: with the scope `read` to read features, `publish` to write them and to publish
+    events (`features` is both), `admin` for the rest. Rows belong to the key's tenant.
     Codes common to all calls: UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (overload, with RetryInfo; a message over the
     size limit, 16 MiB unless set otherwise), DEADLINE_EXCEEDED (spent before the read began).
     """

@@ -29,7 +29,8 @@ GRPC_VERSION: str
 class FeatureRetrievalServiceStub:
     """Online features: packed rows out of Redis, tensors ready for a model.
 
-    Every call needs an API key with the scope `features`, or a plait service's token. Rows belong to the key's tenant.
+    Every call needs an API key, or a plait service's token: with the scope `read` to read features, `publish` to write them and to publish
+    events (`features` is both), `admin` for the rest. Rows belong to the key's tenant.
     Codes common to all calls: UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (overload, with RetryInfo; a message over the
     size limit, 16 MiB unless set otherwise), DEADLINE_EXCEEDED (spent before the read began).
     """
@@ -128,7 +129,8 @@ class FeatureRetrievalServiceStub:
 class FeatureRetrievalServiceAsyncStub(FeatureRetrievalServiceStub):
     """Online features: packed rows out of Redis, tensors ready for a model.
 
-    Every call needs an API key with the scope `features`, or a plait service's token. Rows belong to the key's tenant.
+    Every call needs an API key, or a plait service's token: with the scope `read` to read features, `publish` to write them and to publish
+    events (`features` is both), `admin` for the rest. Rows belong to the key's tenant.
     Codes common to all calls: UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (overload, with RetryInfo; a message over the
     size limit, 16 MiB unless set otherwise), DEADLINE_EXCEEDED (spent before the read began).
     """
@@ -223,7 +225,8 @@ class FeatureRetrievalServiceAsyncStub(FeatureRetrievalServiceStub):
 class FeatureRetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
     """Online features: packed rows out of Redis, tensors ready for a model.
 
-    Every call needs an API key with the scope `features`, or a plait service's token. Rows belong to the key's tenant.
+    Every call needs an API key, or a plait service's token: with the scope `read` to read features, `publish` to write them and to publish
+    events (`features` is both), `admin` for the rest. Rows belong to the key's tenant.
     Codes common to all calls: UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (overload, with RetryInfo; a message over the
     size limit, 16 MiB unless set otherwise), DEADLINE_EXCEEDED (spent before the read began).
     """

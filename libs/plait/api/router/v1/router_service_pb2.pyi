@@ -598,7 +598,9 @@ class OutcomeError(_message.Message):
     index: _builtins.int
     """Its place in the request."""
     reason: _builtins.str
-    """A stable word: REQUEST_ID_INVALID, ITEM_INVALID, OUTCOME_TYPE_UNKNOWN, OUTCOME_TIME_INVALID, VALUE_INVALID."""
+    """A stable word: REQUEST_ID_INVALID, ITEM_INVALID, OUTCOME_TYPE_UNKNOWN, OUTCOME_ID_INVALID, ROUTE_INVALID, OUTCOME_TIME_INVALID,
+    VALUE_INVALID.
+    """
     message: _builtins.str
     def __init__(
         self,
@@ -630,7 +632,9 @@ class InvalidateCacheRequest(_message.Message):
     """At most 63 bytes."""
     @_builtins.property
     def items(self) -> _types_pb2.EntityRows:
-        """Items that changed, for example because they are sold: answers they stand in, and their scores. At most 1 000."""
+        """Items that changed, for example because they are sold: answers they stand in, and their scores. Of the route's subject type: answers
+        to them. At most 1 000.
+        """
 
     def __init__(
         self,
@@ -649,21 +653,16 @@ Global___InvalidateCacheRequest: _TypeAlias = InvalidateCacheRequest  # noqa: Y0
 
 @_typing.final
 class InvalidateCacheResponse(_message.Message):
-    """It was told to every router."""
+    """Whatever was begun before is not answered any more."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    REMOVED_FIELD_NUMBER: _builtins.int
-    removed: _builtins.int
-    """Entries that this router forgot at once."""
     def __init__(
         self,
-        *,
-        removed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

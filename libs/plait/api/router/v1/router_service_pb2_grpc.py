@@ -125,9 +125,11 @@ class RouterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def InvalidateCache(self, request, context):
-        """InvalidateCache makes every router forget cached answers and scores of the caller's tenant within seconds.
+        """InvalidateCache makes every router that shares a Redis forget cached answers and scores of the caller's tenant within seconds; without
+        one, the router that is asked.
 
-        Needs the scope `operate`. INVALID_ARGUMENT: nothing named, or more than 1 000 items or tags. UNAVAILABLE: the others could not be told.
+        Needs the scope `operate`. INVALID_ARGUMENT: nothing named, or more than 1 000 items. UNAVAILABLE (INVALIDATION_NOT_SHARED): this router
+        has forgotten, the others could not be told; retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

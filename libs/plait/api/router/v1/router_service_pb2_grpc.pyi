@@ -68,9 +68,11 @@ class RouterServiceStub:
     are kept. FAILED_PRECONDITION (OUTCOMES_NOT_KEPT): nothing is configured to keep them. UNAVAILABLE: retry, with the same outcomes.
     """
     InvalidateCache: _grpc.UnaryUnaryMultiCallable[_router_service_pb2.InvalidateCacheRequest, _router_service_pb2.InvalidateCacheResponse]
-    """InvalidateCache makes every router forget cached answers and scores of the caller's tenant within seconds.
+    """InvalidateCache makes every router that shares a Redis forget cached answers and scores of the caller's tenant within seconds; without
+    one, the router that is asked.
 
-    Needs the scope `operate`. INVALID_ARGUMENT: nothing named, or more than 1 000 items or tags. UNAVAILABLE: the others could not be told.
+    Needs the scope `operate`. INVALID_ARGUMENT: nothing named, or more than 1 000 items. UNAVAILABLE (INVALIDATION_NOT_SHARED): this router
+    has forgotten, the others could not be told; retry.
     """
 
 @_typing.type_check_only
@@ -113,9 +115,11 @@ class RouterServiceAsyncStub(RouterServiceStub):
     are kept. FAILED_PRECONDITION (OUTCOMES_NOT_KEPT): nothing is configured to keep them. UNAVAILABLE: retry, with the same outcomes.
     """
     InvalidateCache: _aio.UnaryUnaryMultiCallable[_router_service_pb2.InvalidateCacheRequest, _router_service_pb2.InvalidateCacheResponse]  # type: ignore[assignment]
-    """InvalidateCache makes every router forget cached answers and scores of the caller's tenant within seconds.
+    """InvalidateCache makes every router that shares a Redis forget cached answers and scores of the caller's tenant within seconds; without
+    one, the router that is asked.
 
-    Needs the scope `operate`. INVALID_ARGUMENT: nothing named, or more than 1 000 items or tags. UNAVAILABLE: the others could not be told.
+    Needs the scope `operate`. INVALID_ARGUMENT: nothing named, or more than 1 000 items. UNAVAILABLE (INVALIDATION_NOT_SHARED): this router
+    has forgotten, the others could not be told; retry.
     """
 
 class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -185,9 +189,11 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _router_service_pb2.InvalidateCacheRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_router_service_pb2.InvalidateCacheResponse, _abc.Awaitable[_router_service_pb2.InvalidateCacheResponse]]:
-        """InvalidateCache makes every router forget cached answers and scores of the caller's tenant within seconds.
+        """InvalidateCache makes every router that shares a Redis forget cached answers and scores of the caller's tenant within seconds; without
+        one, the router that is asked.
 
-        Needs the scope `operate`. INVALID_ARGUMENT: nothing named, or more than 1 000 items or tags. UNAVAILABLE: the others could not be told.
+        Needs the scope `operate`. INVALID_ARGUMENT: nothing named, or more than 1 000 items. UNAVAILABLE (INVALIDATION_NOT_SHARED): this router
+        has forgotten, the others could not be told; retry.
         """
 
 def add_RouterServiceServicer_to_server(servicer: RouterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
