@@ -114,14 +114,6 @@ class Answers:
         """End what is being made for nobody in particular."""
         await self._flights.close()
 
-    def _would_be(self, question: Question, policy: CachePolicy) -> explanation_pb.CacheStatus.ValueType:
-        """Return what would become of a question that explains nothing; nothing is touched."""
-        entry = self._entries.get(self._keys.of(question))
-        found = "gone" if entry is None else standing(self._clock() - entry.made_s, entry.took_s, policy, 1.0)
-        if entry is None or found == "gone" or self._untouched(entry, question) is None:
-            return MISS
-        return STALE if found == "stale" else HIT
-
     def _kept(self, key: bytes, question: Question, road: Road, policy: CachePolicy) -> Response | None:
         """Return what is kept, where it is good enough; where somebody should make it anew, that begins."""
         entry = self._entries.get(key)

@@ -83,7 +83,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
         answers=answers,
         repeats=repeats,
         shadows=shadows,
-        exposures=Exposures(metrics),
+        exposures=Exposures(metrics, journal, key=settings.journal.key.get_secret_value().encode()),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
     )

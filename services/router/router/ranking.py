@@ -36,6 +36,7 @@ from router.trail import Trail
 log = get_logger(__name__)
 _stdlib_log: Final = logging.getLogger(__name__)
 
+_OPERATORS: Final = frozenset({"operate", "admin"})  # scopes that may know where services live
 _ENVELOPE: Final = 1 / 16  # of a message is kept for names, statuses and framing
 
 
@@ -103,7 +104,8 @@ class Ranking:
 
     async def explain(self, request: pb.ExplainRequest) -> pb.ExplainResponse:
         """Answer a Rank or Predict on the same road and tell how; InvalidArgument where neither is set, other errors are those of the call."""
-        call, watch, table, trail = current(), Stopwatch(), self._table, Trail()
+        call, watch, table = current(), Stopwatch(), self._table
+        trail = Trail(endpoints=call.is_service or bool(_OPERATORS & call.scopes))
         self._gate.knock(call, request.rank.route or request.predict.route)
         asked = request.WhichOneof("call")
         if asked is None:

@@ -55,6 +55,10 @@ class SharedSettings(RedisSettings):
 class JournalSettings(Group):
     """What is written down for experiments: exposures and outcomes, in the shared Redis."""
 
+    key: SecretStr = Field(
+        SecretStr(""),
+        description="secret that the units of exposures are hashed with, the same on every router; empty = one that is forgotten at the end",
+    )
     queue: int = Field(10_000, ge=1, le=10_000_000, description="exposures that may wait to be written; more are dropped and counted")
     max_entries: int = Field(
         1_000_000, ge=1000, le=1_000_000_000, description="exposures, and as many outcomes, kept per tenant; the oldest go first"
