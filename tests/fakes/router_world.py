@@ -32,7 +32,6 @@ from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings, RpcSettings, TelemetrySettings
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
-from router.admission import Admission
 from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
@@ -45,6 +44,7 @@ from router.invalidation import Invalidations
 from router.ladder import Ladder
 from router.outcomes import Outcomes
 from router.pools import Pools
+from router.quotas import Quotas
 from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
@@ -173,7 +173,7 @@ async def router_world(
     invalidations = Invalidations()
     answers, repeats = Answers(CacheSettings(), invalidations, metrics), Repeats(RepeatsSettings(), metrics)
     consulting = Consulting(feature_client, pool, features_share)
-    gate = Gate(Admission(admission or AdmissionSettings()))
+    gate = Gate(admission or AdmissionSettings(), Quotas(), metrics)
     tracing = Tracing(telemetry or TelemetrySettings(), "router")
     shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     ranking = Ranking(

@@ -15,7 +15,6 @@ from plait.settings import ChannelSettings
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
 from router import auth
-from router.admission import Admission
 from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
@@ -30,6 +29,7 @@ from router.ladder import Ladder
 from router.outcomes import Outcomes
 from router.pool_metrics import PoolMetrics
 from router.pools import Pools
+from router.quotas import Quotas
 from router.ranking import Ranking
 from router.redis_level import RedisLevel
 from router.repeats import Repeats
@@ -68,7 +68,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
-    gate = Gate(Admission(settings.admission))
+    gate = Gate(settings.admission, Quotas(), metrics)
     shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     stack.push_async_callback(shadows.close)
     ranking = Ranking(
@@ -79,7 +79,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
         answers=answers,
         repeats=repeats,
         shadows=shadows,
-        exposures=Exposures(metrics),
+        exposures=Exposures(metrics, journal, key=settings.journal.key.get_secret_value().encode()),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
     )

@@ -22,6 +22,7 @@ from router.latency import Latencies
 from router.pool_metrics import PoolMetrics
 from router.replica import Replica
 from router.retry_budget import RetryBudget
+from router.trail import Trail
 
 log = get_logger(__name__)
 
@@ -51,7 +52,8 @@ def framed(frame: Any, plan: CallPlan) -> Send:
 
 @dataclass(slots=True, kw_only=True)
 class CallPlan:
-    """What one call to a model is about and how much it is worth. `rows`: how much work it is. `attempts`: calls in all, one after another."""
+    """What one call is about and how much it is worth. `rows`: how much work it is. `attempts`: calls in all, one after another. A `trail`
+    learns of each, as one for `what`."""
 
     model: str = ""
     version: str = ""
@@ -62,6 +64,8 @@ class CallPlan:
     metadata: tuple[tuple[str, str], ...] = ()
     attempts: int = 2
     hedge: Hedge | None = None
+    what: str = "model"
+    trail: Trail | None = None
 
 
 class Connections:
@@ -171,7 +175,7 @@ class Connections:
             tried.append(endpoint.replica)
             attempts -= 1
             try:
-                return await self._attempt(endpoint, send, plan.rows)
+                return await self._attempt(endpoint, send, plan, "first" if len(tried) == 1 else "retry")
             except PlaitError as error:
                 if attempts < 1 or not self._again(error, plan, elsewhere, tried):
                     raise
@@ -210,7 +214,7 @@ class Connections:
         tried.append(endpoint.replica)
         if self._metrics is not None:
             self._metrics.hedged(self._name)
-        return self._attempt(endpoint, send, plan.rows)
+        return self._attempt(endpoint, send, plan, "hedge")
 
     async def _timed(self, key: tuple[str, str], call: Coroutine[Any, Any, Any]) -> Any:
         """Learn how long first calls take; one that is cancelled, as the second was faster, took at least so long."""
@@ -243,24 +247,30 @@ class Connections:
             self._lagging[key] = found
         return found
 
-    async def _attempt(self, endpoint: Endpoint, send: Send, rows: int) -> Any:
-        replica = endpoint.replica
+    async def _attempt(self, endpoint: Endpoint, send: Send, plan: CallPlan, kind: str) -> Any:
+        replica, rows = endpoint.replica, plan.rows
         began_s = self._clock()
         replica.in_flight += 1
         try:
             response = await send(endpoint.transport)
-        except PlaitError as error:
-            self._blame(endpoint, error, self._clock() - began_s, rows)
-            raise
-        except asyncio.CancelledError:  # nobody waits any more: the caller has gone, or another endpoint was faster
-            self._balancer.overdue(replica, self._clock() - began_s, rows)
+        except (PlaitError, asyncio.CancelledError) as error:
+            took_s = self._clock() - began_s
+            if isinstance(error, PlaitError):
+                self._blame(endpoint, error, took_s, rows)
+            else:  # nobody waits any more: the caller has gone, or another endpoint was faster
+                self._balancer.overdue(replica, took_s, rows)
+            if plan.trail is not None:
+                plan.trail.tried(plan.what, kind, endpoint.address, took_s, error)
             raise
         finally:
             replica.in_flight -= 1
             if endpoint.leaving is not None and not replica.in_flight:
                 endpoint.leaving.set()
+        took_s = self._clock() - began_s
         self._budget.succeeded()
-        if self._balancer.answered(replica, self._clock() - began_s, rows):
+        if plan.trail is not None:
+            plan.trail.tried(plan.what, kind, endpoint.address, took_s, None)
+        if self._balancer.answered(replica, took_s, rows):
             log.info("a replica answers again", service=self._name, replica=replica.name)
         return response
 

@@ -15,11 +15,15 @@ from router.discovery import static
 class AdmissionSettings(Group):
     """How much work the router takes on at once."""
 
-    limit: int = Field(128, ge=1, le=100_000, description="requests worked on at once")
-    queue: int = Field(256, ge=0, le=100_000, description="requests that may wait for their turn; more are answered RESOURCE_EXHAUSTED")
-    max_wait_s: float = Field(0.2, gt=0, le=60, description="longest wait for a turn, seconds")
+    adaptive: bool = Field(True, description="find the limit by how long workers take; off: it is `limit`, always")
+    limit: int = Field(1024, ge=1, le=100_000, description="most requests worked on at once, in requests of mean cost")
+    min_limit: int = Field(2, ge=1, le=100_000, description="least the limit falls to while it adapts, in requests of mean cost")
+    start: int = Field(32, ge=1, le=100_000, description="the limit at first while it adapts, in requests of mean cost")
+    queue: int = Field(1024, ge=0, le=100_000, description="requests that may wait for their turn; more are answered RESOURCE_EXHAUSTED")
+    max_wait_s: float = Field(0.2, gt=0, le=60, description="longest wait for a turn, seconds; much less while more comes in than goes out")
     min_budget_s: float = Field(0.001, ge=0, le=60, description="requests with less left of their deadline are refused at once, seconds")
-    retry_after_s: float = Field(0.1, gt=0, le=60, description="when a refused caller is asked to come back, seconds")
+    retry_after_s: float = Field(0.1, gt=0, le=60, description="least time after which a refused caller is asked to come back, seconds")
+    max_cells: int = Field(4_000_000, ge=1, description="most values (rows by columns) of one request's features; more is refused")
 
 
 class CacheSettings(Group):
@@ -51,6 +55,10 @@ class SharedSettings(RedisSettings):
 class JournalSettings(Group):
     """What is written down for experiments: exposures and outcomes, in the shared Redis."""
 
+    key: SecretStr = Field(
+        SecretStr(""),
+        description="secret that the units of exposures are hashed with, the same on every router; empty = one that is forgotten at the end",
+    )
     queue: int = Field(10_000, ge=1, le=10_000_000, description="exposures that may wait to be written; more are dropped and counted")
     max_entries: int = Field(
         1_000_000, ge=1000, le=1_000_000_000, description="exposures, and as many outcomes, kept per tenant; the oldest go first"

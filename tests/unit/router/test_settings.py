@@ -11,7 +11,11 @@ from plait.settings import SettingsError, fields, load
 from router.settings import RouterSettings
 
 NAMES = [
+    "ADMISSION__ADAPTIVE",
     "ADMISSION__LIMIT",
+    "ADMISSION__MIN_LIMIT",
+    "ADMISSION__START",
+    "ADMISSION__MAX_CELLS",
     "ADMISSION__QUEUE",
     "ADMISSION__MAX_WAIT_S",
     "ADMISSION__MIN_BUDGET_S",
@@ -19,6 +23,7 @@ NAMES = [
     "CACHE__BYTES",
     "CACHE__REDIS_BUDGET_S",
     "REPEATS__BYTES",
+    "JOURNAL__KEY",
     "JOURNAL__QUEUE",
     "JOURNAL__MAX_ENTRIES",
     "JOURNAL__KNOWN_S",
@@ -72,7 +77,7 @@ def read(monkeypatch: pytest.MonkeyPatch, **environ: str) -> RouterSettings:
 
 def test_the_routers_own_names_are_these() -> None:
     """Deployments are written with them: one that is renamed breaks an upgrade."""
-    shared = re.compile("PLAIT_ROUTER_(RPC|TELEMETRY|REGISTRY|REDIS)__")
+    shared = re.compile("PLAIT_ROUTER_(RPC|TELEMETRY|REGISTRY)__")
     assert sorted(name.removeprefix("PLAIT_ROUTER_") for name, _ in fields(RouterSettings) if not shared.match(name)) == sorted(NAMES)
 
 
