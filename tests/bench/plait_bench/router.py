@@ -60,7 +60,7 @@ def measure(console: Console, state_dir: Path | None, plan: Plan) -> dict[str, A
             "plan": {"rounds": plan.rounds, "seconds": plan.seconds, "warm_up_s": plan.warm_up_s},
             "pass_through": router_pass_through.measure(plan, folder, say),
         }
-    facts["machine"]["load_average"] = {"before": load_before, "after": os.getloadavg()}
+    facts["machine"]["load_average"] = {"before": [*load_before], "after": [*os.getloadavg()]}
     facts["took_s"] = time.monotonic() - began_s
     return facts
 
