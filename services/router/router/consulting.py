@@ -42,6 +42,10 @@ class Consulting:
     def __repr__(self) -> str:
         return f"<Consulting {self._features!r} {self._workers!r}>"
 
+    def ready(self, model: str, version: str) -> bool:
+        """Whether some worker holds the version, as far as is known."""
+        return self._workers.ready(model, version)
+
     async def answer(self, question: Question) -> Response:
         """Return the answer to a question; errors are those of the contract."""
         watch = question.watch

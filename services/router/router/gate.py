@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Final
 
+from google.protobuf.message import DecodeError
+
+from plait.api.inference.v2 import inference_pb2
 from plait.errors import DeadlineExceeded, PlaitError, ResourceExhausted
 from plait.registry.records import Snapshot, Tenant
 from plait.rpc.call import Call
+from plait.rpc.credentials import Metadata
 from plait.rpc.deadline import Deadline
 from plait.telemetry.metrics import Metrics
 from router.admission import Admission, Flow, Waiter
+from router.connections import CallPlan
 from router.cost import Costs, Line
 from router.fair_queue import PRIORITIES
 from router.question import Question, Response, Road
@@ -23,6 +28,8 @@ from router.route_table import Arm, ServingRoute
 from router.settings import AdmissionSettings
 from router.tensors import parameter
 
+_RAW_COLUMNS: Final = 100  # of a row of an inference whose tensors nobody reads
+_MOST_READ: Final = 1 << 16
 _NORMAL: Final = PRIORITIES.index("normal")
 _PRIORITY: Final = "x-plait-priority"
 _ENOUGH: Final = 32  # answers of a step of the limit are all learnt from, of more
@@ -118,7 +125,7 @@ class Gate:
             flow = flows.get(question.tenant) or others
             slots = admission.enter(flow, line.a + line.b * rows)
             if not slots:
-                flow = self._lowered(flow, question)
+                flow = self._lowered(flow, question.metadata, question.tenant)
                 slots = await self._wait(flow, line.of(rows), question.deadline)
             question.watch.admitted = question.watch.stamp()
             began_s = time.monotonic()
@@ -130,7 +137,7 @@ class Gate:
             else:
                 self._answered += 1
                 if admission.limiter.samples < _ENOUGH or not self._answered % _ONE_OF:
-                    self._learn(question, line, began_s)
+                    self._learn(question.scored, rows, line, began_s)
                 return response
             finally:
                 self._leave(flow, slots)
@@ -150,10 +157,46 @@ class Gate:
 
         return counted if self._quotas.of else gated
 
-    def _learn(self, question: Question, line: Line, began_s: float) -> None:
+    async def run(self, work: Callable[[], Awaitable[bytes]], plan: CallPlan, route: str = "") -> bytes:
+        """Have work done whose request and answer are a ModelInfer's bytes. Raises as the road behind the gate would."""
+        rank = self._ranks.get(route, _NORMAL)
+        quota = self._quotas.of.get(plan.tenant)
+        if quota is None:
+            return await self._run(work, plan, rank)
+        try:
+            quota.begin(plan.rows)
+        except ResourceExhausted as error:
+            raise self._refused(error, rank) from None
+        try:
+            return await self._run(work, plan, rank)
+        finally:
+            quota.end()
+
+    async def _run(self, work: Callable[[], Awaitable[bytes]], plan: CallPlan, rank: int) -> bytes:
+        admission = self._admission
+        line = self._costs.line(plan.model, plan.version, _RAW_COLUMNS)
+        flow, cost = self._flow(rank, plan.tenant), line.of(plan.rows)
+        slots = admission.enter(flow, cost)
+        if not slots:
+            flow = self._lowered(flow, plan.metadata, plan.tenant)
+            slots = await self._wait(flow, cost, plan.deadline)
+        began_s = time.monotonic()
+        try:
+            answer = await work()
+        except (ResourceExhausted, DeadlineExceeded) as error:
+            self._learn_from(error, cost, began_s)
+            raise
+        finally:
+            self._leave(flow, slots)
+        self._answered += 1
+        if admission.limiter.samples < _ENOUGH or not self._answered % _ONE_OF:
+            self._learn(_read(answer), plan.rows, line, began_s)
+        return answer
+
+    def _learn(self, answer: inference_pb2.ModelInferResponse | None, rows: int, line: Line, began_s: float) -> None:
         """Hear from a worker's answer what it took."""
-        admission, answer, rows = self._admission, question.scored, question.rows
-        if answer is not None:
+        admission = self._admission
+        if answer is not None and "compute_us" in answer.parameters:  # (a foreign server does not say)
             compute_ms = parameter(answer, "compute_us") / 1e3
             batch_rows = parameter(answer, "batch_rows")
             admission.limiter.sample(line.window(rows), parameter(answer, "queue_us") / 1e3, compute_ms)
@@ -231,11 +274,11 @@ class Gate:
         """Return the flow of a tenant; those that are not in the registry share one, or names could grow the state."""
         return self._flows[rank].get(tenant) or self._others[rank]
 
-    def _lowered(self, flow: Flow, question: Question) -> Flow:
+    def _lowered(self, flow: Flow, metadata: Metadata, tenant: str) -> Flow:
         """Return the flow of the class that the caller asks for; only a lower one than its route's is heard. Looked for only where it matters."""
-        asked = next((value for key, value in question.metadata if key == _PRIORITY), "")
+        asked = next((value for key, value in metadata if key == _PRIORITY), "")
         rank = PRIORITIES.index(asked) if asked in PRIORITIES else 0
-        return flow if rank <= flow.rank else self._flow(rank, question.tenant)
+        return flow if rank <= flow.rank else self._flow(rank, tenant)
 
     def _same_flow(self, rank: int, tenant: Tenant) -> Flow:
         """Return the flow a tenant had, if its weight is still the same: what is under way stays counted."""
@@ -263,6 +306,16 @@ class Gate:
 def _columns(arm: Arm) -> int:
     """Return how many values the inputs of an arm hold for one row."""
     return sum(math.prod(item.spec.shape[1:]) for item in arm.inputs if item.per_row)
+
+
+def _read(answer: bytes) -> inference_pb2.ModelInferResponse | None:
+    """Return an answer to learn from, None where it is so large that reading it costs more than it tells."""
+    if len(answer) > _MOST_READ:
+        return None
+    try:
+        return inference_pb2.ModelInferResponse.FromString(answer)
+    except DecodeError:
+        return None
 
 
 def _send_away(waiter: Waiter, error: Exception) -> None:
