@@ -54,6 +54,7 @@ class Cascade:
     async def _retrieve(self, question: Question, stages: ServingStages) -> None:
         """Put the candidates that the retriever finds for the subject into the question."""
         assert stages.retriever is not None  # noqa: S101  (the caller looked)
+        began_s = question.watch.stamp()
         answer = await self._consulting.ask(question, stages.retriever, (stages.output,), stages.retriever_sent)
         ids = types_pb2.EntityIds()
         found = list(dict.fromkeys(ids_of(answer, stages.output)))[: min(stages.limit, question.route.max_candidates)]
@@ -69,6 +70,8 @@ class Cascade:
         question.ids = {**question.ids, question.route.candidate: ids}
         question.candidates = cast("Any", found)
         question.rows = len(found)
+        if question.trail is not None:
+            question.trail.staged("retrieve", 0, len(found), question.watch.stamp() - began_s)
 
     async def _rank(self, question: Question, stages: ServingStages) -> Response:
         watch = question.watch
@@ -78,14 +81,21 @@ class Cascade:
         if columns is None:
             question.reasons.append(RULES_UNAVAILABLE)
             return await self._consulting.conclude(question, features)
+        given = len(question.candidates)
         columns, removed = _filtered(question, features, columns, stages)
-        if not len(question.candidates):
+        left = len(question.candidates)
+        if question.trail is not None:
+            question.trail.staged("filter", given, left, watch.stamp() - watch.featured, removed)
+        if not left:
             return _nothing(question)
         answer = await self._consulting.infer(question, features)
         watch.predicted = watch.stamp()
         scores, lifted = boosted(scores_of(answer, question.route.score, len(question.candidates)), columns, stages.boosts)
         order, held_back = spread(best_first(scores, 0), columns, stages.caps)
         question.by_rule = removed | lifted | held_back
+        if question.trail is not None:
+            question.trail.staged("rank", left, left, watch.predicted - watch.featured)
+            question.trail.staged("rerank", left, left, watch.stamp() - watch.predicted, lifted | held_back)
         response = ordered(question, scores, order)
         self._consulting.tell(question, features, answer, response)
         return response
