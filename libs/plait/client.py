@@ -29,6 +29,7 @@ import grpc
 from google.protobuf.message import Message
 
 from plait import dtypes
+from plait.api.events.v1 import events_pb2
 from plait.api.router.v1 import explanation_pb2
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1.router_service_pb2_grpc import RouterServiceStub
@@ -41,9 +42,11 @@ __all__ = [
     "AttemptReport",
     "Explanation",
     "FeatureReport",
+    "Outcome",
     "Prediction",
     "Ranking",
     "RankingClient",
+    "Recorded",
     "RuleReport",
     "StageReport",
     "SyncRankingClient",
@@ -51,6 +54,7 @@ __all__ = [
     "TierReport",
     "Timings",
     "TlsConfig",
+    "WrongOutcome",
 ]
 
 Id = str | int | tuple[str | int, ...]
@@ -73,6 +77,7 @@ _CHANNEL_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.service_config_disable_resolution", 1),  # no TXT lookup beside every resolution
     ("grpc.lb_policy_name", "round_robin"),  # several routers behind one name share the calls
 )
+_OUTCOME_TYPES: Final = {name.removeprefix("EVENT_TYPE_").lower(): number for name, number in events_pb2.EventType.items() if number}
 _Part = TypeVar("_Part")
 
 
@@ -287,6 +292,43 @@ class Explanation:
     attempts: tuple[AttemptReport, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one item of an answer, or with no `item` of the answer as a whole.
+
+    `request_id`: the answer's. `type`: "view", "like", "add_to_cart", "make_offer", "start_purchase", "complete_purchase" or "rate".
+    `at_s`: when, seconds since the epoch; None = now. `value`: a price, a rating, a duration. `outcome_id` tells outcomes apart that are alike
+    in answer, item and type, for example the third click on an item.
+    """
+
+    request_id: str
+    type: str
+    item: Id | None = None
+    entity_type: str = "item"
+    at_s: float | None = None
+    value: float = 0.0
+    outcome_id: str = ""
+    route: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrongOutcome:
+    """An outcome that was not kept: its place among those told, a stable word, and what to do about it."""
+
+    index: int
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What became of outcomes: how many were new, how many were known, and which are wrong."""
+
+    accepted: int
+    duplicates: int
+    errors: tuple[WrongOutcome, ...] = ()
+
+
 class _Client:
     """What both clients share: all but waiting. `_io` is the flavour of gRPC."""
 
@@ -491,6 +533,16 @@ class RankingClient(_Client):
         """
         await self._call("InvalidateCache", _invalidation(route, model, entity_type, items), timeout_s)
 
+    async def record_outcomes(self, outcomes: Iterable[Outcome], *, timeout_s: float | None = None) -> Recorded:
+        """Tell what became of answers, 1 to 1 000 at once. Each counts once however often it is told, so tell again whatever you are not sure of.
+
+        Raises PlaitError: InvalidArgument, FailedPrecondition (OUTCOMES_NOT_KEPT), Unavailable. Outcomes that are wrong each are in `errors`,
+        the others are kept.
+
+        Example:  await client.record_outcomes([Outcome(request_id=ranking.request_id, type="like", item="listing-7")])
+        """
+        return _recorded(await self._call("RecordOutcome", _outcomes_request(outcomes), timeout_s))
+
     async def _call(self, method: str, request: Message, timeout_s: float | None) -> Any:
         tries = self._tries(timeout_s)
         self._in_flight += 1
@@ -604,6 +656,10 @@ class SyncRankingClient(_Client):
         """Do what RankingClient.invalidate_cache does, and wait for it."""
         self._call("InvalidateCache", _invalidation(route, model, entity_type, items), timeout_s)
 
+    def record_outcomes(self, outcomes: Iterable[Outcome], *, timeout_s: float | None = None) -> Recorded:
+        """Do what RankingClient.record_outcomes does, and wait for it."""
+        return _recorded(self._call("RecordOutcome", _outcomes_request(outcomes), timeout_s))
+
     def _call(self, method: str, request: Message, timeout_s: float | None) -> Any:
         tries = self._tries(timeout_s)
         self._count(1)
@@ -712,6 +768,29 @@ def _invalidation(route: str, model: str, entity_type: str, items: Ids) -> pb.In
     if entity_type or items:
         _fill(request.items.ids, items, "items.ids")
     return request
+
+
+def _outcomes_request(outcomes: Iterable[Outcome]) -> pb.RecordOutcomeRequest:
+    request = pb.RecordOutcomeRequest()
+    for index, outcome in enumerate(outcomes):
+        number = _OUTCOME_TYPES.get(outcome.type)
+        if number is None:
+            raise InvalidArgument(f"outcomes[{index}].type: expected one of {', '.join(_OUTCOME_TYPES)}", reason="OUTCOME_TYPE_UNKNOWN")
+        with _sendable():
+            message = request.outcomes.add(
+                request_id=outcome.request_id, type=number, value=outcome.value, outcome_id=outcome.outcome_id, route=outcome.route
+            )
+            message.event_time.FromNanoseconds(round((time.time() if outcome.at_s is None else outcome.at_s) * 1e9))
+            if outcome.item is not None:
+                message.item.entity_type = outcome.entity_type
+        if outcome.item is not None:
+            _fill(message.item.ids, [outcome.item], f"outcomes[{index}].item")
+    return request
+
+
+def _recorded(response: pb.RecordOutcomeResponse) -> Recorded:
+    wrong = (WrongOutcome(index=error.index, reason=error.reason, message=error.message) for error in response.errors)
+    return Recorded(accepted=response.accepted, duplicates=response.duplicates, errors=tuple(wrong))
 
 
 @contextmanager

@@ -181,8 +181,12 @@ def _read_file(path: str | None, setting: str) -> dict[str, Any]:
         return {}
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{setting}={path!r}: cannot be read as YAML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{setting}={path!r}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:  # which would show the line, and with it perhaps a secret
+        mark = getattr(error, "problem_mark", None)
+        place = f": see line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise SettingsError(f"{setting}={path!r}: cannot be read as YAML{place}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -198,17 +202,19 @@ def _is_env_extra(detail: dict[str, Any], prefix: str) -> bool:
 def _describe(cls: type[BaseModel], prefix: str, detail: dict[str, Any]) -> str:
     model: type[BaseModel] = cls
     meaning = ""
-    secret = False
+    harmless = False
     for part in detail["loc"]:
         info = model.model_fields.get(str(part)) if isinstance(part, str) else None
         if info is None:
+            harmless = harmless and isinstance(part, int)  # an unknown name may be a secret's, mistyped
             break
-        meaning, secret = info.description or "", "Secret" in str(info.annotation)
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+        group = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        meaning, harmless = info.description or "", not group and "Secret" not in str(info.annotation)  # a group's text may hold any
+        if isinstance(info.annotation, type) and group:
             model = info.annotation
     name = prefix + "__".join(str(part).upper() for part in detail["loc"])
     value = detail.get("input")
-    shown = "" if isinstance(value, dict | BaseModel) else "=<hidden>" if secret else f"={value!r}"
+    shown = "" if isinstance(value, dict | BaseModel) else f"={value!r}" if harmless else "=<hidden>"
     expected = str(detail["msg"]).removeprefix("Value error, ")
     return f"{name}{shown}: {expected}" + (f" ({meaning})" if meaning else "")
 

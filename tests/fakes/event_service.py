@@ -39,7 +39,8 @@ from plait.telemetry.tracing import Tracing, off
 
 SHOP = (("x-api-key", "shop-key"),)
 MALL = (("x-api-key", "mall-key"),)
-KEYS = {"shop-key": "shop", "mall-key": "mall"}
+LEAN = (("x-api-key", "lean-key"),)  # of the shop's, no administrator
+KEYS = {"shop-key": "shop", "mall-key": "mall", "lean-key": "shop"}
 
 
 class EventService:
@@ -62,7 +63,7 @@ class EventService:
         return AggregationPlans(self.snapshot)
 
     def tenants(self) -> Sequence[str]:
-        return sorted(KEYS.values())
+        return sorted({*KEYS.values()})
 
     def source(self, name: str = "one", **options: Any) -> RedisStreamSource:
         return RedisStreamSource(self.store.streams, self.dead_letters, self.tenants, consumer=name, clock=self.clock, **options)
@@ -100,7 +101,10 @@ async def event_service(
     service = EventService(store, snapshot)
     source = service.source("front")
     tracing = tracing or off()
-    keys = {digest(key): ApiKey(id=key, tenant=tenant, sha256=digest(key), scopes=("features",)) for key, tenant in KEYS.items()}
+    keys = {
+        digest(key): ApiKey(id=key, tenant=tenant, sha256=digest(key), scopes=("features",) if key == "lean-key" else ("features", "admin"))
+        for key, tenant in KEYS.items()
+    }
     server = RpcServer(RpcSettings(grace_s=2), authenticator=Authenticator(keys.get), tracing=tracing)
     plans = Plans(snapshot)
     ingestion = Ingestion(store, lambda: service.snapshot, clock=service.clock, wrote=service.freshness.wrote)

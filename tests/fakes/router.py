@@ -59,6 +59,12 @@ class FakeRouter(pb_grpc.RouterServiceServicer):
     def requests(self) -> list[Any]:
         return [received.request for received in self.received]
 
+    async def RecordOutcome(self, request: Any, context: Any) -> pb.RecordOutcomeResponse:
+        await self._receive(request, context)
+        wrong = [(at, outcome) for at, outcome in enumerate(request.outcomes) if outcome.request_id == "bad"]
+        errors = [pb.OutcomeError(index=at, reason="REQUEST_ID_INVALID", message="bad") for at, _ in wrong]
+        return pb.RecordOutcomeResponse(accepted=len(request.outcomes) - len(errors), duplicates=0, errors=errors)
+
     async def Rank(self, request: Any, context: Any) -> pb.RankResponse:
         await self._receive(request, context)
         answer = pb.RankResponse(

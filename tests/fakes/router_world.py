@@ -34,7 +34,6 @@ from plait.settings import ChannelSettings, RpcSettings, TelemetrySettings
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
 from router import open_inference
-from router.admission import Admission
 from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
@@ -45,8 +44,10 @@ from router.gate import Gate
 from router.invalidating import Invalidating
 from router.invalidation import Invalidations
 from router.ladder import Ladder
+from router.outcomes import Outcomes
 from router.pass_through import PassThrough
 from router.pools import Pools
+from router.quotas import Quotas
 from router.ranking import Ranking
 from router.repeats import Repeats
 from router.servicer import RouterServicer
@@ -183,7 +184,7 @@ async def router_world(
     invalidations = Invalidations()
     answers, repeats = Answers(CacheSettings(), invalidations, metrics), Repeats(RepeatsSettings(), metrics)
     consulting = Consulting(feature_client, pool, features_share)
-    gate = Gate(Admission(admission or AdmissionSettings()))
+    gate = Gate(admission or AdmissionSettings(), Quotas(), metrics)
     tracing = Tracing(telemetry or TelemetrySettings(), "router")
     shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     ranking = Ranking(
@@ -209,7 +210,8 @@ async def router_world(
         tracing=tracing,
     )
     open_inference.add(server, open_inference.OpenInference(passing, pool, "1.2.3"))
-    server.add(pb_grpc.add_RouterServiceServicer_to_server, RouterServicer(ranking, Invalidating(invalidations)), SERVICE, scope="rank")
+    servicer = RouterServicer(ranking, Invalidating(invalidations), Outcomes(None, metrics))
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, SERVICE, scope="rank")
     await server.start()
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest_asyncio
 import redis
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tests.fakes.calls import call_of
-from tests.fakes.event_service import MALL, SHOP, EventService, consuming, event_service
+from tests.fakes.event_service import LEAN, MALL, SHOP, EventService, consuming, event_service
 from tests.fakes.event_world import LISTINGS, NOW_S, NOW_US, PLANS, SNAPSHOT, USERS, event, feature, messages
 
 from feature_retrieval.aggregation.applying import Applying
@@ -203,6 +204,19 @@ async def test_dead_letters_keep_bytes_reason_and_trace_and_are_redriven_once(re
     tracing.close()
 
 
+async def test_dead_letters_are_shown_to_administrators_only(service: EventService) -> None:
+    await service.dead_letters.add(message_of("m"), refusal_of("VALUE_INVALID"))
+    for call in (
+        service.stub.ListDeadLetters(pb.ListDeadLettersRequest(), metadata=LEAN),
+        service.stub.RedriveDeadLetters(pb.RedriveDeadLettersRequest(), metadata=LEAN),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        assert from_rpc_error(caught.value).reason == "SCOPE_MISSING"
+    assert (await service.stub.GetViewStatus(pb.GetViewStatusRequest(feature_view=LISTINGS.name), metadata=LEAN)).dead_letters == 1
+
+
 async def test_dead_letters_come_in_pages_newest_first(service: EventService) -> None:
     for n in range(7):
         await service.dead_letters.add(message_of(f"m{n}"), refusal_of("VALUE_INVALID" if n % 2 else "EVENT_TOO_LATE"))
@@ -256,6 +270,41 @@ async def test_what_is_no_dead_letter_s_id_blames_the_caller(service: EventServi
         assert (await refused(lambda: letters(service, page_token=word))).reason == "INVALID_ARGUMENT"
     long = "n" * 50_000  # what is said of it must fit into a trailer
     assert (await refused(lambda: status(service, long))).reason == "FEATURE_VIEW_NOT_FOUND"
+
+
+async def test_the_names_of_killed_consumers_go_once_nothing_is_theirs(service: EventService, redis_url: str) -> None:
+    await service.publish([event("e1"), event("e2")])
+    for name in ("killed", "killed-too"):
+        assert len(await service.source(name, claim_after_s=3600).read(1, 0.05)) == 1
+    alive = service.source("alive", claim_after_s=0.01, forget_after_s=0.01)
+    async with consuming(service.consumer(alive)), asyncio.timeout(20):
+        with redis.Redis.from_url(redis_url) as client:
+            while {entry["name"] for entry in client.xinfo_consumers(tenant_key(b"e1", "shop"), "plait")} != {b"alive"}:  # type: ignore[union-attr]
+                service.now_s += 601
+                await asyncio.sleep(0.02)
+    assert (await status(service)).lag_events == 0
+
+
+async def test_a_backlog_that_redis_cannot_tell_is_shown_as_unknown_and_bounded_still(redis_url: str) -> None:
+    async with event_service(redis_url, max_backlog=1) as service:
+        source = service.source()
+        async with consuming(service.consumer(source)):
+            await service.publish([event("e0")])
+            await settled(service)
+        await service.publish([event(f"e{n}") for n in range(1, 5)])
+        with redis.Redis.from_url(redis_url) as client:
+            entries: Any = client.xrange(tenant_key(b"e1", "shop"))
+            client.xdel(tenant_key(b"e1", "shop"), entries[-2][0])
+        assert (await status(service)).lag_events == -1
+        service.freshness.waits("redis", {"shop": await source.backlog_of("shop"), "mall": await source.backlog_of("mall")}, [])
+        assert math.isnan(service.metric("plait_features_event_lag", source="redis") or 0)
+        service.now_s += 1
+        assert (await refused(lambda: service.publish([event("more")]))).reason == "EVENT_BACKLOG"
+        async with consuming(service.consumer(service.source("two"))):
+            await settled(service)
+        assert (await status(service)).lag_events == 0
+        service.now_s += 1
+        assert (await service.publish([event("more")])).accepted == 1
 
 
 async def test_status_and_metrics_tell_lag_watermark_and_freshness(service: EventService, redis_url: str) -> None:

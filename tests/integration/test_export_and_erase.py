@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator
@@ -18,7 +20,9 @@ from tests.fakes.features_process import PRIVACY_KEY, FeaturesProcess, features_
 from tests.fakes.otlp_collector import OtlpCollector
 
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
+from plait.errors import PermissionDenied, from_rpc_error
 from plait.local.state import StateFolder, write_private
+from plait.registry.manifests import Manifest
 from plait.registry.records import Entity, Feature, FeatureSet, FeatureView, ModelInput
 from plait.settings import TelemetrySettings
 
@@ -29,12 +33,13 @@ VIEW = FeatureView(
 )
 PRIVATE = FeatureView(name="private", entity=Entity(type="item"), features=(Feature(name="a"),), readers=("somebody",))
 SET = FeatureSet(name="home", inputs=(ModelInput(name="item", entity="item", features=("stats:a",)),))
+HIDDEN = FeatureSet(name="hidden", inputs=(ModelInput(name="item", entity="item", features=("stats:a", "private:a")),))
 NOW_US = int(time.time() * 1e6)
 
 
 @pytest_asyncio.fixture
 async def process(redis_url: str, postgres_dsn: str) -> AsyncIterator[FeaturesProcess]:
-    async with features_process(redis_url, postgres_dsn, [VIEW, PRIVATE, SET]) as running:
+    async with features_process(redis_url, postgres_dsn, [VIEW, PRIVATE, SET, HIDDEN]) as running:
         yield running
 
 
@@ -59,6 +64,32 @@ async def test_who_may_not_read_a_view_may_not_export_it(process: FeaturesProces
     assert list(tmp_path.iterdir()) == []  # no half of a file
     gone = await process.plait("export", "stats", "--epoch", 9, "--to", tmp_path / "x.parquet")
     assert gone.exit_code == 1
+
+
+async def test_who_may_not_read_a_view_is_told_nothing_of_it(process: FeaturesProcess) -> None:
+    described = pb.DescribeFeatureSetRequest(feature_set="hidden")
+    with pytest.raises(grpc.aio.AioRpcError) as reading:
+        await process.read("hidden", ["i1"])
+    with pytest.raises(grpc.aio.AioRpcError) as describing:
+        await process.stub.DescribeFeatureSet(described, metadata=process.metadata)
+    for refused in (reading, describing):
+        error = from_rpc_error(refused.value)
+        assert (error.reason, type(error)) == ("VIEW_NOT_READABLE", PermissionDenied)
+    await process.registry.apply([Manifest(record=dataclasses.replace(PRIVATE, readers=("default",)))], actor="test")
+    async with asyncio.timeout(20):
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                answer = await process.stub.DescribeFeatureSet(described, metadata=process.metadata)
+                break
+    assert [feature.feature_view for feature in answer.inputs[0].features] == ["stats", "private"]
+
+
+async def test_a_view_that_is_not_there_is_named_with_the_one_that_was_meant(process: FeaturesProcess, tmp_path: Path) -> None:
+    for words in (("epochs", "statz"), ("export", "statz", "--to", tmp_path / "x.parquet"), ("status", "statz"), ("rollback", "statz")):
+        refused = await process.plait(*words)
+        assert refused.exit_code == 1
+        assert "did you mean 'stats'?" in refused.stderr, refused.stderr
+        assert "see 'plait get featureview' for what there is" in refused.stderr
 
 
 async def test_erased_entities_are_gone_and_certified(process: FeaturesProcess, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -172,3 +173,16 @@ async def test_what_is_no_log(process: FeaturesProcess, tmp_path: Path, name: st
     assert f"[{reason}]" in result.stderr, result.stderr
     assert (await process.good("epochs", "activity"))["building"] is None
     assert not list(tmp_path.glob("*.plait-progress"))
+
+
+async def test_a_cursor_that_plait_did_not_give_is_refused(process: FeaturesProcess) -> None:
+    await process.registry.begin_epoch("default", "activity", actor="test")
+    for cursor in (b"ann", b"1-1", b"1-1 x", b"1-1 2-x"):
+        request = pb.ReplayEventsRequest(feature_view="activity", epoch=1, cursor=cursor)
+        async with asyncio.timeout(20):
+            while True:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await process.stub.ReplayEvents(request, metadata=process.metadata, timeout=20)
+                if caught.value.code() != grpc.StatusCode.NOT_FOUND:  # the service has not heard of the epoch yet
+                    break
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from tests.fakes.feature_retrieval import FakeFeatureRetrieval
 from tests.fakes.model_worker import FakeModelWorker
-from tests.fakes.router_world import INPUTS, KEY, OTHER_KEY, route, router_world, snapshot
+from tests.fakes.router_world import INPUTS, KEY, OPERATING_KEY, OTHER_KEY, route, router_world, snapshot
 from tests.integration.test_router import ids
 
 from plait.api.router.v1 import explanation_pb2
@@ -152,11 +152,16 @@ async def test_explain_tells_what_is_true_of_the_very_same_answer() -> None:
         ]  # fmt: skip
         assert next((t.tier, t.answered, t.reason) for t in told.tiers) == ("full", True, "answered")
         assert [(a.what, a.kind, a.outcome) for a in told.attempts] == [("features", "first", "OK"), ("model", "first", "OK")]
-        assert told.summary == "Variant 'canary' (ranker version 1) answered, by rule 'austria', from features at most 2 s old."
+        operators = await router.explain(asked, key=OPERATING_KEY)
+        assert [a.endpoint for a in operators.attempts] == [features.address, worker.address]
+        assert told.summary == "Variant 'canary' (ranker version 1) answered, by rule 'austria'."
         assert "experiment 'v4' (bucket " in (await router.explain(rank())).summary
         await worker.server.drain()
         told = await router.explain(asked)
-        assert [a.outcome for a in told.attempts][1] == "UNAVAILABLE WORKER_UNAVAILABLE"
+        tried = [(a.what, a.kind, a.outcome) for a in told.attempts]
+        lost = "UNAVAILABLE CONNECTION_LOST"
+        assert tried == [("features", "first", "OK"), ("model", "first", lost), ("model", "retry", lost)]
+        assert {a.endpoint for a in told.attempts} == {""}, "where services live is for operators"
         assert "popularity of the candidates answered" in told.summary
         assert "on tier popularity, because full failed" in told.summary
 

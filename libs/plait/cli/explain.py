@@ -32,7 +32,7 @@ from plait.cli.router_options import (
 )
 
 if TYPE_CHECKING:
-    from plait.client import Explanation, Ranking
+    from plait.client import Explanation, Ranking, TierReport
 
 _NOT_IN = {
     "rule": "a rule decided",
@@ -98,7 +98,7 @@ def _tree(told: Explanation) -> Iterator[str]:
         ("experiments", [*_assigned(told.ranking), *(f"not in {name}: {_NOT_IN.get(why, why)}" for name, why in told.not_in.items())]),
         ("cache", [] if told.cache == "unspecified" else [f"would have been a {told.cache}"]),
         ("features", [f"{age.feature_view} version {age.view_version}: {_aged(age.oldest_us, age.median_us)}" for age in told.ages]),
-        ("tiers", [f"{t.tier}: {t.reason} ({_ms(t.budget_us)} left, {_ms(t.expected_us)} expected)" for t in told.tiers]),
+        ("tiers", [_tier(tier) for tier in told.tiers]),
         ("stages", [f"{s.stage}: {s.candidates_in} → {s.candidates_out} in {_ms(s.took_us)}{_by(s.by_rule)}" for s in told.stages]),
         ("calls", [f"{a.what}{a.endpoint and f' at {a.endpoint}'} ({a.kind}): {a.outcome} in {_ms(a.took_us)}" for a in told.attempts]),
     )
@@ -132,7 +132,20 @@ def _assigned(ranking: Ranking) -> list[str]:
 
 
 def _aged(oldest_us: int, median_us: int) -> str:
-    return "no row" if oldest_us < 0 else f"median {median_us / 1e6:.3g} s old, oldest {oldest_us / 1e6:.3g} s"
+    return "no row" if oldest_us < 0 else f"median {_long(median_us)} old, oldest {_long(oldest_us)}"
+
+
+def _long(age_us: int) -> str:
+    """Return an age in the largest unit of which there is at least one."""
+    for unit, size_us in (("days", 86_400e6), ("hours", 3600e6), ("minutes", 60e6)):
+        if age_us >= size_us:
+            return f"{age_us / size_us:.1f} {unit}"
+    return f"{age_us / 1e6:.3g} s"
+
+
+def _tier(tier: TierReport) -> str:
+    times = "" if tier.reason == "not_reached" else f" ({_ms(tier.budget_us)} left, {_ms(tier.expected_us)} expected)"
+    return f"{tier.tier}: {tier.reason.replace('_', ' ')}{times}"
 
 
 def _by(by_rule: Any) -> str:

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from plait.cli import artifact, bench, cache, demo, explain, features, keys, migrate, rank, registry, up, version
+from plait.cli import artifact, bench, cache, demo, explain, features, keys, migrate, outcome, rank, registry, up, version
 from plait.cli.failures import FailuresGroup
 
 _HELP = """Rank items for users through a mesh of three gRPC services.
@@ -34,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (up, demo, bench, artifact, registry, rank, explain, cache, keys, migrate, version, features):
+for command in (up, demo, bench, artifact, registry, rank, explain, cache, outcome, keys, migrate, version, features):
     command.register(app)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from plait.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from plait.registry import crosschecks, rules
 from plait.registry.evolution import evolve
+from plait.registry.explain import suggestion
 from plait.registry.manifests import MAX_MANIFESTS, Manifest
 from plait.registry.problems import Problem, path, refusal
 from plait.registry.records import FeatureSet, FeatureView, Model, Record, Snapshot
@@ -51,12 +52,19 @@ def apply(manifests: Sequence[Manifest], current: Mapping[Key, Resource], snapsh
     return tuple(steps)
 
 
+def missing(key: Key, known: Iterable[Key]) -> NotFound:
+    """Return the error (RESOURCE_NOT_FOUND) for a resource that is not among those there are, with the one that was perhaps meant."""
+    kind, name = key
+    hint = suggestion(name, [other for of, other in known if of == kind])
+    return NotFound(f"there is no {kind} {name[:80]}{hint}: see 'plait get {kind.lower()}' for what there is", reason="RESOURCE_NOT_FOUND")
+
+
 def delete(key: Key, etag: str, current: Mapping[Key, Resource], snapshot: Snapshot) -> Step:
     """Return the step that deletes. Raises NotFound, Aborted (ETAG_MISMATCH), FailedPrecondition (STILL_USED) listing the users."""
     kind, name = key
     stored = current.get(key)
     if stored is None:
-        raise NotFound(f"there is no {kind} {name}", reason="RESOURCE_NOT_FOUND")
+        raise missing(key, current)
     if etag and etag != stored.etag:
         raise Aborted(f"{kind} {name} was changed meanwhile: its etag is {stored.etag}, not {etag}; read it again", reason="ETAG_MISMATCH")
     users = crosschecks.users_of(snapshot, key)

@@ -123,8 +123,8 @@ class Store:
         """Return one resource. Raises NotFound (RESOURCE_NOT_FOUND)."""
         async with self._pool.reading() as connection:
             found = await queries.resources(connection, kind, name)
-        if (kind, name) not in found:
-            raise NotFound(f"there is no {kind} {name}", reason="RESOURCE_NOT_FOUND")
+            if (kind, name) not in found:
+                raise plan.missing((kind, name), await queries.resources(connection, kind))
         return found[kind, name]
 
     async def list(self, kind: Kind | None = None) -> list[Resource]:
@@ -364,9 +364,9 @@ async def _epoch_key(connection: Connection, tenant: str, view: str, version: in
     """Return what a view's epochs are kept under; raises NotFound where the registry has no such tenant, view or version."""
     found = await queries.resources(connection, "FeatureView", view)
     if ("FeatureView", view) not in found:
-        raise NotFound(f"there is no FeatureView {view}", reason="RESOURCE_NOT_FOUND")
-    if ("Tenant", tenant) not in await queries.resources(connection, "Tenant", tenant):
-        raise NotFound(f"there is no Tenant {tenant}", reason="RESOURCE_NOT_FOUND")
+        raise plan.missing(("FeatureView", view), await queries.resources(connection, "FeatureView"))
+    if ("Tenant", tenant) not in (tenants := await queries.resources(connection, "Tenant")):
+        raise plan.missing(("Tenant", tenant), tenants)
     record = found["FeatureView", view].record
     wanted = record.at(version) if isinstance(record, FeatureView) else None
     if wanted is None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from plait.telemetry.logging import get_logger
+from plait.telemetry.logging import get_logger, without_words
 
 if TYPE_CHECKING:
     _Handler = grpc.RpcMethodHandler[Any, Any]
@@ -295,7 +295,7 @@ class CoreServer:
         except asyncio.CancelledError:
             rpc.finish(grpc.StatusCode.CANCELLED, "the call was cancelled")
         except Exception as error:
-            log.exception("a handler failed", method=rpc.method)
+            log.exception("a handler failed", method=rpc.method, exc_info=without_words(error))
             rpc.finish(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error).__name__}")
         finally:
             if rpc.task is not None:

@@ -21,7 +21,7 @@ from plait.rpc.call import Call, enter
 from plait.rpc.core_server import Refusal
 from plait.rpc.credentials import Authenticator
 from plait.rpc.deadline import Deadline
-from plait.telemetry.logging import get_logger
+from plait.telemetry.logging import get_logger, without_words
 from plait.telemetry.metrics import Metrics, observe_all
 
 log = get_logger(__name__)
@@ -272,7 +272,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if isinstance(error, grpc.aio.AbortError):
             raise error
         if not isinstance(error, PlaitError):
-            log.error("a call failed by a fault of ours", method=method, exc_info=error)
+            log.error("a call failed by a fault of ours", method=method, exc_info=without_words(error))
             error = Internal("a fault inside plait; it was logged, please report it with the time of the call")
         self._handled.labels(method, error.code.name).inc()
         log.debug("a call was refused", method=method, code=error.code.name, reason=error.reason)

@@ -35,7 +35,7 @@ from plait.rpc.call import Call, current, enter
 from plait.rpc.credentials import DEFAULT_TENANT
 from plait.rpc.deadline import Deadline
 from plait.rpc.interceptor import MalformedMessage
-from plait.telemetry.logging import get_logger
+from plait.telemetry.logging import get_logger, without_words
 from plait.telemetry.tracing import Tracing, off
 
 log = get_logger(__name__)
@@ -189,8 +189,8 @@ class _ServedCalls:
             await self._fill(frame.request, answer.response)
         except PlaitError as error:
             return self._failure(call_id, error)
-        except Exception:  # (whatever it is, the caller must get a typed status)
-            log.exception("a call failed by a fault of ours", method=self._stream_call.method)
+        except Exception as error:  # (whatever it is, the caller must get a typed status)
+            log.exception("a call failed by a fault of ours", method=self._stream_call.method, exc_info=without_words(error))
             return self._failure(call_id, Internal("a fault inside plait; it was logged, please report it with the time of the call"))
         return answer
 

@@ -10,6 +10,7 @@ import structlog
 from opentelemetry import trace
 from structlog.tracebacks import ExceptionDictTransformer
 
+from plait.errors import PlaitError
 from plait.settings import TelemetrySettings
 
 # structlog shows the local variables of every frame unless told otherwise: feature values and ids among them.
@@ -63,6 +64,26 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """Return the logger of one part, named like its module."""
     logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
     return logger
+
+
+def without_words(error: BaseException) -> BaseException:
+    """Return an exception of the same type, place and causes that says nothing, unless it is ours: a foreign one's words may hold an id,
+    as a KeyError's do, or a value. For faults in code that works on requests and events."""
+    return _silenced(error, {})
+
+
+def _silenced(error: BaseException, seen: dict[int, BaseException]) -> BaseException:
+    if id(error) in seen:
+        return seen[id(error)]
+    ours = isinstance(error, PlaitError)
+    kind = type(type(error).__qualname__, (Exception,), {"__module__": type(error).__module__})
+    silent: BaseException = kind(str(error) if ours else "(not told: it may hold an id or a value)")
+    seen[id(error)] = silent
+    silent.__traceback__ = error.__traceback__
+    silent.__cause__ = None if error.__cause__ is None else _silenced(error.__cause__, seen)
+    silent.__context__ = None if error.__context__ is None else _silenced(error.__context__, seen)
+    silent.__suppress_context__ = error.__suppress_context__
+    return silent
 
 
 def _with_service(service: str) -> structlog.typing.Processor:

@@ -14,7 +14,7 @@ from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.grpc import aio_server_interceptor
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, SamplingResult, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind
@@ -37,7 +37,13 @@ class Tracing:
         self._sampler = _Sampler()
         if exporter is not None:
             self._sampler.ratio = settings.trace_sample_ratio
-            self._provider = TracerProvider(sampler=ParentBased(self._sampler), resource=Resource.create({"service.name": service}))
+            self._provider = TracerProvider(
+                sampler=ParentBased(self._sampler),
+                resource=Resource.create({"service.name": service}),
+                span_limits=SpanLimits(
+                    max_events=0
+                ),  # they would be stack traces, with the words of every cause: the log has the trace's id
+            )
             self._provider.add_span_processor(BatchSpanProcessor(exporter))
             self._tracer = self._provider.get_tracer("plait")
 

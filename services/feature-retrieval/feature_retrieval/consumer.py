@@ -17,7 +17,7 @@ from feature_retrieval.publishing import Settling
 from feature_retrieval.sources import EventSource, Message
 from plait.errors import PlaitError, Unavailable
 from plait.redis.dispatch import Receipt
-from plait.telemetry.logging import get_logger
+from plait.telemetry.logging import get_logger, without_words
 from plait.telemetry.tracing import Tracing, off
 
 log = get_logger(__name__)
@@ -82,6 +82,8 @@ class Consumer:
             await asyncio.gather(*self._finishing)
             self._idle.set()
             await asyncio.Event().wait()  # a loop that ends would be a fault
+        except Exception as error:
+            raise without_words(error) from None  # it ends the process, which logs it
         finally:
             for task in self._finishing:
                 task.cancel()
@@ -147,8 +149,8 @@ class Consumer:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         del self._finishing[task]
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a batch of events is not acknowledged and will be delivered again", exc_info=task.exception())
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a batch of events is not acknowledged and will be delivered again", exc_info=without_words(error))
 
 
 async def _traced(work: Coroutine[None, None, None], spans: Sequence[Span]) -> None:
@@ -177,6 +179,7 @@ async def report(source: EventSource, known: Known, freshness: Freshness, every_
         try:
             freshness.waits(source.name, {tenant: await source.backlog_of(tenant) for tenant in known.tenants()}, known.views())
         except Unavailable as error:
+            freshness.unknown(source.name)
             log.info("the lag of events is not known", source=source.name, reason=error.reason)
         await asyncio.sleep(every_s)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -19,7 +20,11 @@ class Freshness:
     def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._newest_us: dict[tuple[str, str], int] = {}
-        self._lag = metrics.gauge("plait_features_event_lag", "events waiting to be applied, over all tenants and replicas", ("source",))
+        self._lag = metrics.gauge(
+            "plait_features_event_lag",
+            "events waiting to be applied, over all tenants and replicas; NaN while that is not known",
+            ("source",),
+        )
         self._watermark = metrics.gauge(
             "plait_features_watermark_seconds",
             "every event appended up to this time is applied, of the tenant furthest behind; seconds since the epoch",
@@ -68,10 +73,15 @@ class Freshness:
 
     def waits(self, source: str, backlog: Mapping[str, Backlog], views: Sequence[str]) -> None:
         """Publish what a source says of its backlog, by tenant, for the views that it feeds."""
-        self._lag.labels(source).set(sum(max(0, each.events) for each in backlog.values()))
+        events = [each.events for each in backlog.values()]
+        self._lag.labels(source).set(math.nan if -1 in events else sum(events))
         known = [each.watermark_us for each in backlog.values() if each.watermark_us]
         for view in views if known else ():
             self._watermark.labels(view).set(min(known) / 1e6)
+
+    def unknown(self, source: str) -> None:
+        """What waits in a source cannot be asked; a watermark of before stays true."""
+        self._lag.labels(source).set(math.nan)
 
     def _age_s(self, view: str) -> float:
         newest = max((at for (_, name), at in self._newest_us.items() if name == view), default=0)

@@ -95,7 +95,8 @@ class Publishing:
         now = self._clock()
         asked, waiting = self._known.get(tenant, (0.0, 0))
         if not asked <= now < asked + _BACKLOG_KNOWN_S:
-            waiting = (await self._source.backlog_of(tenant)).events
+            backlog = await self._source.backlog_of(tenant)
+            waiting = backlog.most if backlog.events < 0 else backlog.events  # once all is read, it is known again
             self._known[tenant] = (now, waiting)
         if waiting > self._max_backlog:
             raise ResourceExhausted(

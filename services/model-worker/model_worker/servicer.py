@@ -29,7 +29,7 @@ from plait.registry.records import TensorSpec
 from plait.rpc import multiplex
 from plait.rpc.call import current, enter
 from plait.rpc.deadline import Deadline
-from plait.telemetry.logging import get_logger
+from plait.telemetry.logging import get_logger, without_words
 from plait.telemetry.tracing import Tracing
 
 log = get_logger(__name__)
@@ -250,7 +250,7 @@ class StreamServicer(stream_pb_grpc.ModelWorkerServiceServicer):
 
 def _failure(request: Any, error: Exception) -> Any:
     if not isinstance(error, PlaitError):
-        log.error("a request on a stream failed by a fault of ours", exc_info=error)
+        log.error("a request on a stream failed by a fault of ours", exc_info=without_words(error))
         error = Internal("a fault inside plait; it was logged, please report it with the time of the call")
     answer = pb.ModelStreamInferResponse(error_message=error.message)
     answer.infer_response.id = request.id

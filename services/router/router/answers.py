@@ -9,6 +9,7 @@ kept: of tier full and with nothing degraded.
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,17 +17,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, cast
 
+from google.protobuf.message import DecodeError
+
 from plait.api.router.v1 import explanation_pb2 as explanation_pb
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.registry.policies import CachePolicy
 from plait.registry.records import Snapshot
 from plait.rpc.deadline import Deadline
 from plait.telemetry.metrics import Metrics
+from router import shared_answer
 from router.cache_key import Keys
 from router.entries import Entries, Entry, standing
 from router.flights import Flights
 from router.invalidation import Invalidations, Named, ids_of
 from router.question import TIER_FULL, Question, Response, Road
+from router.redis_level import RedisLevel
 from router.route_table import Arm, ServingRoute
 from router.settings import CacheSettings
 from router.stopwatch import Stopwatch
@@ -35,6 +40,7 @@ MISS: Final = explanation_pb.CACHE_STATUS_MISS
 HIT: Final = explanation_pb.CACHE_STATUS_HIT
 STALE: Final = explanation_pb.CACHE_STATUS_STALE
 SHARED: Final = explanation_pb.CACHE_STATUS_SHARED
+_SAME_S: Final = 0.001  # an answer that is no newer than this is the one that is known already
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,20 +53,23 @@ class _Made:
     reasons: Sequence[str]
     began_s: float
     position: int
+    from_redis: bool = False
 
 
 class Answers:
-    """Keeps answers in this process, bounded by bytes; routes say for how long."""
+    """Keeps answers in this process, bounded by bytes, and fresh ones in what routers share, if there is such a `level`; routes say for how long."""
 
     def __init__(
         self,
         settings: CacheSettings,
         invalidations: Invalidations,
         metrics: Metrics,
+        level: RedisLevel | None = None,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._invalidations = invalidations
+        self._level = level
         self._clock = clock
         self._chance = chance
         self._keys = Keys()
@@ -89,6 +98,7 @@ class Answers:
         async def cached(question: Question) -> Response:
             if question.trail is not None:
                 question.trail.cache = self._would_be(question, policy)
+                return await road(question)
             if question.request.explain:
                 return await road(question)
             key = self._keys.of(question)
@@ -104,14 +114,6 @@ class Answers:
         """End what is being made for nobody in particular."""
         await self._flights.close()
 
-    def _would_be(self, question: Question, policy: CachePolicy) -> explanation_pb.CacheStatus.ValueType:
-        """Return what would become of a question that explains nothing; nothing is touched."""
-        entry = self._entries.get(self._keys.of(question))
-        found = "gone" if entry is None else standing(self._clock() - entry.made_s, entry.took_s, policy, 1.0)
-        if entry is None or found == "gone" or self._untouched(entry, question) is None:
-            return MISS
-        return STALE if found == "stale" else HIT
-
     def _kept(self, key: bytes, question: Question, road: Road, policy: CachePolicy) -> Response | None:
         """Return what is kept, where it is good enough; where somebody should make it anew, that begins."""
         entry = self._entries.get(key)
@@ -124,13 +126,22 @@ class Answers:
             self._entries.drop(key)
             return None
         if found != "fresh":
-            self._flights.refresh(key, partial(self._make, key, _anew(question), road))
+            self._flights.refresh(key, partial(self._make, key, _anew(question), road, policy, entry.made_s))
         response.cache = STALE if found == "stale" else HIT
         response.age_us = int(age_s * 1e6)
         return response
 
+    def _would_be(self, question: Question, policy: CachePolicy) -> explanation_pb.CacheStatus.ValueType:
+        """Return how a question would be answered, and leave everything as it is."""
+        key = self._keys.of(question)
+        entry = self._entries.get(key)
+        found = "gone" if entry is None else standing(self._clock() - entry.made_s, entry.took_s, policy, 1.0)
+        if entry is None or found == "gone" or self._untouched(entry, question) is None:
+            return SHARED if key in self._flights else MISS
+        return STALE if found == "stale" else HIT
+
     async def _shared(self, key: bytes, question: Question, road: Road, policy: CachePolicy) -> Response:
-        make = partial(self._make, key, question, road)
+        make = partial(self._make, key, question, road, policy, -math.inf)
         made, shared = await self._flights.fly(key, make, question.deadline)
         response = _read(made.data, question)
         aged = self._clock() - made.began_s > policy.ttl_s + policy.stale_s
@@ -141,10 +152,17 @@ class Answers:
         if shared:
             question.arm, question.tier = made.arm, made.tier
             question.reasons += made.reasons
-        response.cache = SHARED if shared else MISS
+        response.cache = HIT if made.from_redis else SHARED if shared else MISS
+        if made.from_redis:
+            response.age_us = int((self._clock() - made.began_s) * 1e6)
         return response
 
-    async def _make(self, key: bytes, question: Question, road: Road) -> _Made:
+    async def _make(self, key: bytes, question: Question, road: Road, policy: CachePolicy, after_s: float) -> _Made:
+        """Make an answer, unless another router made one after `after_s` that is still fresh."""
+        if self._level is not None:
+            made = await self._from_redis(self._level, key, question, policy, after_s)
+            if made is not None:
+                return made
         began_s, position = self._clock(), self._invalidations.position
         known = len(question.reasons)  # of its choice, which is each caller's own
         response = await road(question)
@@ -161,14 +179,36 @@ class Answers:
             # Its age counts from when it was begun: that is when its features were read.
             entry = Entry(data=made.data, made_s=began_s, took_s=made_s - began_s, position=position)
             self._entries.put(key, entry, len(made.data))
+            if self._level is not None:
+                lives_s = policy.ttl_s - entry.took_s
+                if lives_s > 0:
+                    value = shared_answer.write(made.data, entry.took_s, lives_s, Invalidations.heard_at(position))
+                    self._level.put(shared_answer.key(key), value, lives_s)
         return made
+
+    async def _from_redis(self, level: RedisLevel, key: bytes, question: Question, policy: CachePolicy, after_s: float) -> _Made | None:
+        held = await level.get(shared_answer.key(key))
+        found = shared_answer.read(*held) if held else None
+        if found is None or found.age_s > policy.ttl_s:
+            return None
+        began_s, position = self._clock() - found.age_s, Invalidations.since(found.heard)
+        entry = Entry(data=found.data, made_s=began_s, took_s=found.took_s, position=position)
+        try:
+            if began_s <= after_s + _SAME_S or self._untouched(entry, question) is None:
+                return None
+        except DecodeError:  # somebody else wrote it
+            return None
+        self._entries.put(key, entry, len(found.data))
+        return _Made(
+            data=found.data, arm=question.arm, tier=TIER_FULL, reasons=(), began_s=began_s, position=entry.position, from_redis=True
+        )
 
     def _untouched(self, entry: Entry, question: Question) -> Response | None:
         """Return the answer of an entry, None where something in it was told to be forgotten since it was begun."""
         response = _read(entry.data, question)
         if self._invalidations.touched(entry.position, _named(question, response)):
             return None
-        entry.position = self._invalidations.position
+        entry.position = max(entry.position, self._invalidations.position)
         return response
 
 

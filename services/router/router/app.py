@@ -16,7 +16,6 @@ from plait.settings import ChannelSettings
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
 from router import auth, open_inference
-from router.admission import Admission
 from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
@@ -26,12 +25,16 @@ from router.feature_client import FeatureClient
 from router.gate import Gate
 from router.invalidating import Invalidating
 from router.invalidation import Invalidations
+from router.journal import Journal
 from router.ladder import Ladder
 from router.open_inference import OpenInference
+from router.outcomes import Outcomes
 from router.pass_through import PassThrough
 from router.pool_metrics import PoolMetrics
 from router.pools import Pools
+from router.quotas import Quotas
 from router.ranking import Ranking
+from router.redis_level import RedisLevel
 from router.repeats import Repeats
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
@@ -53,17 +56,22 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     workers = Pools(settings.workers, _channel(settings.workers.channel, settings), tracing=tracing, metrics=PoolMetrics(metrics))
     stack.push_async_callback(workers.close)
     invalidations = Invalidations()
-    shared = None
+    shared = level = journal = None
     if settings.redis.url.get_secret_value():
         topology = topology_of(settings.redis)
         stack.push_async_callback(topology.close)
+        level = RedisLevel(Dispatch(topology), metrics, settings.cache.redis_budget_s)
+        stack.push_async_callback(level.close)
         shared = SharedInvalidations(invalidations, Dispatch(topology), metrics)
         tasks.start(shared.run(), "invalidations")
-    answers, repeats = Answers(settings.cache, invalidations, metrics), Repeats(settings.repeats, metrics)
+        journal = Journal(Dispatch(topology), settings.journal, metrics)
+        stack.push_async_callback(journal.close)
+        tasks.start(journal.run(), "journal")
+    answers, repeats = Answers(settings.cache, invalidations, metrics, level), Repeats(settings.repeats, metrics, level)
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
-    gate = Gate(Admission(settings.admission))
+    gate = Gate(settings.admission, Quotas(), metrics)
     shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     stack.push_async_callback(shadows.close)
     ranking = Ranking(
@@ -74,7 +82,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
         answers=answers,
         repeats=repeats,
         shadows=shadows,
-        exposures=Exposures(metrics),
+        exposures=Exposures(metrics, journal, key=settings.journal.key.get_secret_value().encode()),
         metrics=RankingMetrics(metrics),
         max_message_bytes=min(settings.features.channel.max_message_bytes, settings.workers.channel.max_message_bytes),
     )
@@ -87,7 +95,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
 
     server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
-    servicer = RouterServicer(ranking, Invalidating(invalidations, shared))  # type: ignore[abstract]  # the rest of the contract is to come, and answered UNIMPLEMENTED until then
+    servicer = RouterServicer(ranking, Invalidating(invalidations, shared), Outcomes(journal, metrics))
     server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
     open_inference.add(server, OpenInference(passing, workers, version("plait-router")))
     watcher.subscribe(server.reexamine)

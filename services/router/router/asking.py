@@ -100,6 +100,7 @@ class Asking:
             watch=watch,
             reasons=[*choice.reasons],
             assignments=choice.assignments,
+            unit=choice.unit,
             trail=trail,
             revision=table.revision,
         )
@@ -121,8 +122,9 @@ def _choose(
 ) -> Choice:
     """A route without rules and experiments pays for none."""
     if route.plain:
-        arm = route.assign(request_id if subject is None else subject)
-        return Choice(arm=arm, assignments=route.by_weight.get(arm.name, ()))
+        unit = request_id if subject is None else subject
+        arm = route.assign(unit)
+        return Choice(arm=arm, assignments=route.by_weight.get(arm.name, ()), unit=unit)
     facts = Facts(
         tenant=call.tenant,
         metadata=call.metadata,

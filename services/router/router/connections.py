@@ -22,6 +22,7 @@ from router.latency import Latencies
 from router.pool_metrics import PoolMetrics
 from router.replica import Replica
 from router.retry_budget import RetryBudget
+from router.trail import Trail
 
 log = get_logger(__name__)
 
@@ -51,7 +52,8 @@ def framed(frame: Any, plan: CallPlan) -> Send:
 
 @dataclass(slots=True, kw_only=True)
 class CallPlan:
-    """What one call to a model is about and how much it is worth. `rows`: how much work it is. `attempts`: calls in all, one after another."""
+    """What one call is about and how much it is worth. `rows`: how much work it is. `attempts`: calls in all, one after another. A `trail`
+    learns of each, as one for `what`."""
 
     model: str = ""
     version: str = ""
@@ -62,6 +64,8 @@ class CallPlan:
     metadata: Metadata = ()
     attempts: int = 2
     hedge: Hedge | None = None
+    what: str = "model"
+    trail: Trail | None = None
 
 
 class Connections:
@@ -121,7 +125,7 @@ class Connections:
         endpoints = sorted(self._by_address.values(), key=lambda e: not (e.replica.accepts and (not model or e.may_hold(model, version))))
         return [endpoint.transport for endpoint in endpoints]
 
-    async def call(self, send: Send, plan: CallPlan, elsewhere: Elsewhere = lambda _: False) -> Any:
+    def call(self, send: Send, plan: CallPlan, elsewhere: Elsewhere = lambda _: False) -> Coroutine[Any, Any, Any]:
         """Have `send` call the best endpoint's transport and return what it returns; a second call of it must not disturb the first.
 
         Tried again, on another endpoint where there is one, while attempts, deadline and the budget of retries allow it: where the endpoint
@@ -129,8 +133,8 @@ class Connections:
         Unavailable (POOL_UNAVAILABLE) where there is no endpoint at all.
         """
         if plan.hedge is None or self._stateful:
-            return await self._attempts(send, plan, elsewhere, [])
-        return await self._hedged(send, plan, plan.hedge, elsewhere)
+            return self._attempts(send, plan, elsewhere, [])
+        return self._hedged(send, plan, plan.hedge, elsewhere)
 
     async def look(self) -> None:
         """Ask every endpoint which versions it holds ready. Those that do not say so within a second are unknown."""
@@ -172,7 +176,7 @@ class Connections:
             tried.append(endpoint.replica)
             attempts -= 1
             try:
-                return await self._attempt(endpoint, send, plan.rows)
+                return await self._attempt(endpoint, send, plan, "first" if len(tried) == 1 else "retry")
             except PlaitError as error:
                 if attempts < 1 or not self._again(error, plan, elsewhere, tried):
                     raise
@@ -211,7 +215,7 @@ class Connections:
         tried.append(endpoint.replica)
         if self._metrics is not None:
             self._metrics.hedged(self._name)
-        return self._attempt(endpoint, send, plan.rows)
+        return self._attempt(endpoint, send, plan, "hedge")
 
     async def _timed(self, key: tuple[str, str], call: Coroutine[Any, Any, Any]) -> Any:
         """Learn how long first calls take; one that is cancelled, as the second was faster, took at least so long."""
@@ -244,24 +248,30 @@ class Connections:
             self._lagging[key] = found
         return found
 
-    async def _attempt(self, endpoint: Endpoint, send: Send, rows: int) -> Any:
-        replica = endpoint.replica
+    async def _attempt(self, endpoint: Endpoint, send: Send, plan: CallPlan, kind: str) -> Any:
+        replica, rows = endpoint.replica, plan.rows
         began_s = self._clock()
         replica.in_flight += 1
         try:
             response = await send(endpoint.transport)
-        except PlaitError as error:
-            self._blame(endpoint, error, self._clock() - began_s, rows)
-            raise
-        except asyncio.CancelledError:  # nobody waits any more: the caller has gone, or another endpoint was faster
-            self._balancer.overdue(replica, self._clock() - began_s, rows)
+        except (PlaitError, asyncio.CancelledError) as error:
+            took_s = self._clock() - began_s
+            if isinstance(error, PlaitError):
+                self._blame(endpoint, error, took_s, rows)
+            else:  # nobody waits any more: the caller has gone, or another endpoint was faster
+                self._balancer.overdue(replica, took_s, rows)
+            if plan.trail is not None:
+                plan.trail.tried(plan.what, kind, endpoint.address, took_s, error)
             raise
         finally:
             replica.in_flight -= 1
             if endpoint.leaving is not None and not replica.in_flight:
                 endpoint.leaving.set()
+        took_s = self._clock() - began_s
         self._budget.succeeded()
-        if self._balancer.answered(replica, self._clock() - began_s, rows):
+        if plan.trail is not None:
+            plan.trail.tried(plan.what, kind, endpoint.address, took_s, None)
+        if self._balancer.answered(replica, took_s, rows):
             log.info("a replica answers again", service=self._name, replica=replica.name)
         return response
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -137,19 +137,18 @@ class Consulting:
         `sent`: the request-time features to pass on, None = all.
         """
         entity_types = dict.fromkeys(entity for item in inputs for entity in item.entities)
-        asked = self._features.get(
-            question.route,
-            arm.feature_set,
-            [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
-            () if inputs is arm.inputs else [item.name for item in inputs],
-            request_features=question.request.request_features if sent is None else sent,
-            ages=question.trail is not None,
-            deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
-            tenant=question.tenant,
-            request_id=question.request_id,
-        )
         try:
-            features = await _traced(question, "features", asked)
+            features = await self._features.get(
+                question.route,
+                arm.feature_set,
+                [(entity_type, question.ids[entity_type]) for entity_type in entity_types],
+                () if inputs is arm.inputs else [item.name for item in inputs],
+                request_features=question.request.request_features if sent is None else sent,
+                deadline=question.deadline.at_most(question.deadline.remaining_s() * self._features_share),
+                tenant=question.tenant,
+                request_id=question.request_id,
+                trail=question.trail,
+            )
         except (Unreachable, DeadlineExceeded) as error:
             if not question.route.takes_defaults:
                 raise
@@ -174,23 +173,10 @@ class Consulting:
             request_id=question.request_id,
             attempts=question.route.attempts,
             hedge=question.route.hedge,
+            trail=question.trail,
         )
-        return await _traced(question, "model", self._workers.infer(frame, call))
-
-
-async def _traced(question: Question, what: str, asked: Awaitable[R]) -> R:
-    """Wait for a call to a service behind the router; an Explain learns what came of it."""
-    trail = question.trail
-    if trail is None:
-        return await asked
-    started = question.watch.stamp()
-    try:
-        answer = await asked
-    except PlaitError as error:
-        trail.tried(what, question.watch.stamp() - started, error)
-        raise
-    trail.tried(what, question.watch.stamp() - started)
-    return answer
+        question.scored = answer = await self._workers.infer(frame, call)
+        return answer
 
 
 def _alike(one: Arm, other: Arm) -> bool:

@@ -31,12 +31,12 @@ def explain(response: Response, question: Question, trail: Trail) -> pb.ExplainR
 
 
 def summary(response: Response, question: Question, trail: Trail) -> str:
-    """Return who answered, why, on which tier, and what is not the best possible; names and stable words only."""
+    """Return who answered, why, on which tier, and what is not the best possible: names and stable words only."""
     who = f"Variant {response.variant!r} ({response.model} version {response.model_version}) answered"
     if question.tier == TIER_POPULARITY:
         who = "The popularity of the candidates answered, without a model"
     words = [who]
-    if question.tier in (TIER_FULL, TIER_POPULARITY):
+    if question.tier == TIER_FULL:
         words.append(_why(question, trail))
     if question.tier != TIER_FULL:
         passed = [f"{tier.tier} {_PASSED[tier.reason]}" for tier in trail.tiers if tier.reason in _PASSED]
@@ -44,9 +44,6 @@ def summary(response: Response, question: Question, trail: Trail) -> str:
     others = [reason for reason in question.reasons if not reason.startswith("tier_")]
     if others:
         words.append(f"with {', '.join(others)}")
-    oldest_us = max((age.oldest_us for age in trail.ages), default=-1)
-    if oldest_us >= 0:
-        words.append(f"from features at most {oldest_us / 1e6:.3g} s old")
     return ", ".join(words) + "."
 
 

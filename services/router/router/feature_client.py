@@ -17,6 +17,7 @@ from router.discovery.found import Found
 from router.endpoints import Transport
 from router.route_table import ServingRoute
 from router.settings import FeaturesSettings
+from router.trail import Trail
 from router.transports.plait import PlaitTransport
 
 _METHOD: Final = "plait.api.feature_retrieval.v1.FeatureRetrievalService/GetFeatures"
@@ -56,15 +57,15 @@ class FeatureClient:
         inputs: Sequence[str],
         *,
         request_features: Sequence[types_pb2.Tensor] = (),
-        ages: bool = False,
         lenient: bool = False,
         deadline: Deadline,
         tenant: str,
         request_id: str,
+        trail: Trail | None = None,
     ) -> pb.GetFeaturesResponse:
         """Return the tensors of `inputs` (empty = all) of a feature set for these ids and what the caller sent along.
 
-        `ages`: also how old the rows are. `lenient`: what is missing is missing, whatever the route says of its model's features.
+        With a `trail` also how old the rows are, and what was tried. `lenient`: what is missing is missing, whatever the route says of its model's features.
 
         Raises Unreachable when no replica can be reached, Unavailable (FEATURES_UNAVAILABLE) when none knows the feature set yet.
         FailedPrecondition (FEATURES_MISSING), Unavailable (STORE_UNAVAILABLE), ResourceExhausted and DeadlineExceeded are its own.
@@ -76,10 +77,10 @@ class FeatureClient:
         request.max_defaulted_share = 0 if lenient else route.max_defaulted_share
         request.inputs.extend(inputs)
         request.request_features.extend(request_features)
-        request.include_ages = ages
+        request.include_ages = trail is not None
         for entity_type, ids in entities:
             request.entities.add(entity_type=entity_type).ids.CopyFrom(ids)
-        plan = CallPlan(deadline=deadline, tenant=tenant, request_id=request_id)
+        plan = CallPlan(what="features", deadline=deadline, tenant=tenant, request_id=request_id, trail=trail)
         try:
             response: pb.GetFeaturesResponse = await self._connections.call(framed(frame, plan), plan, _lags)
         except PlaitError as error:

@@ -42,7 +42,7 @@ class Invalidations:
     @property
     def heard(self) -> int:
         """How much of what all routers were told this one has heard: comparable between routers."""
-        return self.position >> _LOCAL_BITS
+        return self.heard_at(self.position)
 
     def tell(self, named: Iterable[Named], heard: int | None = None) -> None:
         """Take in names; `heard` is the number of what all routers were told, None for what only this one was."""
@@ -70,6 +70,11 @@ class Invalidations:
         if since >= self.position:
             return False
         return since < self._floor or any(self._told(space, ids, since) for space, ids in named)
+
+    @staticmethod
+    def heard_at(position: int) -> int:
+        """Return how much of what all routers were told was heard at a position."""
+        return position >> _LOCAL_BITS
 
     @staticmethod
     def since(heard: int) -> int:

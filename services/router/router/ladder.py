@@ -64,7 +64,7 @@ class Ladder:
             below = rungs[place + 1] if place + 1 < len(rungs) else None
             question.arm = rung.arm or chosen
             left_s, expected_s = whole.remaining_s(), self._expected_s(rung, chosen, question)
-            if below is not None and left_s < expected_s * _MARGIN:
+            if below is not None and left_s < expected_s * _MARGIN and not self._expectations.probe(question.arm, question.rows):
                 _report(question, rung, "budget_too_small", left_s, expected_s)
                 continue
             question.deadline = whole if below is None else Deadline(whole.at_s - self._kept_s(below, chosen, question, left_s))
@@ -93,7 +93,7 @@ class Ladder:
             response = await road(question)
         except DeadlineExceeded:
             if watch.admitted:  # (what waited at the gate says nothing of the model)
-                self._expectations.learn(arm, question.rows, watch.stamp() - watch.admitted)
+                self._expectations.learn(arm, question.rows, watch.stamp() - watch.admitted, answered=False)
             raise
         finally:
             watch.admitted = watch.admitted or watch.stamp()

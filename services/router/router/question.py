@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as features_pb
 from plait.api.router.v1 import explanation_pb2
@@ -17,6 +18,9 @@ from router.stopwatch import Stopwatch
 from router.trail import Trail
 from router.validation import Ids
 
+if TYPE_CHECKING:
+    from plait.api.inference.v2 import inference_pb2
+
 TIER_FULL = "full"
 TIER_POPULARITY = "popularity"  # no model answered
 
@@ -27,10 +31,10 @@ class Question:
 
     `subject` is the one id it is about, if there is one. `candidates` are the ids of the route's candidate type, in the caller's order;
     `rows` says how many rows the model gets. `ids` holds the ids of every entity type as they came. `metadata` and `scopes` are the call's,
-    `revision` is the registry's. `assignments`: what the experiments, or the weights, made of
-    it. What the road learns on its way stands here too: `tier`, `reasons` why the answer is not the best possible, `by_rule` how many
-    candidates each business rule dropped, boosted or held back, the `features` that were read (for the inputs of `features_for`), and the
-    `trail` of an Explain.
+    `revision` is the registry's. `assignments`: what the experiments, or the weights, made of its `unit`. What the road learns on its way stands
+    here too: `tier`, `reasons` why the answer is not the best possible, `by_rule` how many candidates each business rule dropped, boosted or held
+    back, the `features` that were read (for the inputs of `features_for`), the `trail` of an Explain, and `scored`, the last answer of a worker,
+    which says what it took.
     """
 
     route: ServingRoute
@@ -54,9 +58,11 @@ class Question:
     reasons: list[str] = field(default_factory=list)
     by_rule: Mapping[str, int] = field(default_factory=dict)
     assignments: Sequence[explanation_pb2.Assignment] = ()
+    unit: Id | None = None
     features: features_pb.GetFeaturesResponse | None = None
     features_for: Arm | None = None
     trail: Trail | None = None
+    scored: inference_pb2.ModelInferResponse | None = None
 
     def suits(self, arm: Arm) -> bool:
         """Whether another variant can answer this request at all: it was checked against the one that was chosen for it."""

@@ -36,6 +36,7 @@ from router.trail import Trail
 log = get_logger(__name__)
 _stdlib_log: Final = logging.getLogger(__name__)
 
+_OPERATORS: Final = frozenset({"operate", "admin"})  # scopes that may know where services live
 _ENVELOPE: Final = 1 / 16  # of a message is kept for names, statuses and framing
 
 
@@ -87,6 +88,7 @@ class Ranking:
         for route in table.routes.values():
             for variant, fault in route.left_out.items():
                 log.warning("a variant cannot serve", route=route.name, variant=variant, reason=fault.reason, error=fault.message)
+        self._gate.adopt(snapshot)
         self._answers.adopt(snapshot)
         self._roads = {route.name: self._road(route) for route in table.routes.values()}
         self._table = table
@@ -94,21 +96,22 @@ class Ranking:
     async def rank(self, request: pb.RankRequest) -> pb.RankResponse:
         """Answer a Rank; errors are those of the contract."""
         call, watch, table = current(), Stopwatch(), self._table
-        self._gate.knock(call.deadline)
+        self._gate.knock(call, request.route)
         question = self._asking.rank(request, table, call, watch)
         return cast("pb.RankResponse", await self._roads[question.route.name](question))
 
     async def predict(self, request: pb.PredictRequest) -> pb.PredictResponse:
         """Answer a Predict; errors are those of the contract."""
         call, watch, table = current(), Stopwatch(), self._table
-        self._gate.knock(call.deadline)
+        self._gate.knock(call, request.route)
         question = self._asking.predict(request, table, call, watch)
         return cast("pb.PredictResponse", await self._roads[question.route.name](question))
 
     async def explain(self, request: pb.ExplainRequest) -> pb.ExplainResponse:
         """Answer a Rank or Predict on the same road and tell how; InvalidArgument where neither is set, other errors are those of the call."""
-        call, watch, table, trail = current(), Stopwatch(), self._table, Trail()
-        self._gate.knock(call.deadline)
+        call, watch, table = current(), Stopwatch(), self._table
+        trail = Trail(endpoints=call.is_service or bool(_OPERATORS & call.scopes))
+        self._gate.knock(call, request.rank.route or request.predict.route)
         asked = request.WhichOneof("call")
         if asked is None:
             message = "nothing to explain: set rank or predict"
@@ -124,7 +127,7 @@ class Ranking:
         """Return the steps of a route, the last one first: this is the only place where their order stands."""
         stages = route.stages
         road: Road = self._cascade.road(route, stages) if stages else self._consulting.answer
-        road = self._gate.around(road)
+        road = self._gate.around(road, route)
         if route.ladder:
             filtering = self._cascade.filtering(stages) if stages and stages.filters else None
             road = self._ladder.around(road, route, filtering)  # outside of the gate: an overloaded model is a reason to answer otherwise

@@ -6,15 +6,17 @@ from typing import Any
 
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
 from router.invalidating import Invalidating
+from router.outcomes import Outcomes
 from router.ranking import Ranking
 
 
 class RouterServicer(pb_grpc.RouterServiceServicer):
     """Hands requests to the page, and what is no request to who answers it."""
 
-    def __init__(self, ranking: Ranking, invalidating: Invalidating) -> None:
+    def __init__(self, ranking: Ranking, invalidating: Invalidating, outcomes: Outcomes) -> None:
         self._ranking = ranking
         self._invalidating = invalidating
+        self._outcomes = outcomes
 
     async def Rank(self, request: Any, context: Any) -> Any:
         """Which of these candidates first?"""
@@ -31,3 +33,7 @@ class RouterServicer(pb_grpc.RouterServiceServicer):
     async def Explain(self, request: Any, context: Any) -> Any:
         """The answer, and how it came to be."""
         return await self._ranking.explain(request)
+
+    async def RecordOutcome(self, request: Any, context: Any) -> Any:
+        """What became of answers."""
+        return await self._outcomes.record(request)

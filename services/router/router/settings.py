@@ -15,17 +15,22 @@ from router.discovery import static
 class AdmissionSettings(Group):
     """How much work the router takes on at once."""
 
-    limit: int = Field(128, ge=1, le=100_000, description="requests worked on at once")
-    queue: int = Field(256, ge=0, le=100_000, description="requests that may wait for their turn; more are answered RESOURCE_EXHAUSTED")
-    max_wait_s: float = Field(0.2, gt=0, le=60, description="longest wait for a turn, seconds")
+    adaptive: bool = Field(True, description="find the limit by how long workers take; off: it is `limit`, always")
+    limit: int = Field(1024, ge=1, le=100_000, description="most requests worked on at once, in requests of mean cost")
+    min_limit: int = Field(2, ge=1, le=100_000, description="least the limit falls to while it adapts, in requests of mean cost")
+    start: int = Field(32, ge=1, le=100_000, description="the limit at first while it adapts, in requests of mean cost")
+    queue: int = Field(1024, ge=0, le=100_000, description="requests that may wait for their turn; more are answered RESOURCE_EXHAUSTED")
+    max_wait_s: float = Field(0.2, gt=0, le=60, description="longest wait for a turn, seconds; much less while more comes in than goes out")
     min_budget_s: float = Field(0.001, ge=0, le=60, description="requests with less left of their deadline are refused at once, seconds")
-    retry_after_s: float = Field(0.1, gt=0, le=60, description="when a refused caller is asked to come back, seconds")
+    retry_after_s: float = Field(0.1, gt=0, le=60, description="least time after which a refused caller is asked to come back, seconds")
+    max_cells: int = Field(4_000_000, ge=1, description="most values (rows by columns) of one request's features; more is refused")
 
 
 class CacheSettings(Group):
     """Answers that are kept, on routes that say so."""
 
     bytes: int = Field(64 << 20, ge=1 << 16, le=1 << 36, description="memory for answers, bytes; one of more than a 64th of it is not kept")
+    redis_budget_s: float = Field(0.005, gt=0, le=1, description="longest wait for what another router kept in the shared Redis, seconds")
 
 
 class RepeatsSettings(Group):
@@ -45,6 +50,22 @@ class SharedSettings(RedisSettings):
     @classmethod
     def _redis_url(cls, url: SecretStr) -> SecretStr:
         return super()._redis_url(url) if url.get_secret_value() else url
+
+
+class JournalSettings(Group):
+    """What is written down for experiments: exposures and outcomes, in the shared Redis."""
+
+    key: SecretStr = Field(
+        SecretStr(""),
+        description="secret that the units of exposures are hashed with, the same on every router; empty = one that is forgotten at the end",
+    )
+    queue: int = Field(10_000, ge=1, le=10_000_000, description="exposures that may wait to be written; more are dropped and counted")
+    max_entries: int = Field(
+        1_000_000, ge=1000, le=1_000_000_000, description="exposures, and as many outcomes, kept per tenant; the oldest go first"
+    )
+    known_s: float = Field(
+        86_400.0, ge=60, le=31 * 86_400, description="how long an outcome is known, so that a repeat does not count, seconds"
+    )
 
 
 class KubernetesSettings(Group):
@@ -124,3 +145,4 @@ class RouterSettings(ServiceSettings):
     redis: SharedSettings = Field(default_factory=SharedSettings, description="what routers share")
     cache: CacheSettings = Field(default_factory=CacheSettings, description="answers that are kept")
     repeats: RepeatsSettings = Field(default_factory=RepeatsSettings, description="answers that are kept for calls made again")
+    journal: JournalSettings = Field(default_factory=JournalSettings, description="what is written down for experiments")

@@ -25,11 +25,16 @@ class Trail:
     tiers: list[explanation_pb2.TierReport] = field(default_factory=list)
     stages: list[explanation_pb2.StageReport] = field(default_factory=list)
     attempts: list[explanation_pb2.AttemptReport] = field(default_factory=list)
+    endpoints: bool = False  # whether to say where calls went
 
-    def tried(self, what: str, took_s: float, error: PlaitError | None = None) -> None:
-        """Note a call to a service behind the router."""
-        outcome = "OK" if error is None else f"{error.code.name} {error.reason}"
-        self.attempts.append(explanation_pb2.AttemptReport(what=what, kind="first", outcome=outcome, took_us=int(took_s * 1e6)))
+    def tried(self, what: str, kind: str, endpoint: str, took_s: float, error: BaseException | None) -> None:
+        """Note one attempt to call a service behind the router; one that was cancelled had lost to another."""
+        outcome = "OK" if error is None else f"{error.code.name} {error.reason}" if isinstance(error, PlaitError) else "CANCELLED"
+        self.attempts.append(
+            explanation_pb2.AttemptReport(
+                what=what, endpoint=endpoint if self.endpoints else "", kind=kind, outcome=outcome, took_us=int(took_s * 1e6)
+            )
+        )
 
     def aged(self, views: Iterable[Any], versions: Mapping[str, int]) -> None:
         """Note how old the rows of each `ViewReport` are; rows that are not there have no age."""

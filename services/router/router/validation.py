@@ -47,6 +47,9 @@ class Findings:
         else:
             self._more += 1
 
+    def __len__(self) -> int:
+        return len(self._found) + self._more
+
     def raise_if_any(self) -> None:
         """Raise InvalidArgument with all of them, if there are any."""
         if not self._found:
@@ -167,6 +170,13 @@ def _check_labels(labels: Mapping[str, str], found: Findings) -> None:
 def count(ids: types_pb2.EntityIds) -> int:
     """Return how many ids there are."""
     return len(ids.string_ids) + len(ids.int64_ids) + len(ids.composite_ids)
+
+
+def one_entity(rows: types_pb2.EntityRows) -> bool:
+    """Say whether these rows are one id, well formed, of an entity type."""
+    found = Findings()
+    ids = _ids(rows.ids, "ids", found)
+    return len(ids) == 1 and not found and 0 < len(rows.entity_type.encode()) <= MAX_NAME_BYTES
 
 
 def _ids(ids: types_pb2.EntityIds, field: str, found: Findings, *, distinct: bool = False) -> Ids:

@@ -7,6 +7,7 @@ import asyncio
 import socket
 import subprocess
 import sys
+import time
 import types
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,7 +25,20 @@ from tests.fakes.router import FakeRouter
 
 from plait import client as client_module
 from plait.api.types.v1 import types_pb2
-from plait.client import Assignment, FeatureReport, Ranking, RankingClient, SyncRankingClient, Tensor, Timings, TlsConfig, backoff_s
+from plait.client import (
+    Assignment,
+    FeatureReport,
+    Outcome,
+    Ranking,
+    RankingClient,
+    Recorded,
+    SyncRankingClient,
+    Tensor,
+    Timings,
+    TlsConfig,
+    WrongOutcome,
+    backoff_s,
+)
 from plait.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -65,6 +79,9 @@ class InThread:
 
     async def predict(self, *args: Any, **kwargs: Any) -> Any:
         return await asyncio.to_thread(self.client.predict, *args, **kwargs)
+
+    async def record_outcomes(self, *args: Any, **kwargs: Any) -> Any:
+        return await asyncio.to_thread(self.client.record_outcomes, *args, **kwargs)
 
     async def close(self) -> None:
         await asyncio.to_thread(self.client.close)
@@ -116,6 +133,26 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 # --- questions and answers
+
+
+async def test_outcomes_are_told_and_the_wrong_ones_named(client: Any, router: FakeRouter) -> None:
+    told = [
+        Outcome(request_id="r1", type="rate", item="listing-7", value=4.5, at_s=1.25, outcome_id="o", route="home"),
+        Outcome(request_id="bad", type="view", item=("shop", 7), entity_type="offer"),
+        Outcome(request_id="r2", type="like"),
+    ]
+    recorded = await client.record_outcomes(told)
+    assert recorded == Recorded(accepted=2, duplicates=0, errors=(WrongOutcome(index=1, reason="REQUEST_ID_INVALID", message="bad"),))
+    (request,) = router.requests
+    first, second, third = request.outcomes
+    assert (first.request_id, first.type, first.value, first.event_time.ToNanoseconds()) == ("r1", 7, 4.5, 1_250_000_000)
+    assert (first.outcome_id, first.route, first.item.entity_type) == ("o", "home", "item")
+    assert [*first.item.ids.string_ids] == ["listing-7"]
+    assert (second.item.entity_type, [*second.item.ids.composite_ids[0].parts][1].int64_part) == ("offer", 7)
+    assert not third.HasField("item")
+    assert abs(third.event_time.ToSeconds() - time.time()) < 60
+    with pytest.raises(InvalidArgument, match="expected one of view, like"):
+        await client.record_outcomes([Outcome(request_id="r1", type="click")])
 
 
 @pytest.mark.parametrize(("subject", "items"), [("ann", ["a", "b", "c"]), (-1, [1, 2, 2**63 - 1]), ("ann", [1, 2, 3])])

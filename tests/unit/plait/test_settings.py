@@ -100,3 +100,17 @@ def test_every_setting_has_a_meaning() -> None:
     for name, meaning in fields(Shop):
         assert name.startswith("PLAIT_SHOP_")
         assert len(meaning.split(" (default")[0]) > 8, name
+
+
+def test_what_may_be_a_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "shop.yaml"
+    for text in ("cache:\n  passwort: hunter2\n", "cache: hunter2\n", "cache: {password: hunter2: x\n", "cache: {password: *hunter2}\n"):
+        file.write_text(text)
+        with pytest.raises(SettingsError) as caught:
+            read(monkeypatch, PLAIT_SHOP_CONFIG=str(file))
+        assert "hunter2" not in str(caught.value)
+    assert "line 1" in str(caught.value)
+    monkeypatch.delenv("PLAIT_SHOP_CONFIG")
+    with pytest.raises(SettingsError, match="PLAIT_SHOP_CACHE__PASWORD") as caught:  # a secret's name, mistyped
+        read(monkeypatch, PLAIT_SHOP_CACHE__PASWORD="hunter2")
+    assert "hunter2" not in str(caught.value)

@@ -25,6 +25,7 @@ from router.invalidation import Invalidations
 from router.question import Question
 from router.route_table import compile_table
 from router.settings import CacheSettings
+from router.trail import Trail
 
 POLICY = CachePolicy(ttl_s=5, stale_s=10)
 ROUTE = route(cache=POLICY)
@@ -55,7 +56,7 @@ class World:
         self.gate: asyncio.Event | None = None
         self.told: list[tuple[str, str, str]] = []
         self.log = Invalidations()
-        self.answers = Answers(CacheSettings(), self.log, Metrics(), lambda: self.now_s, chance)
+        self.answers = Answers(CacheSettings(), self.log, Metrics(), clock=lambda: self.now_s, chance=chance)
         self.registry = registry or snapshot(ROUTE)
         self.adopt(self.registry)
 
@@ -163,6 +164,36 @@ async def test_a_failure_is_not_kept_and_a_stale_answer_outlives_it() -> None:
     world.now_s += 10
     with pytest.raises(Unavailable):
         await world.ask()
+
+
+async def test_an_explanation_says_what_would_have_been_and_changes_nothing() -> None:
+    world = World()
+
+    async def explained() -> Any:
+        question = world.question()
+        question.trail = Trail()
+        response = await world.road(question)
+        assert response.cache == 0
+        return question.trail.cache
+
+    assert await explained() == MISS
+    assert await explained() == MISS
+    await world.ask()
+    assert await explained() == HIT
+    world.now_s += 6
+    assert await explained() == STALE
+    await settle()
+    assert len(world.made) == 5  # nothing was made anew beside them
+    world.tell("shop", "entity", "i1")
+    assert await explained() == MISS
+    world.gate = asyncio.Event()
+    asking = asyncio.create_task(world.ask())
+    await settle()
+    explaining = asyncio.create_task(explained())
+    await settle()
+    world.gate.set()
+    assert await explaining == SHARED
+    await asking
 
 
 async def test_all_who_wait_learn_what_the_road_learnt() -> None:

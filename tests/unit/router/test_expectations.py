@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 from tests.fakes.router_world import snapshot
 
 from router.expectations import Expectations
-from router.route_table import compile_table
+from router.route_table import Arm, compile_table
 
 ARM = compile_table(snapshot()).routes["home"].weighted[0]
+
+
+def learn(known: Expectations, rows: int, took_s: float, arm: Arm = ARM) -> None:
+    for _ in range(5):
+        known.learn(arm, rows, took_s)
 
 
 class Clock:
@@ -22,7 +27,7 @@ class Clock:
         return self.now_s
 
 
-@given(st.lists(st.floats(0, 10), min_size=1, max_size=255))
+@given(st.lists(st.floats(0, 10), min_size=5, max_size=255))
 def test_nine_in_ten_took_no_longer(taken: list[float]) -> None:
     known = Expectations(Clock())
     for took_s in taken:
@@ -34,14 +39,14 @@ def test_nine_in_ten_took_no_longer(taken: list[float]) -> None:
 
 def test_sizes_are_known_apart_and_nothing_is_expected_of_the_unknown() -> None:
     known = Expectations()
-    known.learn(ARM, 1000, 1.0)
+    learn(known, 1000, 1.0)
     assert (known.expected_s(ARM, 600), known.expected_s(ARM, 10)) == (1.0, 0.0)
 
 
 def test_what_was_long_ago_says_nothing_so_that_a_slow_model_is_asked_again() -> None:
     clock = Clock()
     known = Expectations(clock)
-    known.learn(ARM, 1, 5.0)
+    learn(known, 1, 5.0)
     assert known.expected_s(ARM, 1) == 5.0
     clock.now_s = 10.5
     assert known.expected_s(ARM, 1) == 0.0
@@ -50,6 +55,27 @@ def test_what_was_long_ago_says_nothing_so_that_a_slow_model_is_asked_again() ->
 def test_what_is_remembered_is_bounded() -> None:
     known = Expectations()
     for n in range(1500):
-        known.learn(replace(ARM, version=str(n)), 1, 1.0)
+        learn(known, 1, 1.0, replace(ARM, version=str(n)))
     assert repr(known) == "<Expectations known=1024>"
     assert known.expected_s(replace(ARM, version="1499"), 1) == pytest.approx(1.0)
+
+
+def test_a_few_durations_say_nothing() -> None:
+    known = Expectations()
+    for _ in range(4):
+        known.learn(ARM, 1, 5.0)
+    assert known.expected_s(ARM, 1) == 0.0
+
+
+def test_a_model_that_was_too_slow_is_probed_once_a_second_and_believed_once_it_answers() -> None:
+    clock = Clock()
+    known = Expectations(clock)
+    assert not known.probe(ARM, 1)
+    learn(known, 1, 5.0)
+    assert [known.probe(ARM, 1) for _ in range(3)] == [True, False, False]
+    known.learn(ARM, 1, 5.0, answered=False)
+    assert known.expected_s(ARM, 1) == 5.0
+    clock.now_s = 1.0
+    assert known.probe(ARM, 1)
+    known.learn(ARM, 1, 0.01)
+    assert known.expected_s(ARM, 1) == 0.0

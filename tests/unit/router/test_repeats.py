@@ -30,7 +30,7 @@ class World:
         self.runs = 0
         self.gate: asyncio.Event | None = None
         self.error: Exception | None = None
-        self.repeats = Repeats(RepeatsSettings(), Metrics(), lambda: self.now_s)
+        self.repeats = Repeats(RepeatsSettings(), Metrics(), clock=lambda: self.now_s)
         self.road = self.repeats.around(self._make, "home", 30)
 
     async def ask(self, request: Any, **call: Any) -> Any:

@@ -11,13 +11,22 @@ from plait.settings import SettingsError, fields, load
 from router.settings import RouterSettings
 
 NAMES = [
+    "ADMISSION__ADAPTIVE",
     "ADMISSION__LIMIT",
+    "ADMISSION__MIN_LIMIT",
+    "ADMISSION__START",
+    "ADMISSION__MAX_CELLS",
     "ADMISSION__QUEUE",
     "ADMISSION__MAX_WAIT_S",
     "ADMISSION__MIN_BUDGET_S",
     "ADMISSION__RETRY_AFTER_S",
     "CACHE__BYTES",
+    "CACHE__REDIS_BUDGET_S",
     "REPEATS__BYTES",
+    "JOURNAL__KEY",
+    "JOURNAL__QUEUE",
+    "JOURNAL__MAX_ENTRIES",
+    "JOURNAL__KNOWN_S",
     "FEATURES__ADDRESSES",
     "FEATURES__CONNECTIONS",
     "FEATURES__EJECTION_S",

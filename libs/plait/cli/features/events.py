@@ -88,7 +88,7 @@ def list_letters(
     state: StateOption = DEFAULT_STATE,
     as_json: JsonOption = False,
 ) -> None:
-    """Show events that could not be applied, newest first, and why; --json also shows each event.
+    """Show events that could not be applied, newest first, and why; --json also shows each event. Needs an API key with the scope admin.
 
     Example:  plait features dead-letters list --reason VALUE_INVALID
     """
@@ -115,6 +115,8 @@ def redrive(
     as_json: JsonOption = False,
 ) -> None:
     """Append dead letters to the events again, once what was wrong is mended. An event counts once, however often it is redriven.
+
+    Needs an API key with the scope admin.
 
     Example:  plait features dead-letters redrive --reason VALUE_INVALID
     """

@@ -6,6 +6,7 @@ first, and the row ends in the same bytes. What a log does not have yet, because
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
@@ -24,6 +25,7 @@ from plait.registry.records import FeatureView, Snapshot
 from plait.rpc.call import Call
 
 MAX_EVENTS: Final = 1_000
+_CURSOR: Final = re.compile(rb"[0-9]{1,19}-[0-9]{1,19} [0-9]{1,19}")  # behind which entry, and until when
 
 
 class Replaying:
@@ -76,6 +78,8 @@ class Replaying:
             await self._heard(snapshot.revision)
             cursor = b"0-0 %d" % (int(self._clock() * 1000) + 60_000)  # Redis' clock gave the ids, and may be ahead of ours
             first = True
+        elif not _CURSOR.fullmatch(cursor):
+            raise InvalidArgument("the cursor is none that plait gave: leave it out to begin anew", reason="CURSOR_INVALID")
         else:
             first = False
         after, _, until = cursor.partition(b" ")

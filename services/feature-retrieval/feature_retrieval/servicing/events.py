@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from feature_retrieval.dead_letters import DeadLetters
 from feature_retrieval.freshness import Freshness
-from feature_retrieval.permissions import check_readable
+from feature_retrieval.permissions import check_admin, check_readable
 from feature_retrieval.publishing import Publishing
 from feature_retrieval.sources import Backlog, EventSource
 from plait.api.events.v1 import events_pb2
@@ -57,7 +57,8 @@ class Events(pb_grpc.FeatureRetrievalServiceServicer):
         return response
 
     async def ListDeadLetters(self, request: Any, context: Any) -> Any:
-        """One page of them."""
+        """One page of them. They show events as they came, ids and values included."""
+        check_admin(current())
         if not 0 <= request.page_size <= _MAX_PAGE:
             raise InvalidArgument(f"page_size is 1 to {_MAX_PAGE}, or 0 for {_USUAL_PAGE}")
         tenant = current().tenant
@@ -75,6 +76,7 @@ class Events(pb_grpc.FeatureRetrievalServiceServicer):
 
     async def RedriveDeadLetters(self, request: Any, context: Any) -> Any:
         """Append some again."""
+        check_admin(current())
         if len(request.ids) > _MAX_IDS:
             raise InvalidArgument(f"{len(request.ids)} ids are given, at most {_MAX_IDS} are allowed in a call")
         return pb.RedriveDeadLettersResponse(

@@ -7,6 +7,7 @@ from typing import Any
 
 from feature_retrieval import request_features
 from feature_retrieval.explanation import Explanation
+from feature_retrieval.permissions import check_readable
 from feature_retrieval.retrieval import Retrieval
 from feature_retrieval.views import Plan, Plans
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
@@ -62,6 +63,8 @@ class Reads(pb_grpc.FeatureRetrievalServiceServicer):
         """What a set yields."""
         plans = self._plans()
         plan = plans.get(request.feature_set, ())
+        for view in plan.restricted:
+            check_readable(view, current())
         response = pb.DescribeFeatureSetResponse(feature_set=request.feature_set, registry_revision=plans.snapshot.revision)
         _describe(plan, plans, response)
         return response

@@ -29,11 +29,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What waits to be applied for one tenant: how many events (-1 = not known), and until when everything that was appended is applied
-    (µs since the epoch, 0 = not known)."""
+    """What waits to be applied for one tenant: how many events (-1 = not known), until when everything that was appended is applied
+    (µs since the epoch, 0 = not known), and where `events` is not known more than how many it cannot be (0 = not known either)."""
 
     events: int
     watermark_us: int
+    most: int = 0
 
 
 class EventSource(Protocol):

@@ -15,6 +15,22 @@ from plait.redis.connections import Refusal, refused, unavailable
 from plait.redis.dispatch import Dispatch, Receipt, all_here, late
 from plait.redis.script import Script
 
+# KEYS: a stream. ARGV: group, the consumer that asks, idle for longer than these ms, at most how many. Removes consumers that hold nothing,
+# in one step: one that got an entry in between would lose it. A living one that is removed is there again as soon as it reads.
+_FORGET: Final = Script(b"""
+local found = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])
+if found.err then return 0 end
+local removed = 0
+for _, fields in ipairs(found) do
+  local known = {}
+  for at = 1, #fields, 2 do known[fields[at]] = fields[at + 1] end
+  if known['pending'] == 0 and known['idle'] > tonumber(ARGV[3]) and known['name'] ~= ARGV[2] and removed < tonumber(ARGV[4]) then
+    redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], known['name'])
+    removed = removed + 1
+  end
+end
+return removed
+""")
 _POLL_S: Final = 0.05  # between looks at streams that no single command can wait for
 
 
@@ -28,10 +44,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupState:
-    """What a group still has to do: entries not delivered to anybody (None = Redis cannot tell), and delivered but not acknowledged."""
+    """What a group still has to do: entries not delivered to anybody, and delivered but not acknowledged.
+
+    Redis cannot tell `lag` (None) from when somebody deletes an entry ahead of the group until the group has read them all; `most`: what
+    both together are at most.
+    """
 
     lag: int | None
     pending: int
+    most: int
 
 
 class Streams:
@@ -82,6 +103,13 @@ class Streams:
             return []
         return _entries(_good(reply)[1])
 
+    async def forget_consumers(self, key: bytes, group: bytes, consumer: bytes, *, idle_s: float, limit: int) -> int:
+        """Remove up to `limit` other consumers that hold nothing and have not asked for `idle_s`; return how many."""
+        call = _FORGET.call([key], [group, consumer, b"%d" % int(idle_s * 1000), b"%d" % limit])
+        replies = await self.ask(key, [call], _FORGET)
+        all_here(replies)
+        return int(replies[0])
+
     async def acknowledge(self, key: bytes, group: bytes, ids: Sequence[bytes]) -> int:
         """Say that these entries are done; return how many were not yet."""
         if not ids:
@@ -95,8 +123,12 @@ class Streams:
             known = dict(zip(fields[::2], fields[1::2], strict=True))
             if known[b"name"] == group:
                 lag = known.get(b"lag")
-                return GroupState(lag=None if lag is None else int(lag), pending=int(known[b"pending"]))
-        return GroupState(lag=await self.length(key), pending=0)
+                pending = int(known[b"pending"])
+                if lag is None:
+                    return GroupState(lag=None, pending=pending, most=await self.length(key))
+                return GroupState(lag=int(lag), pending=pending, most=int(lag) + pending)
+        length = await self.length(key)
+        return GroupState(lag=length, pending=0, most=length)
 
     async def range(self, key: bytes, *, after: bytes = b"", before: bytes = b"", count: int, newest_first: bool = False) -> list[Entry]:
         """Return up to `count` entries strictly between two ids (empty = no bound), oldest or newest first."""

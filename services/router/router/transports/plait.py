@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Coroutine
 from typing import Any, Final
 
 import grpc
@@ -68,13 +69,15 @@ class PlaitTransport:
     def __repr__(self) -> str:
         return f"<PlaitTransport {self._address} streams={len(self._streams)}>"
 
-    async def typed(self, frame: Any, *, deadline: Deadline, tenant: str, request_id: str) -> Any:
+    def typed(self, frame: Any, *, deadline: Deadline, tenant: str, request_id: str) -> Coroutine[Any, Any, Any]:
         """Send a filled frame and return the response."""
-        return await self._calls().call(frame, deadline=deadline, tenant=tenant, request_id=request_id)
+        return self._calls().call(frame, deadline=deadline, tenant=tenant, request_id=request_id)
 
-    async def raw(self, request: bytes, *, deadline: Deadline, tenant: str, request_id: str, metadata: Metadata = ()) -> bytes:
+    def raw(
+        self, request: bytes, *, deadline: Deadline, tenant: str, request_id: str, metadata: Metadata = ()
+    ) -> Coroutine[Any, Any, bytes]:
         """Send a serialized ModelInferRequest and return the serialized response. `metadata` stays here: a frame has no room for it."""
-        return await self._calls().call_raw(request, deadline=deadline, tenant=tenant, request_id=request_id)
+        return self._calls().call_raw(request, deadline=deadline, tenant=tenant, request_id=request_id)
 
     async def ask(self, method: str, request: bytes, deadline: Deadline) -> bytes:
         """Call another method of the protocol."""

@@ -130,8 +130,12 @@ def test_every_problem_is_told_with_file_and_line(plait: Plait) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (("get", "view", "nothing"), 1, "there is no FeatureView nothing  [RESOURCE_NOT_FOUND]"),
-        (("describe", "model", "nothing"), 1, "there is no Model nothing  [RESOURCE_NOT_FOUND]"),
+        (
+            ("get", "view", "nothing"),
+            1,
+            "there is no FeatureView nothing: see 'plait get featureview' for what there is  [RESOURCE_NOT_FOUND]",
+        ),
+        (("describe", "model", "nothing"), 1, "there is no Model nothing: see 'plait get model' for what there is  [RESOURCE_NOT_FOUND]"),
         (("get", "modles"), 2, "did you mean models?"),
         (("apply",), 2, "say what to apply: plait apply -f PATH"),
     ],

@@ -12,6 +12,7 @@ import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from structlog.testing import capture_logs
 
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as features_pb
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as features_grpc
@@ -104,11 +105,14 @@ async def test_an_error_of_the_domain_keeps_its_details() -> None:
 
 async def test_a_fault_is_told_without_its_details_and_the_process_lives_on() -> None:
     async with running() as (_, stub, _channel, _router):
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
+        with capture_logs() as logs, pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Rank(pb.RankRequest(route="bug"))
         assert caught.value.code() == grpc.StatusCode.INTERNAL
         assert "hunter2" not in str(caught.value)
         assert "Traceback" not in str(caught.value)
+        [told] = [repr(log["exc_info"]) for log in logs if "exc_info" in log]  # what a foreign exception says may be anything
+        assert told.startswith("RuntimeError(")
+        assert "hunter2" not in told
         assert (await stub.Rank(pb.RankRequest(), metadata=(("x-request-id", "r1"),))).request_id == "r1"
 
 

@@ -11,6 +11,7 @@ import pytest
 import structlog
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from plait.errors import NotFound
 from plait.settings import TelemetrySettings
 from plait.telemetry import logging as plait_logging
 from plait.telemetry.tracing import Tracing
@@ -64,6 +65,34 @@ def test_a_traceback_shows_no_values(capsys: pytest.CaptureFixture[str], log_for
     written = capsys.readouterr().err
     assert written.count("look_up") >= 2
     assert secret not in written
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_fault_is_logged_without_the_words_of_foreign_exceptions(
+    capsys: pytest.CaptureFixture[str], log_format: Literal["json", "console"]
+) -> None:
+    def look_up(person: str) -> None:
+        try:
+            {"somebody": 1}[person]
+        except KeyError as error:
+            try:
+                raise NotFound("there is no such person")
+            except NotFound:
+                raise ValueError(person) from error
+
+    plait_logging.configure(TelemetrySettings(log_format=log_format), "shop")
+    secret = "-".join(["canary", "person"])
+    with pytest.raises(ValueError, match=secret) as caught:
+        look_up(secret)
+    caught.value.__cause__.__context__ = caught.value  # type: ignore[union-attr]  # a ring, as re-raising makes them
+    plait_logging.get_logger("x").error("failed", exc_info=plait_logging.without_words(caught.value))
+    written = capsys.readouterr().err
+    assert "ValueError" in written
+    assert "KeyError" in written
+    assert "look_up" in written
+    assert secret not in written
+    plait_logging.get_logger("x").error("failed", exc_info=plait_logging.without_words(NotFound("there is no such person")))
+    assert "there is no such person" in capsys.readouterr().err
 
 
 def test_a_line_inside_a_span_names_its_trace(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,3 +58,13 @@ def test_the_share_of_traces_can_be_changed_while_it_runs() -> None:
     tracing.close()
     assert [span.name for span in sent.get_finished_spans()] == ["at 1"]
     assert off().ratio == 0
+
+
+def test_a_span_holds_no_stack_trace() -> None:
+    sent = InMemorySpanExporter()
+    tracing = Tracing(TelemetrySettings(trace_sample_ratio=1), "router", sent)
+    with tracing.span("call") as span:
+        span.record_exception(KeyError("anna"))
+    tracing.close()
+    [told] = sent.get_finished_spans()
+    assert "anna" not in told.to_json()

@@ -28,7 +28,8 @@ if _version_not_supported:
 class FeatureRetrievalServiceStub:
     """Online features: packed rows out of Redis, tensors ready for a model.
 
-    Every call needs an API key with the scope `features`, or a plait service's token. Rows belong to the key's tenant.
+    Every call needs an API key, or a plait service's token: with the scope `read` to read features, `publish` to write them and to publish
+    events (`features` is both), `admin` for the rest. Rows belong to the key's tenant.
     Codes common to all calls: UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (overload, with RetryInfo; a message over the
     size limit, 16 MiB unless set otherwise), DEADLINE_EXCEEDED (spent before the read began).
     """
@@ -124,7 +125,8 @@ class FeatureRetrievalServiceStub:
 class FeatureRetrievalServiceServicer:
     """Online features: packed rows out of Redis, tensors ready for a model.
 
-    Every call needs an API key with the scope `features`, or a plait service's token. Rows belong to the key's tenant.
+    Every call needs an API key, or a plait service's token: with the scope `read` to read features, `publish` to write them and to publish
+    events (`features` is both), `admin` for the rest. Rows belong to the key's tenant.
     Codes common to all calls: UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (overload, with RetryInfo; a message over the
     size limit, 16 MiB unless set otherwise), DEADLINE_EXCEEDED (spent before the read began).
     """
@@ -173,7 +175,7 @@ class FeatureRetrievalServiceServicer:
     def DescribeFeatureSet(self, request, context):
         """DescribeFeatureSet says what a feature set yields and from which views.
 
-        NOT_FOUND (FEATURE_SET_NOT_FOUND).
+        NOT_FOUND (FEATURE_SET_NOT_FOUND). PERMISSION_DENIED (VIEW_NOT_READABLE): one of the views is not the caller's to read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -199,7 +201,9 @@ class FeatureRetrievalServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListDeadLetters(self, request, context):
-        """ListDeadLetters pages through the tenant's events that were not applied, newest first.
+        """ListDeadLetters pages through the tenant's events that were not applied, newest first, as they came: ids and values included.
+
+        Needs the scope `admin`. INVALID_ARGUMENT: a page size or token that cannot be.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -208,7 +212,7 @@ class FeatureRetrievalServiceServicer:
     def RedriveDeadLetters(self, request, context):
         """RedriveDeadLetters appends dead letters to the event stream again, and takes them out of the dead letters.
 
-        NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
+        Needs the scope `admin`. NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -371,7 +375,8 @@ def add_FeatureRetrievalServiceServicer_to_server(servicer, server):
 class FeatureRetrievalService:
     """Online features: packed rows out of Redis, tensors ready for a model.
 
-    Every call needs an API key with the scope `features`, or a plait service's token. Rows belong to the key's tenant.
+    Every call needs an API key, or a plait service's token: with the scope `read` to read features, `publish` to write them and to publish
+    events (`features` is both), `admin` for the rest. Rows belong to the key's tenant.
     Codes common to all calls: UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (overload, with RetryInfo; a message over the
     size limit, 16 MiB unless set otherwise), DEADLINE_EXCEEDED (spent before the read began).
     """

@@ -29,7 +29,8 @@ GRPC_VERSION: str
 class FeatureRetrievalServiceStub:
     """Online features: packed rows out of Redis, tensors ready for a model.
 
-    Every call needs an API key with the scope `features`, or a plait service's token. Rows belong to the key's tenant.
+    Every call needs an API key, or a plait service's token: with the scope `read` to read features, `publish` to write them and to publish
+    events (`features` is both), `admin` for the rest. Rows belong to the key's tenant.
     Codes common to all calls: UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (overload, with RetryInfo; a message over the
     size limit, 16 MiB unless set otherwise), DEADLINE_EXCEEDED (spent before the read began).
     """
@@ -66,7 +67,7 @@ class FeatureRetrievalServiceStub:
     DescribeFeatureSet: _grpc.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.DescribeFeatureSetRequest, _feature_retrieval_service_pb2.DescribeFeatureSetResponse]
     """DescribeFeatureSet says what a feature set yields and from which views.
 
-    NOT_FOUND (FEATURE_SET_NOT_FOUND).
+    NOT_FOUND (FEATURE_SET_NOT_FOUND). PERMISSION_DENIED (VIEW_NOT_READABLE): one of the views is not the caller's to read.
     """
     ExplainFeatures: _grpc.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.ExplainFeaturesRequest, _feature_retrieval_service_pb2.ExplainFeaturesResponse]
     """ExplainFeatures shows for one entity of each type what is stored, where it was found and what becomes of it.
@@ -80,11 +81,14 @@ class FeatureRetrievalServiceStub:
     UNAVAILABLE (STORE_UNAVAILABLE): some may have been appended; send them again, event ids make that harmless.
     """
     ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.ListDeadLettersRequest, _feature_retrieval_service_pb2.ListDeadLettersResponse]
-    """ListDeadLetters pages through the tenant's events that were not applied, newest first."""
+    """ListDeadLetters pages through the tenant's events that were not applied, newest first, as they came: ids and values included.
+
+    Needs the scope `admin`. INVALID_ARGUMENT: a page size or token that cannot be.
+    """
     RedriveDeadLetters: _grpc.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.RedriveDeadLettersRequest, _feature_retrieval_service_pb2.RedriveDeadLettersResponse]
     """RedriveDeadLetters appends dead letters to the event stream again, and takes them out of the dead letters.
 
-    NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
+    Needs the scope `admin`. NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
     """
     GetViewStatus: _grpc.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.GetViewStatusRequest, _feature_retrieval_service_pb2.GetViewStatusResponse]
     """GetViewStatus says how fresh the tenant's view is: lag, watermark, epochs. NOT_FOUND (FEATURE_VIEW_NOT_FOUND)."""
@@ -125,7 +129,8 @@ class FeatureRetrievalServiceStub:
 class FeatureRetrievalServiceAsyncStub(FeatureRetrievalServiceStub):
     """Online features: packed rows out of Redis, tensors ready for a model.
 
-    Every call needs an API key with the scope `features`, or a plait service's token. Rows belong to the key's tenant.
+    Every call needs an API key, or a plait service's token: with the scope `read` to read features, `publish` to write them and to publish
+    events (`features` is both), `admin` for the rest. Rows belong to the key's tenant.
     Codes common to all calls: UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (overload, with RetryInfo; a message over the
     size limit, 16 MiB unless set otherwise), DEADLINE_EXCEEDED (spent before the read began).
     """
@@ -159,7 +164,7 @@ class FeatureRetrievalServiceAsyncStub(FeatureRetrievalServiceStub):
     DescribeFeatureSet: _aio.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.DescribeFeatureSetRequest, _feature_retrieval_service_pb2.DescribeFeatureSetResponse]  # type: ignore[assignment]
     """DescribeFeatureSet says what a feature set yields and from which views.
 
-    NOT_FOUND (FEATURE_SET_NOT_FOUND).
+    NOT_FOUND (FEATURE_SET_NOT_FOUND). PERMISSION_DENIED (VIEW_NOT_READABLE): one of the views is not the caller's to read.
     """
     ExplainFeatures: _aio.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.ExplainFeaturesRequest, _feature_retrieval_service_pb2.ExplainFeaturesResponse]  # type: ignore[assignment]
     """ExplainFeatures shows for one entity of each type what is stored, where it was found and what becomes of it.
@@ -173,11 +178,14 @@ class FeatureRetrievalServiceAsyncStub(FeatureRetrievalServiceStub):
     UNAVAILABLE (STORE_UNAVAILABLE): some may have been appended; send them again, event ids make that harmless.
     """
     ListDeadLetters: _aio.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.ListDeadLettersRequest, _feature_retrieval_service_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
-    """ListDeadLetters pages through the tenant's events that were not applied, newest first."""
+    """ListDeadLetters pages through the tenant's events that were not applied, newest first, as they came: ids and values included.
+
+    Needs the scope `admin`. INVALID_ARGUMENT: a page size or token that cannot be.
+    """
     RedriveDeadLetters: _aio.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.RedriveDeadLettersRequest, _feature_retrieval_service_pb2.RedriveDeadLettersResponse]  # type: ignore[assignment]
     """RedriveDeadLetters appends dead letters to the event stream again, and takes them out of the dead letters.
 
-    NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
+    Needs the scope `admin`. NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
     """
     GetViewStatus: _aio.UnaryUnaryMultiCallable[_feature_retrieval_service_pb2.GetViewStatusRequest, _feature_retrieval_service_pb2.GetViewStatusResponse]  # type: ignore[assignment]
     """GetViewStatus says how fresh the tenant's view is: lag, watermark, epochs. NOT_FOUND (FEATURE_VIEW_NOT_FOUND)."""
@@ -217,7 +225,8 @@ class FeatureRetrievalServiceAsyncStub(FeatureRetrievalServiceStub):
 class FeatureRetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
     """Online features: packed rows out of Redis, tensors ready for a model.
 
-    Every call needs an API key with the scope `features`, or a plait service's token. Rows belong to the key's tenant.
+    Every call needs an API key, or a plait service's token: with the scope `read` to read features, `publish` to write them and to publish
+    events (`features` is both), `admin` for the rest. Rows belong to the key's tenant.
     Codes common to all calls: UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (overload, with RetryInfo; a message over the
     size limit, 16 MiB unless set otherwise), DEADLINE_EXCEEDED (spent before the read began).
     """
@@ -279,7 +288,7 @@ class FeatureRetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_feature_retrieval_service_pb2.DescribeFeatureSetResponse, _abc.Awaitable[_feature_retrieval_service_pb2.DescribeFeatureSetResponse]]:
         """DescribeFeatureSet says what a feature set yields and from which views.
 
-        NOT_FOUND (FEATURE_SET_NOT_FOUND).
+        NOT_FOUND (FEATURE_SET_NOT_FOUND). PERMISSION_DENIED (VIEW_NOT_READABLE): one of the views is not the caller's to read.
         """
 
     @_abc_1.abstractmethod
@@ -311,7 +320,10 @@ class FeatureRetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _feature_retrieval_service_pb2.ListDeadLettersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_feature_retrieval_service_pb2.ListDeadLettersResponse, _abc.Awaitable[_feature_retrieval_service_pb2.ListDeadLettersResponse]]:
-        """ListDeadLetters pages through the tenant's events that were not applied, newest first."""
+        """ListDeadLetters pages through the tenant's events that were not applied, newest first, as they came: ids and values included.
+
+        Needs the scope `admin`. INVALID_ARGUMENT: a page size or token that cannot be.
+        """
 
     @_abc_1.abstractmethod
     def RedriveDeadLetters(
@@ -321,7 +333,7 @@ class FeatureRetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_feature_retrieval_service_pb2.RedriveDeadLettersResponse, _abc.Awaitable[_feature_retrieval_service_pb2.RedriveDeadLettersResponse]]:
         """RedriveDeadLetters appends dead letters to the event stream again, and takes them out of the dead letters.
 
-        NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
+        Needs the scope `admin`. NOT_FOUND (DEAD_LETTER_NOT_FOUND). INVALID_ARGUMENT: more than 1 000 ids.
         """
 
     @_abc_1.abstractmethod

@@ -598,7 +598,9 @@ class OutcomeError(_message.Message):
     index: _builtins.int
     """Its place in the request."""
     reason: _builtins.str
-    """A stable word: REQUEST_ID_INVALID, ITEM_INVALID, OUTCOME_TYPE_UNKNOWN, OUTCOME_TIME_INVALID, VALUE_INVALID."""
+    """A stable word: REQUEST_ID_INVALID, ITEM_INVALID, OUTCOME_TYPE_UNKNOWN, OUTCOME_ID_INVALID, ROUTE_INVALID, OUTCOME_TIME_INVALID,
+    VALUE_INVALID.
+    """
     message: _builtins.str
     def __init__(
         self,

@@ -113,6 +113,14 @@ def test_a_file_that_cannot_be_read_is_named(features: Plait, tmp_path: Path) ->
         assert features("publish", "--from", place).exit_code == 2
 
 
+def test_dead_letters_are_for_administrators(features: Plait, running: Running, plait: Plait) -> None:
+    for words in (("list",), ("redrive", "--all")):
+        where = {"PLAIT_FEATURES_ADDRESS": running.address, "PLAIT_API_KEY": "lean-key"}
+        refused = plait("features", "dead-letters", *words, env=where)
+        assert refused.exit_code == 1
+        assert "[SCOPE_MISSING]" in refused.stderr
+
+
 def test_dead_letters_are_listed_and_redriven(features: Plait, running: Running) -> None:
     features("publish", "--from", "-", input="\n".join(line(f"e{n}", type="make_offer") for n in range(3)))  # they lack a price
     running.settled()
