@@ -45,7 +45,9 @@ class Fleet:
     redis: EmbeddedRedis
 
     async def ask(self, router: int, **fields: Any) -> Any:
-        return await self.stubs[router].Rank(rank(**{"top_k": 2, "candidates": ("i1", "i2", "i3", "i4"), **fields}), metadata=TOKEN, timeout=30)
+        return await self.stubs[router].Rank(
+            rank(**{"top_k": 2, "candidates": ("i1", "i2", "i3", "i4"), **fields}), metadata=TOKEN, timeout=30
+        )
 
     async def sold(self, router: int, *items: str) -> None:
         request = pb.InvalidateCacheRequest(items=types_pb2.EntityRows(entity_type="item", ids=strings(*items)))
