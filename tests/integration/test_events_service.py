@@ -272,6 +272,19 @@ async def test_what_is_no_dead_letter_s_id_blames_the_caller(service: EventServi
     assert (await refused(lambda: status(service, long))).reason == "FEATURE_VIEW_NOT_FOUND"
 
 
+async def test_the_names_of_killed_consumers_go_once_nothing_is_theirs(service: EventService, redis_url: str) -> None:
+    await service.publish([event("e1"), event("e2")])
+    for name in ("killed", "killed-too"):
+        assert len(await service.source(name, claim_after_s=3600).read(1, 0.05)) == 1
+    alive = service.source("alive", claim_after_s=0.01, forget_after_s=0.01)
+    async with consuming(service.consumer(alive)), asyncio.timeout(20):
+        with redis.Redis.from_url(redis_url) as client:
+            while {entry["name"] for entry in client.xinfo_consumers(tenant_key(b"e1", "shop"), "plait")} != {b"alive"}:  # type: ignore[union-attr]
+                service.now_s += 601
+                await asyncio.sleep(0.02)
+    assert (await status(service)).lag_events == 0
+
+
 async def test_a_backlog_that_redis_cannot_tell_is_shown_as_unknown_and_bounded_still(redis_url: str) -> None:
     async with event_service(redis_url, max_backlog=1) as service:
         source = service.source()

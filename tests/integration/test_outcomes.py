@@ -128,9 +128,9 @@ async def test_with_redis_away_nothing_is_acknowledged_and_exposures_wait_until_
             put = [kept.put(outcomes_pb2.Exposure(tenant="shop", request_id=f"r{n}")) for n in range(5)]
             assert put == [True, True, True, False, False]
             sample = metrics.registry.get_sample_value
-            assert sample("plait_router_exposures_total", {"outcome": "dropped"}) == 2
+            assert sample("plait_router_journal_total", {"outcome": "dropped"}) == 2
             proxy.target = target
-            await eventually(lambda: sample("plait_router_exposures_total", {"outcome": "written"}) == 3, 30)
+            await eventually(lambda: sample("plait_router_journal_total", {"outcome": "written"}) == 3, 30)
             written = {e.request_id for e in entries(redis_url, "x1{shop}", outcomes_pb2.Exposure)}
             assert written == {"r0", "r1", "r2"}
             running.cancel()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 from tests.fakes.feature_retrieval import FakeFeatureRetrieval
 from tests.fakes.model_worker import FakeModelWorker
 from tests.fakes.registry_world import eventually
-from tests.fakes.router_world import DEFAULT, DI, INPUTS, RouterWorld, route, router_world, snapshot
+from tests.fakes.router_world import DEFAULT, DI, INPUTS, OTHER_KEY, RouterWorld, route, router_world, snapshot
 from tests.integration.test_router import rank
 
 from plait.errors import (
@@ -25,7 +27,8 @@ from plait.errors import (
     Unavailable,
     from_rpc_error,
 )
-from plait.registry.records import Route
+from plait.registry.policies import Quota
+from plait.registry.records import Route, Tenant
 from router.settings import AdmissionSettings
 
 
@@ -302,3 +305,47 @@ async def _until_answered(router: RouterWorld) -> Any:
             if error.code() != grpc.StatusCode.UNAVAILABLE:
                 raise
             await asyncio.sleep(0.02)
+
+
+async def test_a_used_up_quota_is_told_to_a_stock_client_and_touches_no_other_tenant() -> None:
+    registry = snapshot()
+    tenants = {"shop": Tenant(name="shop", quota=Quota(requests_per_s=0.01, burst=2)), "other": Tenant(name="other")}
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, dataclasses.replace(registry, tenants=tenants)) as router,
+    ):
+        await router.rank(rank())
+        await router.rank(rank())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.rank(rank())
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        trailers: Any = dict(caught.value.trailing_metadata() or ())
+        assert trailers["grpc-retry-pushback-ms"] == "-1"
+        details = status_pb2.Status.FromString(trailers["grpc-status-details-bin"]).details
+        quota, retry, info = error_details_pb2.QuotaFailure(), error_details_pb2.RetryInfo(), error_details_pb2.ErrorInfo()
+        for detail in details:
+            assert detail.Unpack(quota) or detail.Unpack(retry) or detail.Unpack(info)
+        assert [(v.subject, v.description) for v in quota.violations] == [("tenant:shop", "0.01 requests a second, 2 at once")]
+        assert info.reason == "QUOTA_EXCEEDED"
+        assert retry.retry_delay.seconds == 60
+        await router.rank(rank(), key=OTHER_KEY)
+        assert len(worker.calls) == 3
+
+
+async def test_rows_and_requests_under_way_are_bounded_by_tenant() -> None:
+    tenants = {"shop": Tenant(name="shop", quota=Quota(rows_per_s=0.5, in_flight=1))}
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, dataclasses.replace(snapshot(), tenants=tenants)) as router,
+    ):
+        worker.gate = asyncio.Event()
+        held = asyncio.create_task(router.rank(rank()))
+        await asyncio.wait_for(worker.started.wait(), 20)
+        error = await failing(router)
+        assert [violation.description for violation in error.quota] == ["1 requests under way at once"]
+        worker.gate.set()
+        await held
+        error = await failing(router)  # three rows were a few seconds' worth
+        assert [violation.description for violation in error.quota] == ["0.5 rows a second"]

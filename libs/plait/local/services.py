@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -57,6 +58,7 @@ def settings(service: Service, ties: Ties) -> dict[str, str]:
         MODEL_WORKER: {"ARTIFACTS__CACHE": ties.artifact_cache},
         ROUTER: {
             "REDIS__URL": ties.redis_url,
+            "JOURNAL__KEY": hmac.digest(ties.privacy_key.encode(), b"exposures", "sha256").hex(),  # who has it cannot sign erasures
             "FEATURES__ADDRESSES": ties.feature_retrieval,
             "FEATURES__CHANNEL__SERVICE_TOKEN": ties.service_token,
             "WORKERS__ADDRESSES": ties.model_worker,

@@ -29,7 +29,7 @@ _TIERS: Final = ("light", "cached", "popularity")  # from the best to the cheape
 # Nothing serves these yet, and a setting that would be ignored is refused.
 NOT_YET: Final = frozenset(
     {
-        "scores_ttl_s", "quota",
+        "scores_ttl_s",
     }
 )  # fmt: skip
 _PLAIN: Final = Route(name="plain", variants=())

@@ -102,6 +102,7 @@ class Asking:
             watch=watch,
             reasons=[*choice.reasons],
             assignments=choice.assignments,
+            unit=choice.unit,
             trail=trail,
             revision=table.revision,
         )
@@ -126,7 +127,7 @@ def _choose(
     if route.plain:
         unit = request_id if subject is None else subject
         arm = route.assign(unit)
-        return give_way(route, unit, Choice(arm=arm, assignments=route.by_weight.get(arm.name, ())), ready, trail)
+        return give_way(route, unit, Choice(arm=arm, assignments=route.by_weight.get(arm.name, ()), unit=unit), ready, trail)
     facts = Facts(
         tenant=call.tenant,
         metadata=call.metadata,

@@ -23,10 +23,11 @@ Ready = Callable[[str, str], bool]  # model, version → whether some worker hol
 
 @dataclass(slots=True, kw_only=True)
 class Choice:
-    """The variant of a request, the `assignments` its unit has, and stable words for what is not as it was meant."""
+    """The variant of a request, the `assignments` its `unit` has, and stable words for what is not as it was meant."""
 
     arm: Arm
     assignments: tuple[explanation_pb2.Assignment, ...] = ()
+    unit: Id | None = None
     reasons: tuple[str, ...] = ()
 
 
@@ -80,7 +81,7 @@ def _by_experiment(route: ServingRoute, facts: Facts, trail: Trail | None) -> Ch
                 why_not = "not_ready"
                 chosen = _by_weight(route, facts, (NOT_READY,))
             else:
-                chosen = Choice(arm=arm, assignments=(_assignment(experiment, variant, bucket),))
+                chosen = Choice(arm=arm, assignments=(_assignment(experiment, variant, bucket),), unit=unit)
         if why_not and trail is not None:
             trail.not_in[experiment.name] = why_not
         if chosen is not None and trail is None:
@@ -96,8 +97,9 @@ def _why_not(experiment: ServingExperiment, bucket: int, facts: Facts, *, taken:
 
 
 def _by_weight(route: ServingRoute, facts: Facts, reasons: tuple[str, ...]) -> Choice:
-    arm = route.assign(facts.unit(route.sticky))
-    return Choice(arm=arm, assignments=() if reasons else route.by_weight.get(arm.name, ()), reasons=reasons)
+    unit = facts.unit(route.sticky)
+    arm = route.assign(unit)
+    return Choice(arm=arm, assignments=() if reasons else route.by_weight.get(arm.name, ()), unit=unit, reasons=reasons)
 
 
 def _assignment(experiment: ServingExperiment, variant: str, bucket: int) -> explanation_pb2.Assignment:

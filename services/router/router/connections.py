@@ -16,7 +16,7 @@ from plait.rpc.deadline import Deadline
 from plait.telemetry.logging import get_logger
 from router.balancer import Balancer
 from router.discovery.found import Found
-from router.endpoints import Endpoint, Open, Transport, takes_calls
+from router.endpoints import Endpoint, Metadata, Open, Transport, takes_calls
 from router.hedging import HedgeBudget, first_of
 from router.latency import Latencies
 from router.pool_metrics import PoolMetrics
@@ -61,7 +61,7 @@ class CallPlan:
     deadline: Deadline
     tenant: str
     request_id: str
-    metadata: tuple[tuple[str, str], ...] = ()
+    metadata: Metadata = ()
     attempts: int = 2
     hedge: Hedge | None = None
     what: str = "model"
@@ -125,9 +125,10 @@ class Connections:
             held = self._held[key] = not endpoints or any(e.may_hold(model, version) for e in endpoints)
         return held
 
-    def some(self, model: str, version: str = "") -> Endpoint:
-        """Return an endpoint that may hold the model, for calls about it."""
-        return self._pick(CallPlan(model=model, version=version, deadline=Deadline.never(), tenant="", request_id=""), ())
+    def transports(self, model: str = "", version: str = "") -> list[Transport]:
+        """Return every way to ask about a model, those that may hold it and take calls first."""
+        endpoints = sorted(self._by_address.values(), key=lambda e: not (e.replica.accepts and (not model or e.may_hold(model, version))))
+        return [endpoint.transport for endpoint in endpoints]
 
     def call(self, send: Send, plan: CallPlan, elsewhere: Elsewhere = lambda _: False) -> Coroutine[Any, Any, Any]:
         """Have `send` call the best endpoint's transport and return what it returns; a second call of it must not disturb the first.

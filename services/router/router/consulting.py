@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,6 @@ from router.validation import count
 
 if TYPE_CHECKING:
     from plait.api.inference.v2 import inference_pb2
-
-R = TypeVar("R")
 
 
 class Consulting:

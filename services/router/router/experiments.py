@@ -40,7 +40,7 @@ def assign(route: str, subject: Id, variants: Sequence[W]) -> W:
     """
     if len(variants) == 1:
         return variants[0]
-    tail = _tail(subject)
+    tail = typed(subject)
     return min(variants, key=lambda variant: (_draw(route, variant.name, tail) / variant.weight, variant.name))
 
 
@@ -92,11 +92,12 @@ def bucket_of(layer: str, unit: Id) -> int:
     Layers and their ranges are those of Tang et al., "Overlapping Experiment Infrastructure" (KDD 2010): experiments that own disjoint
     ranges of one layer never share a unit, and different layers deal independently of each other.
     """
-    raw = hashlib.blake2b(b"\0".join((b"layer", layer.encode(), _tail(unit))), digest_size=8).digest()
+    raw = hashlib.blake2b(b"\0".join((b"layer", layer.encode(), typed(unit))), digest_size=8).digest()
     return int.from_bytes(raw, "little") % BUCKETS
 
 
-def _tail(unit: Id) -> bytes:
+def typed(unit: Id) -> bytes:
+    """Return a unit as bytes that tell its type, too."""
     return _composite(unit) if isinstance(unit, tuple) else _part(unit)
 
 

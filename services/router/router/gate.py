@@ -5,25 +5,35 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Final
 
+from google.protobuf.message import DecodeError
+
+from plait.api.inference.v2 import inference_pb2
 from plait.errors import DeadlineExceeded, PlaitError, ResourceExhausted
 from plait.registry.records import Snapshot, Tenant
 from plait.rpc.call import Call
+from plait.rpc.credentials import Metadata
 from plait.rpc.deadline import Deadline
 from plait.telemetry.metrics import Metrics
 from router.admission import Admission, Flow, Waiter
+from router.connections import CallPlan
 from router.cost import Costs, Line
 from router.fair_queue import PRIORITIES
 from router.question import Question, Response, Road
+from router.quotas import Quotas
 from router.route_table import Arm, ServingRoute
 from router.settings import AdmissionSettings
 from router.tensors import parameter
 
+_RAW_COLUMNS: Final = 100  # of a row of an inference whose tensors nobody reads
+_MOST_READ: Final = 1 << 16
 _NORMAL: Final = PRIORITIES.index("normal")
 _PRIORITY: Final = "x-plait-priority"
+_ENOUGH: Final = 32  # answers of a step of the limit are all learnt from, of more
+_ONE_OF: Final = 8  # one: learning takes longer than all else here
 _LATE: Final = 2.0  # times the predicted cost behind the gate: whoever had so long and ran out of time met a queue
 
 
@@ -43,13 +53,15 @@ class GateMetrics:
 
 
 class Gate:
-    """Stands in a road where work begins; see `Admission` for who gets in."""
+    """Stands in a road where work begins; see `Admission` for who gets in, and `quotas` for how much of it a tenant may use at all."""
 
-    def __init__(self, settings: AdmissionSettings, metrics: Metrics) -> None:
+    def __init__(self, settings: AdmissionSettings, quotas: Quotas, metrics: Metrics) -> None:
         self._settings = settings
+        self._quotas = quotas
         self._admission = Admission(settings)
         self._metrics = GateMetrics(metrics, self._admission)
         self._costs = Costs()
+        self._answered = 0
         self._flows: list[dict[str, Flow]] = [{} for _ in PRIORITIES]
         self._others = [Flow(rank, "", 1.0) for rank in range(len(PRIORITIES))]
         self._ranks: Mapping[str, int] = {}
@@ -64,7 +76,8 @@ class Gate:
         return self._admission.in_flight / self._admission.limiter.limit
 
     def adopt(self, snapshot: Snapshot) -> None:
-        """Take the tenants' weights and the routes' classes from a new snapshot."""
+        """Take the tenants' weights and quotas and the routes' classes from a new snapshot."""
+        self._quotas.adopt(snapshot)
         self._flows = [
             {tenant.name: self._same_flow(rank, tenant) for tenant in snapshot.tenants.values()} for rank in range(len(PRIORITIES))
         ]
@@ -73,12 +86,18 @@ class Gate:
         self._costs.keep({(model.name, version.version) for model in snapshot.models.values() for version in model.versions})
 
     def knock(self, call: Call, route: str) -> None:
-        """Refuse what could not be let in anyway, before anything is done for it. Raises as the road behind the gate would.
+        """Count a request, and refuse what could not be let in anyway before anything is done for it. Raises as the road behind the gate would.
 
         A route that knows other answers than a model's is not refused for want of a place.
         """
         if call.deadline.remaining_s() < self._settings.min_budget_s:
             raise self._refused(self._too_late(), self._ranks.get(route, _NORMAL))
+        quota = self._quotas.of.get(call.tenant)
+        if quota is not None:
+            try:
+                quota.request()
+            except ResourceExhausted as error:
+                raise self._refused(error, self._ranks.get(route, _NORMAL)) from None
         if len(self._admission.queue) and route in self._straight:
             rank = self._ranks[route]
             try:
@@ -87,11 +106,11 @@ class Gate:
                 raise self._refused(error, rank) from None
 
     def around(self, road: Road, route: ServingRoute) -> Road:
-        """Return the road behind the gate.
+        """Return the road behind the gate, under the snapshot that was adopted last.
 
         It raises DeadlineExceeded (BUDGET_TOO_SMALL) when less than `min_budget_s` is left, now or after the wait; ResourceExhausted:
-        OVERLOADED, with when to come back, when a turn would take too long, and REQUEST_TOO_COSTLY when it asks for more values than
-        `max_cells`.
+        OVERLOADED, with when to come back, when a turn would take too long, QUOTA_EXCEEDED with which of the tenant's quotas is used up, and
+        REQUEST_TOO_COSTLY when it asks for more values than `max_cells`.
         """
         admission = self._admission
         rank = self._ranks.get(route.name, _NORMAL)
@@ -106,7 +125,7 @@ class Gate:
             flow = flows.get(question.tenant) or others
             slots = admission.enter(flow, line.a + line.b * rows)
             if not slots:
-                flow = self._lowered(flow, question)
+                flow = self._lowered(flow, question.metadata, question.tenant)
                 slots = await self._wait(flow, line.of(rows), question.deadline)
             question.watch.admitted = question.watch.stamp()
             began_s = time.monotonic()
@@ -116,17 +135,68 @@ class Gate:
                 self._learn_from(error, line.of(rows), began_s)
                 raise
             else:
-                self._learn(question, line, began_s)
+                self._answered += 1
+                if admission.limiter.samples < _ENOUGH or not self._answered % _ONE_OF:
+                    self._learn(question.scored, rows, line, began_s)
                 return response
             finally:
                 self._leave(flow, slots)
 
-        return gated
+        async def counted(question: Question) -> Response:
+            quota = self._quotas.of.get(question.tenant)
+            if quota is None:
+                return await gated(question)
+            try:
+                quota.begin(question.rows)
+            except ResourceExhausted as error:
+                raise self._refused(error, rank) from None
+            try:
+                return await gated(question)
+            finally:
+                quota.end()
 
-    def _learn(self, question: Question, line: Line, began_s: float) -> None:
+        return counted if self._quotas.of else gated
+
+    async def run(self, work: Callable[[], Awaitable[bytes]], plan: CallPlan, route: str = "") -> bytes:
+        """Have work done whose request and answer are a ModelInfer's bytes. Raises as the road behind the gate would."""
+        rank = self._ranks.get(route, _NORMAL)
+        quota = self._quotas.of.get(plan.tenant)
+        if quota is None:
+            return await self._run(work, plan, rank)
+        try:
+            quota.begin(plan.rows)
+        except ResourceExhausted as error:
+            raise self._refused(error, rank) from None
+        try:
+            return await self._run(work, plan, rank)
+        finally:
+            quota.end()
+
+    async def _run(self, work: Callable[[], Awaitable[bytes]], plan: CallPlan, rank: int) -> bytes:
+        admission = self._admission
+        line = self._costs.line(plan.model, plan.version, _RAW_COLUMNS)
+        flow, cost = self._flow(rank, plan.tenant), line.of(plan.rows)
+        slots = admission.enter(flow, cost)
+        if not slots:
+            flow = self._lowered(flow, plan.metadata, plan.tenant)
+            slots = await self._wait(flow, cost, plan.deadline)
+        began_s = time.monotonic()
+        try:
+            answer = await work()
+        except (ResourceExhausted, DeadlineExceeded) as error:
+            self._learn_from(error, cost, began_s)
+            raise
+        finally:
+            self._leave(flow, slots)
+        self._answered += 1
+        if admission.limiter.samples < _ENOUGH or not self._answered % _ONE_OF:
+            self._learn(_read(answer), plan.rows, line, began_s)
+        return answer
+
+    def _learn(self, answer: inference_pb2.ModelInferResponse | None, rows: int, line: Line, began_s: float) -> None:
         """Hear from a worker's answer what it took."""
-        admission, answer, rows = self._admission, question.scored, question.rows
-        if answer is not None:
+        admission = self._admission
+        if answer is not None and "compute_us" in answer.parameters:  # (a foreign server does not say)
             compute_ms = parameter(answer, "compute_us") / 1e3
             batch_rows = parameter(answer, "batch_rows")
             admission.limiter.sample(line.window(rows), parameter(answer, "queue_us") / 1e3, compute_ms)
@@ -204,11 +274,11 @@ class Gate:
         """Return the flow of a tenant; those that are not in the registry share one, or names could grow the state."""
         return self._flows[rank].get(tenant) or self._others[rank]
 
-    def _lowered(self, flow: Flow, question: Question) -> Flow:
+    def _lowered(self, flow: Flow, metadata: Metadata, tenant: str) -> Flow:
         """Return the flow of the class that the caller asks for; only a lower one than its route's is heard. Looked for only where it matters."""
-        asked = next((value for key, value in question.metadata if key == _PRIORITY), "")
+        asked = next((value for key, value in metadata if key == _PRIORITY), "")
         rank = PRIORITIES.index(asked) if asked in PRIORITIES else 0
-        return flow if rank <= flow.rank else self._flow(rank, question.tenant)
+        return flow if rank <= flow.rank else self._flow(rank, tenant)
 
     def _same_flow(self, rank: int, tenant: Tenant) -> Flow:
         """Return the flow a tenant had, if its weight is still the same: what is under way stays counted."""
@@ -236,6 +306,16 @@ class Gate:
 def _columns(arm: Arm) -> int:
     """Return how many values the inputs of an arm hold for one row."""
     return sum(math.prod(item.spec.shape[1:]) for item in arm.inputs if item.per_row)
+
+
+def _read(answer: bytes) -> inference_pb2.ModelInferResponse | None:
+    """Return an answer to learn from, None where it is so large that reading it costs more than it tells."""
+    if len(answer) > _MOST_READ:
+        return None
+    try:
+        return inference_pb2.ModelInferResponse.FromString(answer)
+    except DecodeError:
+        return None
 
 
 def _send_away(waiter: Waiter, error: Exception) -> None:

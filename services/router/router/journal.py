@@ -58,9 +58,9 @@ class Journal:
         self._waiting: deque[tuple[str, bytes]] = deque()
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
-        counted = metrics.counter("plait_router_exposures", "exposures by what became of them", ("outcome",))
+        counted = metrics.counter("plait_router_journal", "exposures to be written down, by what became of them", ("outcome",))
         self._written, self._dropped = counted.labels("written"), counted.labels("dropped")
-        metrics.gauge("plait_router_exposures_waiting", "exposures that are not written yet").set_function(lambda: len(self._waiting))
+        metrics.gauge("plait_router_journal_waiting", "exposures that are not written yet").set_function(lambda: len(self._waiting))
 
     def __repr__(self) -> str:
         return f"<Journal waiting={len(self._waiting)}>"

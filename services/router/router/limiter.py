@@ -76,7 +76,7 @@ class Limiter:
         self.limit = int(self._estimate)
         self.pass_ms = 0.0  # what a forward pass took in the last step, over all arms; 0 = not known yet
         self._touched: set[Window] = set()
-        self._samples = 0
+        self.samples = 0  # heard since the last step
         self._dropped = 0
         self._congested = False
         self._next_s = 0.0
@@ -89,7 +89,7 @@ class Limiter:
         window.queue_ms += queue_ms
         window.compute_ms += compute_ms
         window.count += 1
-        self._samples += 1
+        self.samples += 1
         self._touched.add(window)
 
     def dropped(self) -> None:
@@ -98,7 +98,7 @@ class Limiter:
 
     def due(self, now_s: float) -> bool:
         """Whether it is time for a step."""
-        return now_s >= self._next_s and self._samples + self._dropped >= MIN_SAMPLES
+        return now_s >= self._next_s and self.samples + self._dropped >= MIN_SAMPLES
 
     def step(self, now_s: float, peak: float) -> None:
         """Set the limit by what was heard since the last step, and by the most that was under way in it."""
@@ -113,7 +113,7 @@ class Limiter:
             samples = window.count
             pressure += samples * window.close(now_s)
         heard = count + self._dropped
-        self._samples = sum(window.count for window in self._touched)
+        self.samples = sum(window.count for window in self._touched)
         self._dropped = 0
         if heard and peak >= self._estimate / 2:
             self._move(max(0.5, min(1.0, heard / pressure)) if pressure else 1.0)

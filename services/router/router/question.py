@@ -31,10 +31,10 @@ class Question:
 
     `subject` is the one id it is about, if there is one. `candidates` are the ids of the route's candidate type, in the caller's order;
     `rows` says how many rows the model gets. `ids` holds the ids of every entity type as they came. `metadata` and `scopes` are the call's,
-    `revision` is the registry's. `assignments`: what the experiments, or the weights, made of
-    it. What the road learns on its way stands here too: `tier`, `reasons` why the answer is not the best possible, `by_rule` how many
-    candidates each business rule dropped, boosted or held back, the `features` that were read (for the inputs of `features_for`), the
-    `trail` of an Explain, and `scored`, the last answer of a worker, which says what it took.
+    `revision` is the registry's. `assignments`: what the experiments, or the weights, made of its `unit`. What the road learns on its way stands
+    here too: `tier`, `reasons` why the answer is not the best possible, `by_rule` how many candidates each business rule dropped, boosted or held
+    back, the `features` that were read (for the inputs of `features_for`), the `trail` of an Explain, and `scored`, the last answer of a worker,
+    which says what it took.
     """
 
     route: ServingRoute
@@ -58,6 +58,7 @@ class Question:
     reasons: list[str] = field(default_factory=list)
     by_rule: Mapping[str, int] = field(default_factory=dict)
     assignments: Sequence[explanation_pb2.Assignment] = ()
+    unit: Id | None = None
     features: features_pb.GetFeaturesResponse | None = None
     features_for: Arm | None = None
     trail: Trail | None = None

@@ -4,7 +4,7 @@
 
 A route's road is made once per snapshot, of the steps that the route uses and no others:
 
-    asked before? → kept? → ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity] → sign
+    asked before? → kept? → [shadows →] ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity] → sign
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from router.gate import Gate
 from router.ladder import Ladder
 from router.question import TIER_POPULARITY, Question, Response, Road
 from router.repeats import Repeats
-from router.route_table import NO_ROUTES, ServingRoute, compile_table
+from router.route_table import NO_ROUTES, RouteTable, ServingRoute, compile_table
 from router.shadow import Shadows
 from router.stopwatch import RankingMetrics, Stopwatch
 from router.trail import Trail
@@ -76,6 +76,11 @@ class Ranking:
 
     def __repr__(self) -> str:
         return f"<Ranking {self._table!r} {self._gate!r} {self._consulting!r} {self._answers!r} {self._repeats!r}>"
+
+    @property
+    def table(self) -> RouteTable:
+        """The routes of the newest snapshot."""
+        return self._table
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Serve by a new snapshot from the next request on."""

@@ -55,6 +55,10 @@ class SharedSettings(RedisSettings):
 class JournalSettings(Group):
     """What is written down for experiments: exposures and outcomes, in the shared Redis."""
 
+    key: SecretStr = Field(
+        SecretStr(""),
+        description="secret that the units of exposures are hashed with, the same on every router; empty = one that is forgotten at the end",
+    )
     queue: int = Field(10_000, ge=1, le=10_000_000, description="exposures that may wait to be written; more are dropped and counted")
     max_entries: int = Field(
         1_000_000, ge=1000, le=1_000_000_000, description="exposures, and as many outcomes, kept per tenant; the oldest go first"
@@ -70,6 +74,14 @@ class KubernetesSettings(Group):
     namespace: str = Field("default", min_length=1, description="namespace of the service")
     service: str = Field("", description="name of the service; empty = addresses are used instead")
     port: str = Field("grpc", min_length=1, description="name of the service's port")
+
+
+class QuotaSettings(Group):
+    """How routers share the quotas of tenants, where there is a Redis."""
+
+    lease_s: float = Field(
+        1.0, ge=0.1, le=60, description="for how long a router has its part of a quota, seconds; renewed five times in it"
+    )
 
 
 class EndpointsSettings(Group):
@@ -141,4 +153,5 @@ class RouterSettings(ServiceSettings):
     redis: SharedSettings = Field(default_factory=SharedSettings, description="what routers share")
     cache: CacheSettings = Field(default_factory=CacheSettings, description="answers that are kept")
     repeats: RepeatsSettings = Field(default_factory=RepeatsSettings, description="answers that are kept for calls made again")
+    quotas: QuotaSettings = Field(default_factory=QuotaSettings, description="how routers share the quotas of tenants")
     journal: JournalSettings = Field(default_factory=JournalSettings, description="what is written down for experiments")

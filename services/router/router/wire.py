@@ -51,6 +51,6 @@ def head(data: bytes) -> Head:
     raise InvalidArgument("the request cannot be parsed: is it the message this method takes?", reason="MALFORMED_MESSAGE")
 
 
-def renamed(data: bytes, model: str, version: str) -> bytes:
-    """Return the ModelInferRequest under another name: appended, as the last one counts, so that nothing before it is touched."""
-    return b"".join((data, field(1, model.encode()), field(2, version.encode())))
+def renaming(model: str, version: str) -> bytes:
+    """Return what gives a serialized ModelInferRequest another name when it is appended: the last one counts, and nothing before it is touched."""
+    return field(1, model.encode()) + field(2, version.encode())

@@ -19,6 +19,7 @@ from plait.rpc.deadline import Deadline
 from plait.telemetry.metrics import Metrics
 from router.gate import Gate
 from router.question import Question, Response
+from router.quotas import Quotas
 from router.route_table import compile_table
 from router.settings import AdmissionSettings
 from router.stopwatch import Stopwatch
@@ -32,7 +33,7 @@ class Door:
     ) -> None:
         self.metrics = Metrics()
         settings = AdmissionSettings(limit=limit, queue=queue, **{"max_wait_s": 30.0, "adaptive": False, **more})
-        self.gate = Gate(settings, self.metrics)
+        self.gate = Gate(settings, Quotas(), self.metrics)
         registry = snapshot(route(priority=priority))
         for name, weight in (tenants or {}).items():
             registry.tenants[name] = Tenant(name=name, weight=weight)  # type: ignore[index]

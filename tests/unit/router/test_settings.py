@@ -12,6 +12,7 @@ from router.settings import RouterSettings
 
 NAMES = [
     "ADMISSION__ADAPTIVE",
+    "QUOTAS__LEASE_S",
     "ADMISSION__LIMIT",
     "ADMISSION__MIN_LIMIT",
     "ADMISSION__START",
@@ -23,6 +24,7 @@ NAMES = [
     "CACHE__BYTES",
     "CACHE__REDIS_BUDGET_S",
     "REPEATS__BYTES",
+    "JOURNAL__KEY",
     "JOURNAL__QUEUE",
     "JOURNAL__MAX_ENTRIES",
     "JOURNAL__KNOWN_S",

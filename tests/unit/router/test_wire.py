@@ -66,4 +66,4 @@ def test_random_bytes_never_do_worse_than_malformed(data: bytes) -> None:
 def test_a_renamed_request_differs_by_its_name_alone(data: bytes, model: str, version: str) -> None:
     expected = inference_pb2.ModelInferRequest.FromString(data)
     expected.model_name, expected.model_version = model, version
-    assert inference_pb2.ModelInferRequest.FromString(wire.renamed(data, model, version)) == expected
+    assert inference_pb2.ModelInferRequest.FromString(data + wire.renaming(model, version)) == expected

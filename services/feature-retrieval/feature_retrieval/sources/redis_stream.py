@@ -20,6 +20,8 @@ from plait.redis.dispatch import all_here
 
 GROUP: Final = b"plait"
 _UPKEEP_S: Final = 5.0  # between looks for what the dead left, and trims
+_FORGET_EVERY_S: Final = 600.0  # between looks for names of the dead
+_FORGOTTEN: Final = 100  # names at once, so that a look never blocks Redis for long
 
 
 class RedisStreamSource:
@@ -36,6 +38,7 @@ class RedisStreamSource:
         consumer: str,
         claim_after_s: float = 30.0,
         keep_s: float = 3600.0,
+        forget_after_s: float = 3600.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._streams = streams
@@ -44,8 +47,10 @@ class RedisStreamSource:
         self._consumer = consumer.encode()
         self._claim_after_s = claim_after_s
         self._keep_s = keep_s
+        self._forget_after_s = forget_after_s
         self._clock = clock
         self._upkeep_at = 0.0
+        self._forget_at = 0.0
 
     def __repr__(self) -> str:
         return f"<RedisStreamSource tenants={len(self._tenants())}>"
@@ -58,6 +63,7 @@ class RedisStreamSource:
             if left:
                 return left
             await self._trim(tenants)
+            await self._forget(tenants)
             self._upkeep_at = self._clock() + min(_UPKEEP_S, self._claim_after_s)
         by_key = {tenant_key(b"e1", tenant): tenant for tenant in tenants}
         found = await self._streams.read_group(list(by_key), GROUP, self._consumer, count=limit, timeout_s=timeout_s)
@@ -108,6 +114,15 @@ class RedisStreamSource:
             first_kept = oldest or delivered
             minimum = b"%d" % max(0, until_ms) if _ms(first_kept) > until_ms else first_kept
             all_here(await self._streams.ask(key, [pack(b"XTRIM", [key, b"MINID", b"~", minimum])]))
+
+    async def _forget(self, tenants: Sequence[str]) -> None:
+        """Remove names of consumers that were killed, once nothing is theirs any more; those that ended well have left by themselves."""
+        if self._clock() < self._forget_at:
+            return
+        for tenant in tenants:
+            key = tenant_key(b"e1", tenant)
+            await self._streams.forget_consumers(key, GROUP, self._consumer, idle_s=self._forget_after_s, limit=_FORGOTTEN)
+        self._forget_at = self._clock() + _FORGET_EVERY_S
 
     async def _oldest(self, key: bytes) -> tuple[bytes | None, bytes]:
         """Return the id of the oldest entry that is not acknowledged, delivered or not (None where there is none), and that of the last one

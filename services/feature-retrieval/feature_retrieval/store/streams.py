@@ -15,6 +15,22 @@ from plait.redis.connections import Refusal, refused, unavailable
 from plait.redis.dispatch import Dispatch, Receipt, all_here, late
 from plait.redis.script import Script
 
+# KEYS: a stream. ARGV: group, the consumer that asks, idle for longer than these ms, at most how many. Removes consumers that hold nothing,
+# in one step: one that got an entry in between would lose it. A living one that is removed is there again as soon as it reads.
+_FORGET: Final = Script(b"""
+local found = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])
+if found.err then return 0 end
+local removed = 0
+for _, fields in ipairs(found) do
+  local known = {}
+  for at = 1, #fields, 2 do known[fields[at]] = fields[at + 1] end
+  if known['pending'] == 0 and known['idle'] > tonumber(ARGV[3]) and known['name'] ~= ARGV[2] and removed < tonumber(ARGV[4]) then
+    redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], known['name'])
+    removed = removed + 1
+  end
+end
+return removed
+""")
 _POLL_S: Final = 0.05  # between looks at streams that no single command can wait for
 
 
@@ -86,6 +102,13 @@ class Streams:
         if isinstance(reply, Refusal) and _no_group(reply):
             return []
         return _entries(_good(reply)[1])
+
+    async def forget_consumers(self, key: bytes, group: bytes, consumer: bytes, *, idle_s: float, limit: int) -> int:
+        """Remove up to `limit` other consumers that hold nothing and have not asked for `idle_s`; return how many."""
+        call = _FORGET.call([key], [group, consumer, b"%d" % int(idle_s * 1000), b"%d" % limit])
+        replies = await self.ask(key, [call], _FORGET)
+        all_here(replies)
+        return int(replies[0])
 
     async def acknowledge(self, key: bytes, group: bytes, ids: Sequence[bytes]) -> int:
         """Say that these entries are done; return how many were not yet."""

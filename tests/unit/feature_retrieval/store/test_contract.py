@@ -19,6 +19,7 @@ from feature_retrieval.store.redis import APPLIED, ERASED, OLDER, RedisStore, Sw
 from feature_retrieval.store.tracking import Listener
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
 from plait.errors import FailedPrecondition, InvalidArgument, Unavailable
+from plait.redis.commands import pack
 from plait.redis.dispatch import Receipt
 
 FLAG_BACKFILL = 2
@@ -208,6 +209,31 @@ async def test_a_group_takes_every_entry_once_and_again_what_was_left(placed: Re
     assert await streams.acknowledge(keys[0], b"g", []) == 0
     state = await streams.state(keys[0], b"g")
     assert (state.lag, state.pending) == (0, 0)
+
+
+async def test_consumers_that_hold_nothing_and_ask_no_more_are_forgotten(placed: RedisStore) -> None:
+    streams, key = placed.streams, b"e1{a}"
+    assert await streams.forget_consumers(key, b"g", b"me", idle_s=0, limit=10) == 0  # there is no stream
+    await streams.append([key] * 2, [{b"e": b"0"}] * 2)
+    assert await streams.forget_consumers(key, b"g", b"me", idle_s=0, limit=10) == 0  # there is no group
+    for name in (b"holds", b"me", b"a", b"b", b"c"):
+        await streams.read_group([key], b"g", name, count=2, timeout_s=0)
+
+    async def names() -> list[bytes]:
+        (found,) = await streams.ask(key, [pack(b"XINFO", [b"CONSUMERS", key, b"g"])])
+        return sorted(dict(zip(fields[::2], fields[1::2], strict=True))[b"name"] for fields in found)
+
+    assert await streams.forget_consumers(key, b"g", b"me", idle_s=3600, limit=10) == 0
+    async with asyncio.timeout(20):
+        removed: list[int] = []
+        while sum(removed) < 3:
+            removed.append(await streams.forget_consumers(key, b"g", b"me", idle_s=0, limit=2))
+    assert max(removed) == 2
+    assert await names() == [b"holds", b"me"]
+    assert len(await streams.claim(key, b"g", b"me", idle_s=0, count=10)) == 2  # nothing of it was lost
+    async with asyncio.timeout(20):
+        while await names() != [b"me"]:
+            await streams.forget_consumers(key, b"g", b"me", idle_s=0, limit=2)
 
 
 async def test_a_stream_that_was_lost_is_begun_again(placed: RedisStore, place: Place) -> None:
