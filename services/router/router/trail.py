@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from plait.api.router.v1 import explanation_pb2
 from plait.errors import PlaitError
 
-_UNKNOWN: Final = -1
-_NO_RULES: Final[Mapping[str, int]] = MappingProxyType({})
+_UNKNOWN = -1
 
 
 @dataclass(slots=True)
@@ -37,14 +35,6 @@ class Trail:
                 what=what, endpoint=endpoint if self.endpoints else "", kind=kind, outcome=outcome, took_us=int(took_s * 1e6)
             )
         )
-
-    def staged(self, stage: str, given: int, left: int, took_s: float, by_rule: Mapping[str, int] = _NO_RULES) -> None:
-        """Note what a stage of a cascade did with its candidates; rules that touched none are left out."""
-        counts = {name: count for name, count in by_rule.items() if count}
-        report = explanation_pb2.StageReport(
-            stage=stage, candidates_in=given, candidates_out=left, took_us=int(took_s * 1e6), by_rule=counts
-        )
-        self.stages.append(report)
 
     def aged(self, views: Iterable[Any], versions: Mapping[str, int]) -> None:
         """Note how old the rows of each `ViewReport` are; rows that are not there have no age."""

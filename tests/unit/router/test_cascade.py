@@ -116,6 +116,19 @@ async def test_boosts_and_caps_change_the_order_and_scores_say_why() -> None:
         assert await items(world, rank(candidates=strings("i2", "i3", "i1"), top_k=2)) == ["i1", "i3"]
 
 
+async def test_an_explain_tells_what_each_stage_made_of_the_candidates() -> None:
+    rows = {"i1": (0, 1, 1), "i2": (1, 0, 7), "i3": (0, 0, 7), "i4": (0, NAN, 7)}
+    async with staged(rows, filter=(SOLD_OUT,), boost=(PROMOTED,), diversity=(ONE_PER_SELLER,)) as world:
+        enter(Call(method="test", tenant="shop", deadline=Deadline.after(20)))
+        told = await world.ranking.explain(pb.ExplainRequest(rank=rank(candidates=strings("i1", "i2", "i3", "i4"))))
+        assert [(s.stage, s.candidates_in, s.candidates_out, dict(s.by_rule)) for s in told.stages] == [
+            ("filter", 4, 3, {"sold-out": 1}),
+            ("rank", 3, 3, {}),
+            ("rerank", 3, 3, {"promoted": 1, "seller": 0}),
+        ]
+        assert list(told.rank.item_ids.string_ids) == ["i1", "i4", "i3"]
+
+
 async def test_inline_features_are_filtered_with_their_rows() -> None:
     async with staged({"i2": (1, 0, 1)}, filter=(SOLD_OUT,)) as world:
         inline = tensor("item", 3, DI)
@@ -271,18 +284,6 @@ def test_a_retriever_that_can_give_no_ids_is_refused(retrieve: Retrieve, phrase:
     assert phrase in next(problem.message for problem in crosschecks.check(bad) if problem.field == "spec.stages.retrieve")
     assert not [problem for problem in crosschecks.check(found) if "stages" in problem.field]
     assert "Route home" in crosschecks.users_of(found, ("Model", "two-tower"))
-
-
-async def test_explain_tells_of_each_stage() -> None:
-    rows = {"i1": (0, 1, 1), "i2": (0, 0, 7), "i3": (0, 0, 7), "i4": (1, 0, 7)}
-    async with staged(rows, filter=(SOLD_OUT,), boost=(PROMOTED,), diversity=(ONE_PER_SELLER,)) as world:
-        enter(Call(method="test", tenant="shop", deadline=Deadline.after(20)))
-        told = await world.ranking.explain(pb.ExplainRequest(rank=rank(candidates=strings("i1", "i2", "i3", "i4"))))
-        assert [(s.stage, s.candidates_in, s.candidates_out, dict(s.by_rule)) for s in told.stages] == [
-            ("filter", 4, 3, {"sold-out": 1}),
-            ("rank", 3, 3, {}),
-            ("rerank", 3, 3, {"promoted": 1}),
-        ]
 
 
 async def test_without_candidates_there_is_nothing_to_be_popular() -> None:
