@@ -123,8 +123,11 @@ def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_k
 class RouterWorld:
     """The router under test, as its clients see it."""
 
-    def __init__(self, server: RpcServer, ranking: Ranking, shadows: Shadows, channel: grpc.aio.Channel, metrics: Metrics) -> None:
+    def __init__(
+        self, server: RpcServer, ranking: Ranking, shadows: Shadows, workers: Pools, channel: grpc.aio.Channel, metrics: Metrics
+    ) -> None:
         self.server = server
+        self.workers = workers
         self.ranking = ranking
         self.shadows = shadows
         self.stub: Any = pb_grpc.RouterServiceStub(channel)
@@ -209,14 +212,14 @@ async def router_world(
         metrics=metrics,
         tracing=tracing,
     )
-    open_inference.add(server, open_inference.OpenInference(passing, pool, "1.2.3"))
     servicer = RouterServicer(ranking, Invalidating(invalidations), Outcomes(None, metrics))
+    open_inference.add(server, open_inference.OpenInference(passing, pool, "1.2.3"))
     server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, SERVICE, scope="rank")
     await server.start()
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
         async with grpc.aio.insecure_channel(server.address, options=options) as to_router:
-            yield RouterWorld(server, ranking, shadows, to_router, metrics)
+            yield RouterWorld(server, ranking, shadows, pool, to_router, metrics)
     finally:
         await server.drain()
         await shadows.close()

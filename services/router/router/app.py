@@ -32,6 +32,7 @@ from router.outcomes import Outcomes
 from router.pass_through import PassThrough
 from router.pool_metrics import PoolMetrics
 from router.pools import Pools
+from router.quota_leases import QuotaLeases
 from router.quotas import Quotas
 from router.ranking import Ranking
 from router.redis_level import RedisLevel
@@ -56,6 +57,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     workers = Pools(settings.workers, _channel(settings.workers.channel, settings), tracing=tracing, metrics=PoolMetrics(metrics))
     stack.push_async_callback(workers.close)
     invalidations = Invalidations()
+    quotas = Quotas()
     shared = level = journal = None
     if settings.redis.url.get_secret_value():
         topology = topology_of(settings.redis)
@@ -67,11 +69,13 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
         journal = Journal(Dispatch(topology), settings.journal, metrics)
         stack.push_async_callback(journal.close)
         tasks.start(journal.run(), "journal")
+        leases = QuotaLeases(quotas, Dispatch(topology), settings.quotas, metrics)
+        tasks.start(leases.run(), "quota leases")
     answers, repeats = Answers(settings.cache, invalidations, metrics, level), Repeats(settings.repeats, metrics, level)
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
-    gate = Gate(settings.admission, Quotas(), metrics)
+    gate = Gate(settings.admission, quotas, metrics)
     shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     stack.push_async_callback(shadows.close)
     ranking = Ranking(

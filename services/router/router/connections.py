@@ -93,6 +93,7 @@ class Connections:
         self._clock = clock
         self._endpoints: dict[Replica, Endpoint] = {}
         self._by_address: dict[str, Endpoint] = {}
+        self._held: dict[tuple[str, str], bool] = {}
         self._lagging: dict[tuple[str, str], tuple[Replica, ...]] = {}
         self._budget = RetryBudget()
         self._hedges = HedgeBudget()
@@ -117,8 +118,12 @@ class Connections:
 
     def holds(self, model: str, version: str) -> bool:
         """Whether any endpoint has the version ready, as far as is known."""
-        endpoints = self._by_address.values()
-        return not endpoints or any(e.replica.accepts and e.may_hold(model, version) for e in endpoints)
+        key = (model, version)
+        held = self._held.get(key)
+        if held is None:
+            endpoints = self._by_address.values()
+            held = self._held[key] = not endpoints or any(e.may_hold(model, version) for e in endpoints)
+        return held
 
     def transports(self, model: str = "", version: str = "") -> list[Transport]:
         """Return every way to ask about a model, those that may hold it and take calls first."""
@@ -148,7 +153,7 @@ class Connections:
             if endpoint.wanted and not endpoint.replica.accepts and self._clock() >= endpoint.quiet_until_s:
                 endpoint.replica.accepts = True  # it said it was about to stop, and by now it has, or has not
                 self._balancer.changed()
-        self._lagging.clear()
+        self._forget()
         if self._metrics is not None:
             now_s = self._clock()
             replicas = self._balancer.replicas
@@ -242,8 +247,6 @@ class Connections:
         key = (model, version)
         found = self._lagging.get(key)
         if found is None:
-            if len(self._lagging) > 1000:
-                self._lagging.clear()
             found = tuple(e.replica for e in self._by_address.values() if not e.may_hold(model, version))
             self._lagging[key] = found
         return found
@@ -308,8 +311,13 @@ class Connections:
             endpoint.wanted = takes_calls(one)
             endpoint.replica.accepts = endpoint.wanted
             endpoint.replica.zone = one.zone
-        self._lagging.clear()
+        self._forget()
         self._balancer.changed()
+
+    def _forget(self) -> None:
+        """Work out anew who holds what."""
+        self._held.clear()
+        self._lagging.clear()
 
     def _add(self, one: Found, *, warm: bool) -> Endpoint:
         replica = self._balancer.add(one.address, one.zone, warm=warm)

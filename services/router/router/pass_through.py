@@ -1,6 +1,6 @@
 """An inference on its way through: found by its name, sent to a worker, answered, with its tensors unread and its bytes untouched.
 
-    authenticate (the server's interceptor) → knock → read the name → route's variant, or model → admit → worker → answer
+    authenticate (the server's interceptor) → read the name → knock → route's variant, or model → admit → worker → answer
 
 The name is a route's, or else a model's: whoever speaks the Open Inference Protocol calls either as a model, and need not know which it is.
 """
@@ -18,7 +18,7 @@ from plait.registry.records import EMPTY, Model, Signature, Snapshot
 from plait.rpc.call import Call
 from plait.telemetry.metrics import Metrics
 from router import wire
-from router.choosing import choose
+from router.choosing import Choice, Ready, choose, give_way
 from router.connections import CallPlan
 from router.gate import Gate
 from router.pools import Pools
@@ -96,7 +96,7 @@ class PassThrough:
             attempts=target.route.attempts if target.route is not None else _ATTEMPTS,
             hedge=target.route.hedge if target.route is not None else None,
         )
-        answer = await self._gate.infer(call, plan, target.route_name, lambda: self._workers.infer_raw(request, plan))
+        answer = await self._gate.run(lambda: self._workers.infer_raw(request, plan), plan, target.route_name)
         self._passed.labels(target.route_name, target.variant, target.model, target.version).inc()
         return answer
 
@@ -110,7 +110,7 @@ class PassThrough:
                     f"route {name!r} has stages, which look at items that an inference does not name: call Rank, or a model by its name",
                     reason="ROUTE_NOT_RAW",
                 )
-            arm = _arm(route, version, call, request_id)
+            arm = _arm(route, version, call, request_id, self._workers.ready)
             return Target(arm.model, arm.version, route, arm.name)
         model = self._models.get(name)
         if model is None:
@@ -140,9 +140,9 @@ def row_bytes(signature: Signature) -> int:
     return max(1, sum(sizes))
 
 
-def _arm(route: ServingRoute, version: str, call: Call, request_id: str) -> Arm:
+def _arm(route: ServingRoute, version: str, call: Call, request_id: str, ready: Ready) -> Arm:
     if version in _NEWEST:
-        return _assigned(route, call, request_id)
+        return _assigned(route, call, request_id, ready)
     arm = next((arm for arm in route.by_name.values() if arm.version == version), None)
     if arm is None:
         has = ", ".join(arm.version for arm in route.by_name.values())
@@ -167,11 +167,11 @@ def _version(model: Model, version: str) -> str:
     return found.version
 
 
-def _assigned(route: ServingRoute, call: Call, request_id: str) -> Arm:
+def _assigned(route: ServingRoute, call: Call, request_id: str, ready: Ready) -> Arm:
     """Return the variant by rules, experiments and weights. The subject is whom the caller names in a header, else each request by its id."""
     subject = next((str(value) for name, value in call.metadata if name == UNIT_HEADER), request_id or uuid.uuid4().hex)
     if route.plain:
-        return route.assign(subject)
+        return give_way(route, subject, Choice(arm=route.assign(subject)), ready).arm
     facts = Facts(
         tenant=call.tenant,
         metadata=call.metadata,
@@ -182,4 +182,4 @@ def _assigned(route: ServingRoute, call: Call, request_id: str) -> Arm:
         subject=subject,
         request_id=subject,
     )
-    return choose(route, facts).arm
+    return give_way(route, subject, choose(route, facts), ready).arm

@@ -150,8 +150,12 @@ class Pools:
                 if pool.search is not None and pool.search.done():
                     pool.search.result()
                     raise RuntimeError(f"the search for the endpoints of pool {pool.record.name!r} ended, which it never should")
-            await asyncio.gather(*(pool.connections.look() for pool in self._all()))
+            await self.look()
             await asyncio.sleep(_LOOK_S)
+
+    async def look(self) -> None:
+        """Ask every endpoint which versions it holds."""
+        await asyncio.gather(*(pool.connections.look() for pool in self._all()))
 
     async def close(self) -> None:
         """Close every connection."""

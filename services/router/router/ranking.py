@@ -4,7 +4,7 @@
 
 A route's road is made once per snapshot, of the steps that the route uses and no others:
 
-    asked before? → kept? → ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity] → sign
+    asked before? → kept? → [shadows →] ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity] → sign
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Ranking:
         self._shadows = shadows
         self._exposures = exposures
         self._metrics = metrics
-        self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)))
+        self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)), consulting.ready)
         self._table = NO_ROUTES
         self._roads: dict[str, Road] = {}
 
