@@ -96,7 +96,7 @@ class PassThrough:
             attempts=target.route.attempts if target.route is not None else _ATTEMPTS,
             hedge=target.route.hedge if target.route is not None else None,
         )
-        answer = await self._gate.run(lambda: self._workers.infer_raw(request, plan), plan, target.route_name)
+        answer = await self._gate.infer(call, plan, target.route_name, lambda: self._workers.infer_raw(request, plan))
         self._passed.labels(target.route_name, target.variant, target.model, target.version).inc()
         return answer
 
