@@ -84,7 +84,7 @@ class Ranking:
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Serve by a new snapshot from the next request on."""
-        table = compile_table(snapshot)
+        table = compile_table(snapshot, self._table)
         for route in table.routes.values():
             for variant, fault in route.left_out.items():
                 log.warning("a variant cannot serve", route=route.name, variant=variant, reason=fault.reason, error=fault.message)
