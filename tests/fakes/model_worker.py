@@ -10,15 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plait.api.inference.v2 import inference_pb2
+from plait.api.inference.v2 import inference_pb2_grpc as oip_grpc
 from plait.api.model_worker.v1 import model_worker_service_pb2 as pb
 from plait.api.model_worker.v1 import model_worker_service_pb2_grpc as pb_grpc
-from plait.errors import PlaitError
+from plait.errors import PlaitError, Unimplemented
 from plait.rpc import multiplex
 from plait.rpc.call import Call, current
 from plait.rpc.credentials import Authenticator
 from plait.rpc.server import RpcServer
 from plait.settings import RpcSettings
 
+OIP_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 SERVICE = pb.DESCRIPTOR.services_by_name["ModelWorkerService"].full_name
 
 Score = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[Any]]
@@ -29,11 +31,27 @@ def item_number(user: NDArray[np.float32], item: NDArray[np.float32]) -> NDArray
     return item[:, 0]
 
 
+class _Index(oip_grpc.GRPCInferenceServiceServicer):
+    """What the worker says it holds."""
+
+    def __init__(self, worker: FakeModelWorker) -> None:
+        self._worker = worker
+
+    async def RepositoryIndex(self, request: Any, context: Any) -> Any:
+        if self._worker.held is None:
+            raise Unimplemented("this worker cannot say")
+        response = inference_pb2.RepositoryIndexResponse()
+        for name, version in sorted(self._worker.held):
+            response.models.add(name=name, version=version, state="READY")
+        return response
+
+
 class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
     """Answers output "score" from inputs "user" and "item".
 
     Faults: `error` is raised instead of an answer (`refuse` and `score_of` tell requests apart); `gate` is waited for before one, unless it is
     `let_pass`. `load` is told on every answer.
+    `held`: the (model, version) it says it has ready; None = it cannot say.
     """
 
     def __init__(self, score: Score = item_number, *, token: str = "the-token", port: int = 0, instant: bool = False) -> None:
@@ -48,12 +66,14 @@ class FakeModelWorker(pb_grpc.ModelWorkerServiceServicer):
         self.let_pass: Callable[[inference_pb2.ModelInferRequest], bool] = lambda _: False
         self.cancelled = 0
         self.load: pb.LoadReport | None = None
+        self.held: set[tuple[str, str]] | None = None
         self.datatype = "FP32"
         self._instant = instant
         self._cache: dict[int, bytes] = {}
         settings = RpcSettings(grace_s=0, port=port)
         self.server = RpcServer(settings, authenticator=Authenticator(lambda _: None, service_token=token))
         self.server.add(pb_grpc.add_ModelWorkerServiceServicer_to_server, self, SERVICE, scope="infer")
+        self.server.add(oip_grpc.add_GRPCInferenceServiceServicer_to_server, _Index(self), OIP_SERVICE, scope="infer")
 
     async def __aenter__(self) -> FakeModelWorker:
         await self.server.start()

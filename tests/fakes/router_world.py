@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from plait.api.inference.v2 import inference_pb2_grpc
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
 from plait.registry.records import (
@@ -32,6 +33,7 @@ from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings, RpcSettings, TelemetrySettings
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
+from router import open_inference
 from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
@@ -43,6 +45,7 @@ from router.invalidating import Invalidating
 from router.invalidation import Invalidations
 from router.ladder import Ladder
 from router.outcomes import Outcomes
+from router.pass_through import PassThrough
 from router.pools import Pools
 from router.quotas import Quotas
 from router.ranking import Ranking
@@ -120,11 +123,16 @@ def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_k
 class RouterWorld:
     """The router under test, as its clients see it."""
 
-    def __init__(self, server: RpcServer, ranking: Ranking, shadows: Shadows, stub: Any, metrics: Metrics) -> None:
+    def __init__(
+        self, server: RpcServer, ranking: Ranking, shadows: Shadows, workers: Pools, channel: grpc.aio.Channel, metrics: Metrics
+    ) -> None:
         self.server = server
+        self.workers = workers
         self.ranking = ranking
         self.shadows = shadows
-        self.stub = stub
+        self.stub: Any = pb_grpc.RouterServiceStub(channel)
+        self.inference: Any = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        self.raw_infer: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         self.metrics = metrics
 
     @property
@@ -135,6 +143,11 @@ class RouterWorld:
         self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0, headers: dict[str, str] | None = None
     ) -> Any:
         return await self.stub.Rank(request, metadata=(*_metadata(key), *(headers or {}).items()), timeout=timeout_s)
+
+    async def infer(self, request: Any, *, key: str | None = KEY, timeout_s: float | None = 20.0, unit: str = "") -> Any:
+        """Call ModelInfer with a message, or with bytes for bytes."""
+        call = self.raw_infer if isinstance(request, bytes) else self.inference.ModelInfer
+        return await call(request, metadata=(*_metadata(key), *((("x-plait-unit", unit),) if unit else ())), timeout=timeout_s)
 
     async def explain(self, request: Any, *, key: str | None = KEY, headers: dict[str, str] | None = None) -> Any:
         asked = pb.ExplainRequest(rank=request) if isinstance(request, pb.RankRequest) else pb.ExplainRequest(predict=request)
@@ -161,6 +174,7 @@ async def router_world(
     token: str = "the-token",
     max_message_bytes: int = 16 << 20,
     features_share: float = 0.8,
+    require_key: bool = True,
     telemetry: TelemetrySettings | None = None,
 ) -> AsyncIterator[RouterWorld]:
     """Run the router on a free port in front of comma separated addresses."""
@@ -188,16 +202,24 @@ async def router_world(
         metrics=RankingMetrics(metrics),
         max_message_bytes=max_message_bytes,
     )
-    ranking.adopt(registry)
+    passing = PassThrough(lambda: ranking.table, gate, pool, metrics)
+    for part in (ranking, passing):
+        part.adopt(registry)
     settings = RpcSettings(grace_s=5, max_message_bytes=max_message_bytes)
-    server = RpcServer(settings, authenticator=Authenticator(registry.keys.get, required=True), metrics=metrics, tracing=tracing)
+    server = RpcServer(
+        settings,
+        authenticator=Authenticator(registry.keys.get, service_token=token, required=require_key),
+        metrics=metrics,
+        tracing=tracing,
+    )
     servicer = RouterServicer(ranking, Invalidating(invalidations), Outcomes(None, metrics))
+    open_inference.add(server, open_inference.OpenInference(passing, pool, "1.2.3"))
     server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, SERVICE, scope="rank")
     await server.start()
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
         async with grpc.aio.insecure_channel(server.address, options=options) as to_router:
-            yield RouterWorld(server, ranking, shadows, pb_grpc.RouterServiceStub(to_router), metrics)
+            yield RouterWorld(server, ranking, shadows, pool, to_router, metrics)
     finally:
         await server.drain()
         await shadows.close()

@@ -1,4 +1,4 @@
-"""Stock clients against a running worker: tritonclient, and KServe's where an interpreter that has it is named.
+"""Stock clients against a running worker, and against a router with workers behind it: tritonclient, and KServe's where an interpreter that has it is named.
 
 Each runs in a process of its own, because its generated stubs have the names of ours, and reports what it saw as JSON.
 """
@@ -9,18 +9,46 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.fakes.echo_model import EchoLoader, echo_models
 from tests.fakes.registry_world import eventually
-from tests.fakes.worker_world import Doubler, WorkerWorld, model, publish_ranker, published, scripted, snapshot, worker_world
+from tests.fakes.router_world import RouterWorld, router_world
+from tests.fakes.worker_world import (
+    ITEM,
+    RANK,
+    SCORE,
+    USER,
+    Doubler,
+    WorkerWorld,
+    model,
+    publish_ranker,
+    published,
+    scripted,
+    snapshot,
+    worker_world,
+)
 
 from plait.dtypes import BY_NAME
 from plait.registry.artifact import ArtifactManifest
-from plait.registry.records import ModelVersion, TensorSpec
+from plait.registry.records import (
+    Entity,
+    Feature,
+    FeatureSet,
+    FeatureView,
+    ModelInput,
+    ModelVersion,
+    Route,
+    Signature,
+    Snapshot,
+    TensorSpec,
+    Variant,
+)
 
 CLIENTS = Path(__file__).parents[1] / "fakes" / "clients"
 KSERVE_PYTHON = "PLAIT_TEST_KSERVE_PYTHON"
@@ -54,10 +82,12 @@ def cats(tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
     return published(folder, manifest)
 
 
-async def run_client(w: WorkerWorld, script: str, python: str = sys.executable, env: Mapping[str, str] = os.environ) -> Any:
+async def run_client(
+    w: WorkerWorld | RouterWorld, script: str, *more: str, python: str = sys.executable, env: Mapping[str, str] = os.environ
+) -> Any:
     """Return what the client saw; its stderr, should it fail."""
     process = await asyncio.create_subprocess_exec(
-        python, str(CLIENTS / script), w.server.address, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=env
+        python, str(CLIENTS / script), w.server.address, *more, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=env
     )
     try:
         out, err = await asyncio.wait_for(process.communicate(), 100)
@@ -185,13 +215,18 @@ async def test_tritonclients_stream_is_answered_in_order_whatever_fails_in_betwe
     assert "Request for unknown model" in seen[64]["error"]
 
 
-async def test_kserves_client(ranker: ModelVersion) -> None:
+def kserve_python() -> tuple[str, Mapping[str, str]]:
+    """Return the interpreter that has kserve, and its environment; skip where none is named."""
     python = os.environ.get(KSERVE_PYTHON, "")
     if not python:
         pytest.skip(f"needs an interpreter that imports kserve, named by {KSERVE_PYTHON}")
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return python, {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+async def test_kserves_client(ranker: ModelVersion) -> None:
+    python, env = kserve_python()
     async with worker_world(snapshot(model("ranker", ranker)), models={"repository_control": True}) as w:
-        seen = await run_client(w, "kserve_client.py", python, env)
+        seen = await run_client(w, "kserve_client.py", "control", python=python, env=env)
     assert seen["health"] == [True, True, True]
     assert seen["metadata"] == ["ranker", ["1"], [[1, 3], [-1, 3]]]
     assert seen["score"] == [1.0, 5.0]
@@ -199,3 +234,93 @@ async def test_kserves_client(ranker: ModelVersion) -> None:
     assert seen["unknown"] == "NOT_FOUND"
     assert seen["unloaded"] is False
     assert seen["loaded"] == [1.0, 5.0]
+
+
+def with_a_route(world: Snapshot) -> Snapshot:
+    """Return the registry with a route "home" to version 2 of its ranker."""
+    views = {
+        name: FeatureView(name=name, entity=Entity(type=name), features=tuple(Feature(name=f"f{n}") for n in range(3)))
+        for name in ("user", "item")
+    }
+    inputs = tuple(
+        ModelInput(name=name, entity=name, features=tuple(f"{name}:{feature.name}" for feature in view.features))
+        for name, view in views.items()
+    )
+    signature = Signature(inputs=(USER, ITEM), outputs=(SCORE, RANK), feature_set="home")
+    ranker = world.models["ranker"]
+    versions = tuple(replace(version, signature=signature) for version in ranker.versions)
+    return replace(
+        world,
+        models={**world.models, "ranker": replace(ranker, versions=versions, aliases={"champion": "2", "old": "1"})},
+        feature_views=views,
+        feature_sets={"home": FeatureSet(name="home", inputs=inputs)},
+        routes={
+            "home": Route(name="home", subject="user", candidate="item", variants=(Variant(name="main", model="ranker", use="champion"),))
+        },
+    )
+
+
+@asynccontextmanager
+async def router_before_two_workers(world: Snapshot) -> AsyncIterator[RouterWorld]:
+    async with (
+        worker_world(world, loader_type=EchoLoader) as one,
+        worker_world(world, loader_type=EchoLoader) as two,
+        router_world("127.0.0.1:1", f"{one.server.address},{two.server.address}", world, require_key=False) as router,
+    ):
+        yield router
+
+
+async def test_tritonclient_sees_a_router_as_one_server(ranker: ModelVersion, cats: ModelVersion, tmp_path: Path) -> None:
+    doubled = publish_ranker(tmp_path / "2", scale=2.0)
+    world = with_a_route(snapshot(model("ranker", ranker, doubled), model("cats", cats), *echo_models()))
+    async with router_before_two_workers(world) as router:
+        seen = await run_client(router, "triton_router.py")
+    look = seen["look"]
+    assert look["health"] == [True] * 5
+    assert look["server"] == {
+        "name": "plait-router",
+        "version": "1.2.3",
+        "extensions": ["classification", "model_configuration", "statistics"],
+    }
+    assert [(one["name"], one["versions"]) for one in look["metadata"]] == [("ranker", ["1", "2"]), ("home", ["1", "2"])]
+    assert [(t["name"], t["datatype"], t["shape"]) for t in look["metadata"][1]["inputs"]] == [
+        ("user", "FP32", ["1", "3"]),
+        ("item", "FP32", ["-1", "3"]),
+    ]
+    assert look["config"]["max_batch_size"] == 4096
+    assert [one for one in look["index"] if one["name"] == "ranker"] == [
+        {"name": "ranker", "version": "1", "state": "READY"},
+        {"name": "ranker", "version": "2", "state": "READY"},
+    ]
+    assert len(look["index"]) == 3 + len(BY_NAME)
+    assert seen["infer"] == {
+        "answers": {"ranker": ["r-7", "2", [2.0, 10.0]], "home": ["r-7", "2", [2.0, 10.0]]},
+        "old": [1.0, 5.0],
+        "classes": ["4.000000:1:dog", "8.000000:0:cat"],
+        "echoed": dict.fromkeys(BY_NAME, True),
+        "large": True,
+    }
+    assert {name: status.removeprefix("StatusCode.") for name, (status, _) in seen["errors"].items()} == {
+        **dict.fromkeys(("unknown model", "unknown version", "metadata", "config", "statistics", "ready"), "NOT_FOUND"),
+        "unknown version of a route": "NOT_FOUND",
+        **dict.fromkeys(("wrong shape", "missing input"), "INVALID_ARGUMENT"),
+        "no time": "DEADLINE_EXCEEDED",
+        **dict.fromkeys(("shared memory", "log settings", "load", "unload"), "UNIMPLEMENTED"),
+    }
+    assert "call the worker itself" in seen["errors"]["load"][1]
+    assert [(one["version"], int(one["inference_count"])) for one in seen["statistics"]] == [("1", 2), ("2", 4)]  # on both workers
+    assert seen["statistics of a route"] == seen["statistics"][1:]
+    assert set(seen["all statistics"]) == {"ranker", "cats", *(f"echo-{dtype}" for dtype in BY_NAME)}
+
+
+async def test_kserves_client_sees_a_router_as_one_server(ranker: ModelVersion) -> None:
+    python, env = kserve_python()
+    async with router_before_two_workers(snapshot(model("ranker", ranker))) as router:
+        seen = await run_client(router, "kserve_client.py", python=python, env=env)
+    assert seen == {
+        "health": [True, True, True],
+        "metadata": ["ranker", ["1"], [[1, 3], [-1, 3]]],
+        "score": [1.0, 5.0],
+        "score raw": [1.0, 5.0],
+        "unknown": "NOT_FOUND",
+    }

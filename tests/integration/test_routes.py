@@ -234,3 +234,23 @@ async def test_a_view_that_is_required_is_whatever_the_policy_says(on_missing: s
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await router.rank(rank())
         assert from_rpc_error(caught.value).reason == "FEATURES_UNAVAILABLE"
+
+
+async def test_a_weight_never_goes_to_a_version_that_no_worker_holds() -> None:
+    held = {("ranker", "1")}
+    registry = snapshot(route(variants=(Variant(name="old", model="ranker", use="1"), Variant(name="new", model="ranker", use="2"))))
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        worker.held = held
+        seen = {(await router.rank(rank(f"u{n}"))).variant for n in range(30)}
+        assert seen == {"old", "new"}, "until workers were asked, all count as held"
+        await router.workers.look()
+        answers = [await router.rank(rank(f"u{n}")) for n in range(30)]
+        assert {answer.variant for answer in answers} == {"old"}
+        assert {tuple(answer.degraded_reasons) for answer in answers} == {(), ("variant_not_ready",)}
+        held.add(("ranker", "2"))
+        await router.workers.look()
+        assert {(await router.rank(rank(f"u{n}"))).variant for n in range(30)} == {"old", "new"}

@@ -64,6 +64,7 @@ def documents(data: data_module.Dataset, artifact: str) -> dict[str, list[dict[s
                     "subject": "user",
                     "candidate": "item",
                     "variants": [{"name": "champion", "model": MODEL, "use": "champion", "weight": 1}],
+                    "ladder": [{"tier": "popularity", "feature": "item-stats:log_recent"}],
                     "timeout_s": 1.0,
                 },
             )

@@ -1,4 +1,4 @@
-"""`plait apply`, `plait get` and `plait describe`: the registry, written and read directly in Postgres."""
+"""`plait apply`, `get`, `describe` and `rollback`: the registry, written and read directly in Postgres."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
     app.command()(apply)
     app.command()(get)
     app.command()(describe)
+    app.command()(rollback)
 
 
 def apply(
@@ -105,6 +106,26 @@ def describe(
         render.show_description(resource, history)
 
 
+def rollback(
+    kind: KindArgument,
+    name: Annotated[str, typer.Argument(help="Its name.")],
+    to: Annotated[int, typer.Option("--to", min=0, help="The generation to go back to; 0 = the one before.")] = 0,
+    reason: Annotated[str, typer.Option("--reason", help="Why, for the audit log.", show_default=False)] = "",
+    dsn: DsnOption = None,
+    state: StateOption = DEFAULT_STATE,
+    as_json: JsonOption = False,
+) -> None:
+    """Apply an earlier generation of one resource again, as a new one; `plait describe` lists them. It also brings back what was deleted.
+
+    Example:  plait rollback route home-feed --reason "canary was slower"
+    """
+    change = asyncio.run(_rollback(registry_dsn(dsn, state), kinds.parse(kind), name, to, reason))
+    if as_json:
+        write_json(render.change(change))
+    else:
+        render.show_changes([change], dry_run=False)
+
+
 async def _apply(paths: list[Path], dsn: str, reason: str, dry_run: bool, allow_http: bool) -> list[Change]:
     from plait.registry import manifests  # noqa: PLC0415
     from plait.registry.sources import StoreOptions  # noqa: PLC0415
@@ -127,3 +148,10 @@ async def _describe(dsn: str, kind: Kind, name: str) -> tuple[Resource, list[Any
 
     async with await Store.open(dsn, max_connections=1) as store:
         return await store.get(kind, name), await store.history(kind, name, limit=_HISTORY)
+
+
+async def _rollback(dsn: str, kind: Kind, name: str, generation: int, reason: str) -> Change:
+    from plait.registry.store import Store  # noqa: PLC0415
+
+    async with await Store.open(dsn, max_connections=1) as store:
+        return await store.rollback(kind, name, generation=generation, actor=author(), reason=reason)

@@ -158,7 +158,7 @@ def _tier(at: Steps, tier: Tier, route: Route) -> Iterator[Finding]:
     for kind, name in takes.items():
         if kind != tier.tier and getattr(tier, name):
             yield (*at, name), f"belongs to tier {kind}, not to {tier.tier}; leave it out"
-    if tier.tier == "cached" and "cache" in NOT_YET:
+    if tier.tier == "cached" and "scores_ttl_s" in NOT_YET:
         yield (*at, "tier"), "is not served yet; leave it out"
     if tier.tier == "light":
         yield from _known_variant((*at, "variant"), tier.variant, route)

@@ -1,8 +1,8 @@
 """Events that could not be applied, kept with their bytes and the reason, and appended again once the reason is gone.
 
 They lie in a stream per tenant beside the events', in the same slot, so that moving one there or back is one script: it is in one of the two,
-whoever dies in between. The stream holds about the newest 100 000. Of events about somebody erased only the reason is kept: their bytes hold
-the id, and nobody could apply them.
+whoever dies in between. The stream holds about the newest 100 000. An erasure removes those that are about who is erased; of events that come
+afterwards only the reason is kept: their bytes hold the id, and nobody could apply them.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from google.protobuf.message import DecodeError
+
 from feature_retrieval.aggregation.events import ERASED, MAX_EVENT_BYTES, Refusal
-from feature_retrieval.row_codec import tenant_key
+from feature_retrieval.row_codec import Id, tenant_key
 from feature_retrieval.sources import Message
 from feature_retrieval.store.streams import Entry, Streams
+from plait.api.events.v1 import events_pb2
 from plait.errors import InvalidArgument, NotFound, Violation
-from plait.redis.dispatch import all_here
+from plait.redis.dispatch import Receipt, all_here
 from plait.redis.script import Script
+from plait.registry.entity_ids import composites
 
 MAX_KEPT: Final = 100_000
 _PAGE: Final = 500  # entries looked at per round trip
 _MAX_LOOKED_AT: Final = 20_000  # per call, when most are of another reason
-_CHUNK: Final = 100  # entries moved by one script call, so that it never blocks Redis for long
+_CHUNK: Final = 100  # entries moved by one script call, so that it never blocks Redis for long, or looked through at once
 _ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
 # KEYS: the stream of events, that of dead letters. ARGV: group, id of the event's entry, longest length, then fields of the dead letter.
@@ -128,6 +132,32 @@ class DeadLetters:
             moved += await self._move(dead, events, [e.id for e in entries if not reason or e.fields.get(b"r") == reason.encode()])
         return moved
 
+    async def forget(self, tenant: str, entity_type: str, ids: Sequence[Id], receipt: Receipt) -> list[int]:
+        """Remove those that are there now whose subject or object is one of some entities; return how many for each, in order.
+
+        An id is known in whatever kind an event gives it: an int64 id as text is whom it names, too. Bytes that are no event stay: nobody
+        can tell whom they are about. Looks through the whole stream, some 100 000 entries, a page at a time.
+        """
+        dead = tenant_key(b"d1", tenant)
+        places = {_words(entity_id): place for place, entity_id in enumerate(ids)}
+        counts = [0] * len(ids)
+        newest = await self._streams.range(dead, count=1, newest_first=True)
+        after = b""
+        while newest and (not after or _order(after) < _order(newest[0].id)):
+            entries = await self._streams.range(
+                dead, after=after, count=_CHUNK
+            )  # few: reading them takes this process's time from who waits for features
+            if not entries:
+                break
+            after = entries[-1].id
+            found = {entry.id: places.keys() & _about(entry.fields.get(b"e", b""), entity_type) for entry in entries}
+            gone = [entry_id for entry_id, whose in found.items() if whose]
+            await self._streams.delete(dead, gone, receipt)
+            for entry_id in gone:
+                for words in found[entry_id]:
+                    counts[places[words]] += 1
+        return counts
+
     async def _move(self, dead: bytes, events: bytes, ids: Sequence[bytes]) -> int:
         moved = 0
         for at in range(0, len(ids), _CHUNK):
@@ -148,6 +178,24 @@ def _fields(message: Message, refusal: Refusal) -> dict[bytes, bytes]:
         b"n": b"%d" % message.redrives,
         b"w": message.publisher.encode(),
     }
+
+
+def _about(payload: bytes, entity_type: str) -> set[tuple[str, ...]]:
+    """Return the entities of a type that an event's bytes name."""
+    try:
+        event = events_pb2.Event.FromString(payload)
+    except DecodeError:
+        return set()
+    found: set[tuple[str, ...]] = set()
+    for rows in (event.subject, event.object):
+        if rows.entity_type == entity_type:
+            given: list[Id] = [*rows.ids.string_ids, *rows.ids.int64_ids, *composites(rows.ids)]
+            found.update(map(_words, given))
+    return found
+
+
+def _words(entity_id: Id) -> tuple[str, ...]:
+    return tuple(map(str, entity_id)) if isinstance(entity_id, tuple) else (str(entity_id),)
 
 
 def _order(entry_id: bytes) -> tuple[int, int]:

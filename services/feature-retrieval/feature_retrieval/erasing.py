@@ -1,7 +1,7 @@
 """EraseEntity: an entity's rows are removed everywhere, and nothing that happened before brings them back.
 
 Order: Postgres remembers it → the mark in Redis refuses every older event → the rows are removed, of all views, versions and epochs there
-ever were → the durable copy → the certificate. Whoever dies in between leaves what `erasure_guard` completes. A mark refuses events up to
+ever were → the durable copy → the tenant's dead letters → the certificate. Whoever dies in between leaves what `erasure_guard` completes. A mark refuses events up to
 `max_future_s` after the erasure, because such events may have been taken before it.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from feature_retrieval.dead_letters import DeadLetters
 from feature_retrieval.epochs import READ_TIMEOUT_S, event_time_us
 from feature_retrieval.ingestion import MAX_FUTURE_S
 from feature_retrieval.permissions import check_admin
@@ -33,7 +34,7 @@ MAX_IDS: Final = 1000
 FOR_EVER_US: Final = (1 << 63) - 1
 _KEYS_AT_ONCE: Final = 20_000  # of one read
 NOT_COVERED: Final = (
-    "dead letters from before, until they are redriven or trimmed",
+    "dead letters whose bytes are no event, or that were refused for another reason after this, until they are trimmed",
     "the event stream, until it is trimmed; its events of this entity are refused",
     "which events were taken (aggregated views), until window and lateness have passed; holds the id, no values",
     "the skew log's files and exported files, until they are deleted",
@@ -85,6 +86,7 @@ class Erasing:
         self._metrics = metrics
         self._snapshot = snapshot
         self._store = store
+        self._dead_letters = DeadLetters(store.streams)
         self._registry = registry
         self._signer = signer
         self._complete = complete
@@ -118,10 +120,13 @@ class Erasing:
             for number, entity in zip(numbers, entities, strict=True)
         ]
         removed = await remove(self._store, self._registry, erasures)
+        receipt = Receipt()
+        letters = await self._dead_letters.forget(call.tenant, entity_type, ids, receipt)
+        await self._store.settle(receipt)
         await self._complete()
         if self._metrics is not None:
             self._metrics.erased(len(erasures))
-        for erasure, gone in zip(erasures, removed, strict=True):
+        for erasure, gone, dead in zip(erasures, removed, letters, strict=True):
             certificate = response.certificates.add(
                 id=f"erasure-{erasure.id}",
                 tenant=call.tenant,
@@ -129,6 +134,7 @@ class Erasing:
                 erased_until_us=until_us,
                 erased_at_us=now_us,
                 not_covered=NOT_COVERED,
+                dead_letters=dead,
             )
             for view in sorted(gone.rows.keys() | gone.durable_rows.keys()):
                 certificate.views.add(feature_view=view, rows=gone.rows.get(view, 0), durable_rows=gone.durable_rows.get(view, 0))

@@ -21,8 +21,6 @@ SCOPES: Final = MappingProxyType(  # by method; what is not named is for adminis
         "WriteFeatures": "publish",
         "IngestFeatures": "publish",
         "PublishEvents": "publish",
-        "ListDeadLetters": "publish",
-        "RedriveDeadLetters": "publish",
     }
 )
 

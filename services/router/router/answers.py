@@ -47,6 +47,7 @@ _SAME_S: Final = 0.001  # an answer that is no newer than this is the one that i
 class _Made:
     """An answer that a flight brought, and what the road learnt on its way; when it was begun by the clock, and by the log of invalidations."""
 
+    response: Response  # the first caller's, who signs it; for everybody else there is
     data: bytes
     arm: Arm
     tier: str
@@ -54,6 +55,10 @@ class _Made:
     began_s: float
     position: int
     from_redis: bool = False
+
+    def answer_to(self, question: Question, *, shared: bool) -> Response:
+        """Return the answer as a message of the caller's own."""
+        return _read(self.data, question) if shared else self.response
 
 
 class Answers:
@@ -126,7 +131,7 @@ class Answers:
             self._entries.drop(key)
             return None
         if found != "fresh":
-            self._flights.refresh(key, partial(self._make, key, _anew(question), road, policy, entry.made_s))
+            self._flights.refresh(key, partial(self._make, key, self._keys.snapshot, _anew(question), road, policy, entry.made_s))
         response.cache = STALE if found == "stale" else HIT
         response.age_us = int(age_s * 1e6)
         return response
@@ -141,14 +146,14 @@ class Answers:
         return STALE if found == "stale" else HIT
 
     async def _shared(self, key: bytes, question: Question, road: Road, policy: CachePolicy) -> Response:
-        make = partial(self._make, key, question, road, policy, -math.inf)
+        make = partial(self._make, key, self._keys.snapshot, question, road, policy, -math.inf)
         made, shared = await self._flights.fly(key, make, question.deadline)
-        response = _read(made.data, question)
+        response = made.answer_to(question, shared=shared)
         aged = self._clock() - made.began_s > policy.ttl_s + policy.stale_s
         if shared and (aged or self._invalidations.touched(made.position, _named(question, response))):
             # Begun before something was told to be forgotten, of which this caller may know, or too long ago. The next flight begins now.
             made, shared = await self._flights.fly(key, make, question.deadline)
-            response = _read(made.data, question)
+            response = made.answer_to(question, shared=shared)
         if shared:
             question.arm, question.tier = made.arm, made.tier
             question.reasons += made.reasons
@@ -157,8 +162,8 @@ class Answers:
             response.age_us = int((self._clock() - made.began_s) * 1e6)
         return response
 
-    async def _make(self, key: bytes, question: Question, road: Road, policy: CachePolicy, after_s: float) -> _Made:
-        """Make an answer, unless another router made one after `after_s` that is still fresh."""
+    async def _make(self, key: bytes, world: Snapshot, question: Question, road: Road, policy: CachePolicy, after_s: float) -> _Made:
+        """Make an answer to a key of this world, unless another router made one after `after_s` that is still fresh."""
         if self._level is not None:
             made = await self._from_redis(self._level, key, question, policy, after_s)
             if made is not None:
@@ -168,6 +173,7 @@ class Answers:
         response = await road(question)
         made_s = self._clock()
         made = _Made(
+            response=response,
             data=response.SerializeToString(),
             arm=question.arm,
             tier=question.tier,
@@ -175,7 +181,7 @@ class Answers:
             began_s=began_s,
             position=position,
         )
-        if made.tier == TIER_FULL and not made.reasons and self._keys.of(question) == key:  # (the registry may have changed meanwhile)
+        if made.tier == TIER_FULL and not made.reasons and self._keys.snapshot is world:  # (the registry may have changed meanwhile)
             # Its age counts from when it was begun: that is when its features were read.
             entry = Entry(data=made.data, made_s=began_s, took_s=made_s - began_s, position=position)
             self._entries.put(key, entry, len(made.data))
@@ -200,7 +206,14 @@ class Answers:
             return None
         self._entries.put(key, entry, len(found.data))
         return _Made(
-            data=found.data, arm=question.arm, tier=TIER_FULL, reasons=(), began_s=began_s, position=entry.position, from_redis=True
+            response=_read(found.data, question),
+            data=found.data,
+            arm=question.arm,
+            tier=TIER_FULL,
+            reasons=(),
+            began_s=began_s,
+            position=entry.position,
+            from_redis=True,
         )
 
     def _untouched(self, entry: Entry, question: Question) -> Response | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from importlib.metadata import version
 
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
@@ -15,7 +16,7 @@ from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
-from router import auth
+from router import auth, open_inference
 from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
@@ -27,9 +28,12 @@ from router.invalidating import Invalidating
 from router.invalidation import Invalidations
 from router.journal import Journal
 from router.ladder import Ladder
+from router.open_inference import OpenInference
 from router.outcomes import Outcomes
+from router.pass_through import PassThrough
 from router.pool_metrics import PoolMetrics
 from router.pools import Pools
+from router.quota_leases import QuotaLeases
 from router.quotas import Quotas
 from router.ranking import Ranking
 from router.redis_level import RedisLevel
@@ -54,6 +58,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     workers = Pools(settings.workers, _channel(settings.workers.channel, settings), tracing=tracing, metrics=PoolMetrics(metrics))
     stack.push_async_callback(workers.close)
     invalidations = Invalidations()
+    quotas = Quotas()
     shared = level = journal = None
     if settings.redis.url.get_secret_value():
         topology = topology_of(settings.redis)
@@ -65,11 +70,13 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
         journal = Journal(Dispatch(topology), settings.journal, metrics)
         stack.push_async_callback(journal.close)
         tasks.start(journal.run(), "journal")
+        leases = QuotaLeases(quotas, Dispatch(topology), settings.quotas, metrics)
+        tasks.start(leases.run(), "quota leases")
     answers, repeats = Answers(settings.cache, invalidations, metrics, level), Repeats(settings.repeats, metrics, level)
     stack.push_async_callback(answers.close)
     stack.push_async_callback(repeats.close)
     consulting = Consulting(features, workers, settings.features.budget_share)
-    gate = Gate(settings.admission, Quotas(), metrics)
+    gate = Gate(settings.admission, quotas, metrics)
     shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     stack.push_async_callback(shadows.close)
     ranking = Ranking(
@@ -87,12 +94,15 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     await watcher.first(registry.first_snapshot_timeout_s)
     watcher.subscribe(workers.adopt)
     watcher.subscribe(ranking.adopt)
+    passing = PassThrough(lambda: ranking.table, gate, workers, metrics)
+    watcher.subscribe(passing.adopt)
     tasks.start(workers.run(), "pools")
 
     server = RpcServer(settings.rpc, authenticator=authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
     servicer = RouterServicer(ranking, Invalidating(invalidations, shared), Outcomes(journal, metrics))
     server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
+    open_inference.add(server, OpenInference(passing, workers, version("plait-router")))
     watcher.subscribe(server.reexamine)
     return server
 

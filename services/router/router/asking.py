@@ -10,7 +10,7 @@ from plait.api.types.v1 import types_pb2
 from plait.errors import ResourceExhausted
 from plait.registry.entity_ids import Id
 from plait.rpc.call import Call
-from router.choosing import Choice, choose
+from router.choosing import Choice, Ready, choose, give_way
 from router.question import Question
 from router.route_table import RouteTable, ServingRoute
 from router.rules import Facts
@@ -20,10 +20,12 @@ from router.validation import Findings, Ids, check_predict, check_predict_fits, 
 
 
 class Asking:
-    """Makes questions. `max_tensor_bytes` bounds the tensors of one request: what a message may hold."""
+    """Makes questions. `max_tensor_bytes` bounds the tensors of one request: what a message may hold. `ready` says whether some worker holds
+    a version of a model."""
 
-    def __init__(self, max_tensor_bytes: int) -> None:
+    def __init__(self, max_tensor_bytes: int, ready: Ready = lambda _model, _version: True) -> None:
         self._max_tensor_bytes = max_tensor_bytes
+        self._ready = ready
 
     def rank(self, request: pb.RankRequest, table: RouteTable, call: Call, watch: Stopwatch, trail: Trail | None = None) -> Question:
         """Return the question of a Rank. Raises as `RouteTable.find`; InvalidArgument with every violation."""
@@ -31,7 +33,7 @@ class Asking:
         subject, candidates = check_rank(request, found)
         route = table.find(request.route, call.tenant)
         request_id = _request_id(request, call)
-        choice = _choose(request, call, route, subject, len(candidates), request.top_k, request_id, trail)
+        choice = _choose(request, call, route, subject, len(candidates), request.top_k, request_id, self._ready, trail)
         check_rank_fits(request, route, choice.arm, candidates, found)
         found.raise_if_any()
         ids = {route.subject: request.subject, route.candidate: request.candidates}
@@ -48,7 +50,7 @@ class Asking:
         subjects = rows.get(route.subject, ())
         subject = subjects[0] if len(subjects) == 1 else None
         most = max(map(len, rows.values()), default=0)
-        choice = _choose(request, call, route, subject, most, 0, request_id, trail)
+        choice = _choose(request, call, route, subject, most, 0, request_id, self._ready, trail)
         check_predict_fits(request, route, choice.arm, rows, found)
         found.raise_if_any()
         ids = {entity.entity_type: entity.ids for entity in request.entities}
@@ -118,13 +120,14 @@ def _choose(
     rows: int,
     top_k: int,
     request_id: str,
+    ready: Ready,
     trail: Trail | None,
 ) -> Choice:
     """A route without rules and experiments pays for none."""
     if route.plain:
         unit = request_id if subject is None else subject
         arm = route.assign(unit)
-        return Choice(arm=arm, assignments=route.by_weight.get(arm.name, ()), unit=unit)
+        return give_way(route, unit, Choice(arm=arm, assignments=route.by_weight.get(arm.name, ()), unit=unit), ready, trail)
     facts = Facts(
         tenant=call.tenant,
         metadata=call.metadata,
@@ -135,4 +138,4 @@ def _choose(
         subject=subject,
         request_id=request_id,
     )
-    return choose(route, facts, trail)
+    return give_way(route, facts.unit(route.sticky), choose(route, facts, trail), ready, trail)

@@ -7,6 +7,7 @@ is new to a manifest is taken for one that matters until `_DECIDED_BEFORE` says 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Final
@@ -18,6 +19,7 @@ from router.question import Question
 from router.route_table import Arm
 
 KEY_BYTES: Final = 16
+_SIZE: Final = struct.Struct("<q")
 _PLAIN: Final = Route(name="plain", variants=())
 # What decides which variant answers, when, and how often it is tried: the variant itself is in the key.
 _DECIDED_BEFORE: Final = {
@@ -30,15 +32,15 @@ _DECIDED_BEFORE: Final = {
 
 
 class Keys:
-    """Makes keys of questions, under the snapshot that was adopted last."""
+    """Makes keys of questions, under the `snapshot` that was adopted last."""
 
     def __init__(self) -> None:
-        self._snapshot = EMPTY
+        self.snapshot = EMPTY
         self._worlds: dict[tuple[str, str, str, str, str], Any] = {}
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Make keys by a new snapshot from now on."""
-        self._snapshot = snapshot
+        self.snapshot = snapshot
         self._worlds = {}
 
     def of(self, question: Question) -> bytes:
@@ -49,13 +51,13 @@ class Keys:
         if world is None:
             world = self._worlds[which] = hashlib.blake2b(_joined(self._world(question)), digest_size=KEY_BYTES)
         key = world.copy()
-        key.update(_joined(_asked(question)))
+        key.update(_joined(_asked(question.request)))
         digest: bytes = key.digest()
         return digest
 
     def _world(self, question: Question) -> Iterator[bytes]:
         """Yield all but what the caller sent."""
-        tenant, arm, snapshot = question.tenant, question.arm, self._snapshot
+        tenant, arm, snapshot = question.tenant, question.arm, self.snapshot
         route = snapshot.routes.get(question.route.name, _PLAIN)
         variant = next((variant for variant in route.variants if variant.name == arm.name), None)
         for part in (tenant, route.name, arm.name, arm.model, arm.version):
@@ -90,22 +92,21 @@ def _feature_sets(route: Route, arm: Arm, retriever: ModelVersion | None) -> set
     return found
 
 
-def _asked(question: Question) -> Iterator[bytes]:
-    """Yield what the caller sent, but for what cannot change the answer: who asked when, under which id."""
-    request = question.request
+def _asked(request: pb.RankRequest | pb.PredictRequest) -> list[bytes]:
+    """Return what the caller sent, but for what cannot change the answer: who asked when, under which id."""
     if isinstance(request, pb.RankRequest):
-        yield b"rank"
-        yield request.top_k.to_bytes(4, "little", signed=True)
-        yield request.subject.SerializeToString()
-        yield request.candidates.SerializeToString()
+        asked = [b"rank", _SIZE.pack(request.top_k), request.subject.SerializeToString(), request.candidates.SerializeToString()]
     else:
-        yield b"predict"
-        yield _joined(name.encode() for name in request.outputs)
-        yield _joined(entity.SerializeToString() for entity in request.entities)
-    yield _joined(tensor.SerializeToString() for tensor in request.inline_features)
-    yield _joined(tensor.SerializeToString() for tensor in request.request_features)
+        asked = [b"predict", _joined([name.encode() for name in request.outputs])]
+        asked.append(_joined([entity.SerializeToString() for entity in request.entities]))
+    for tensors in (request.inline_features, request.request_features):
+        asked.append(_joined([tensor.SerializeToString() for tensor in tensors]) if tensors else b"")
+    return asked
 
 
 def _joined(parts: Iterable[bytes]) -> bytes:
     """Return parts that cannot run into each other: each after its length."""
-    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    pieces: list[bytes] = []
+    for part in parts:
+        pieces += (_SIZE.pack(len(part)), part)
+    return b"".join(pieces)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as features_pb
+from plait.api.router.v1 import explanation_pb2
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import DeadlineExceeded, FailedPrecondition, Unavailable
@@ -44,7 +46,9 @@ class Cascade:
             if not isinstance(question.request, pb.RankRequest):
                 return await plain(question)
             if stages.retriever is not None and not len(question.candidates):
+                began_s = question.watch.stamp()
                 await self._retrieve(question, stages)
+                _report(question, "retrieve", 0, began_s)
                 if not len(question.candidates):
                     return _nothing(question)
             return await self._rank(question, stages) if stages.rules_set else await plain(question)
@@ -78,14 +82,18 @@ class Cascade:
         if columns is None:
             question.reasons.append(RULES_UNAVAILABLE)
             return await self._consulting.conclude(question, features)
+        given, began_s = len(question.candidates), watch.stamp()
         columns, removed = _filtered(question, features, columns, stages)
+        _report(question, "filter", given, began_s, removed)
         if not len(question.candidates):
             return _nothing(question)
         answer = await self._consulting.infer(question, features)
-        watch.predicted = watch.stamp()
+        _report(question, "rank", len(question.candidates), watch.featured)
+        watch.predicted = began_s = watch.stamp()
         scores, lifted = boosted(scores_of(answer, question.route.score, len(question.candidates)), columns, stages.boosts)
         order, held_back = spread(best_first(scores, 0), columns, stages.caps)
         question.by_rule = removed | lifted | held_back
+        _report(question, "rerank", len(question.candidates), began_s, lifted | held_back)
         response = ordered(question, scores, order)
         self._consulting.tell(question, features, answer, response)
         return response
@@ -123,6 +131,17 @@ class Cascade:
         if tensor is None or tensor.shape[:1] != [rows] or any(_lost(view) for view in answer.views):
             return None
         return np.frombuffer(tensor.data, stages.rules_dtype).reshape(rows, -1)
+
+
+def _report(question: Question, stage: str, given: int, began_s: float, by_rule: Mapping[str, int] = MappingProxyType({})) -> None:
+    """Tell an Explain what a stage made of its candidates."""
+    if question.trail is not None:
+        took_us = int((question.watch.stamp() - began_s) * 1e6)
+        question.trail.stages.append(
+            explanation_pb2.StageReport(
+                stage=stage, candidates_in=given, candidates_out=len(question.candidates), took_us=took_us, by_rule=by_rule
+            )
+        )
 
 
 def _nothing(question: Question) -> pb.RankResponse:

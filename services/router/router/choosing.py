@@ -5,17 +5,20 @@ Pure. What was meant but cannot serve gives way to the weights, and says so: nob
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from plait.api.router.v1 import explanation_pb2
 from plait.registry.entity_ids import Id
-from router.experiments import ServingExperiment, bucket_of
+from router.experiments import ServingExperiment, assign, bucket_of
 from router.route_table import Arm, ServingRoute
 from router.rules import Facts, first_failing
 from router.trail import Trail
 
 NOT_READY: Final = "variant_not_ready"
+
+Ready = Callable[[str, str], bool]  # model, version → whether some worker holds it, as far as is known
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,6 +40,21 @@ def choose(route: ServingRoute, facts: Facts, trail: Trail | None = None) -> Cho
         arm = route.by_name.get(meant)
         return Choice(arm=arm) if arm is not None else _by_weight(route, facts, (NOT_READY,))
     return _by_experiment(route, facts, trail)
+
+
+def give_way(route: ServingRoute, unit: Id, choice: Choice, ready: Ready, trail: Trail | None = None) -> Choice:
+    """Return the choice, or, where no worker holds its version, the unit's variant by weight among those that some worker holds.
+
+    Where none is held the choice stays: the call then says what is missing. Who was moved is in no experiment.
+    """
+    if ready(choice.arm.model, choice.arm.version):
+        return choice
+    held = tuple(arm for arm in route.weighted if ready(arm.model, arm.version))
+    if not held:
+        return choice
+    if trail is not None:
+        trail.not_in.update((given.experiment, "not_ready") for given in choice.assignments if given.experiment)
+    return Choice(arm=assign(route.name, unit, held), reasons=tuple(dict.fromkeys((*choice.reasons, NOT_READY))))
 
 
 def _by_rule(route: ServingRoute, facts: Facts, trail: Trail | None) -> str | None:

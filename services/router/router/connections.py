@@ -16,7 +16,7 @@ from plait.rpc.deadline import Deadline
 from plait.telemetry.logging import get_logger
 from router.balancer import Balancer
 from router.discovery.found import Found
-from router.endpoints import Endpoint, Open, Transport, takes_calls
+from router.endpoints import Endpoint, Metadata, Open, Transport, takes_calls
 from router.hedging import HedgeBudget, first_of
 from router.latency import Latencies
 from router.pool_metrics import PoolMetrics
@@ -61,7 +61,7 @@ class CallPlan:
     deadline: Deadline
     tenant: str
     request_id: str
-    metadata: tuple[tuple[str, str], ...] = ()
+    metadata: Metadata = ()
     attempts: int = 2
     hedge: Hedge | None = None
     what: str = "model"
@@ -93,6 +93,7 @@ class Connections:
         self._clock = clock
         self._endpoints: dict[Replica, Endpoint] = {}
         self._by_address: dict[str, Endpoint] = {}
+        self._held: dict[tuple[str, str], bool] = {}
         self._lagging: dict[tuple[str, str], tuple[Replica, ...]] = {}
         self._budget = RetryBudget()
         self._hedges = HedgeBudget()
@@ -117,12 +118,17 @@ class Connections:
 
     def holds(self, model: str, version: str) -> bool:
         """Whether any endpoint has the version ready, as far as is known."""
-        endpoints = self._by_address.values()
-        return not endpoints or any(e.replica.accepts and e.may_hold(model, version) for e in endpoints)
+        key = (model, version)
+        held = self._held.get(key)
+        if held is None:
+            endpoints = self._by_address.values()
+            held = self._held[key] = not endpoints or any(e.may_hold(model, version) for e in endpoints)
+        return held
 
-    def some(self, model: str, version: str = "") -> Endpoint:
-        """Return an endpoint that may hold the model, for calls about it."""
-        return self._pick(CallPlan(model=model, version=version, deadline=Deadline.never(), tenant="", request_id=""), ())
+    def transports(self, model: str = "", version: str = "") -> list[Transport]:
+        """Return every way to ask about a model, those that may hold it and take calls first."""
+        endpoints = sorted(self._by_address.values(), key=lambda e: not (e.replica.accepts and (not model or e.may_hold(model, version))))
+        return [endpoint.transport for endpoint in endpoints]
 
     def call(self, send: Send, plan: CallPlan, elsewhere: Elsewhere = lambda _: False) -> Coroutine[Any, Any, Any]:
         """Have `send` call the best endpoint's transport and return what it returns; a second call of it must not disturb the first.
@@ -147,7 +153,7 @@ class Connections:
             if endpoint.wanted and not endpoint.replica.accepts and self._clock() >= endpoint.quiet_until_s:
                 endpoint.replica.accepts = True  # it said it was about to stop, and by now it has, or has not
                 self._balancer.changed()
-        self._lagging.clear()
+        self._forget()
         if self._metrics is not None:
             now_s = self._clock()
             replicas = self._balancer.replicas
@@ -241,8 +247,6 @@ class Connections:
         key = (model, version)
         found = self._lagging.get(key)
         if found is None:
-            if len(self._lagging) > 1000:
-                self._lagging.clear()
             found = tuple(e.replica for e in self._by_address.values() if not e.may_hold(model, version))
             self._lagging[key] = found
         return found
@@ -307,8 +311,13 @@ class Connections:
             endpoint.wanted = takes_calls(one)
             endpoint.replica.accepts = endpoint.wanted
             endpoint.replica.zone = one.zone
-        self._lagging.clear()
+        self._forget()
         self._balancer.changed()
+
+    def _forget(self) -> None:
+        """Work out anew who holds what."""
+        self._held.clear()
+        self._lagging.clear()
 
     def _add(self, one: Found, *, warm: bool) -> Endpoint:
         replica = self._balancer.add(one.address, one.zone, warm=warm)

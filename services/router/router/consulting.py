@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,6 @@ from router.validation import count
 if TYPE_CHECKING:
     from plait.api.inference.v2 import inference_pb2
 
-R = TypeVar("R")
-
 
 class Consulting:
     """Reads features, asks the model and makes the answer.
@@ -43,6 +41,10 @@ class Consulting:
 
     def __repr__(self) -> str:
         return f"<Consulting {self._features!r} {self._workers!r}>"
+
+    def ready(self, model: str, version: str) -> bool:
+        """Whether some worker holds the version, as far as is known."""
+        return self._workers.ready(model, version)
 
     async def answer(self, question: Question) -> Response:
         """Return the answer to a question; errors are those of the contract."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
 
 from plait.errors import PlaitError
 from plait.rpc.deadline import Deadline
@@ -13,6 +13,8 @@ from router.replica import Replica
 
 Versions = frozenset[tuple[str, str]]
 OnLoad = Callable[[Any], None]
+Metadata = Sequence[tuple[str, str | bytes]]
+INFERENCE: Final = "/inference.GRPCInferenceService/"
 
 
 class Transport(Protocol):
@@ -24,10 +26,11 @@ class Transport(Protocol):
     async def typed(self, frame: Any, *, deadline: Deadline, tenant: str, request_id: str) -> Any:
         """Send a frame whose `.request` is filled, and return the response message."""
 
-    async def raw(
-        self, request: bytes, *, deadline: Deadline, tenant: str, request_id: str, metadata: tuple[tuple[str, str], ...] = ()
-    ) -> bytes:
+    async def raw(self, request: bytes, *, deadline: Deadline, tenant: str, request_id: str, metadata: Metadata = ()) -> bytes:
         """Send a serialized ModelInferRequest, and return the serialized response."""
+
+    async def ask(self, method: str, request: bytes, deadline: Deadline) -> bytes:
+        """Call another method of the Open Inference Protocol, bytes for bytes."""
 
     async def ready_versions(self, deadline: Deadline) -> Versions | None:
         """Return the (model, version) pairs that are ready there; None where it cannot say."""

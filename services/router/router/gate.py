@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from plait.errors import DeadlineExceeded, PlaitError, ResourceExhausted
 from plait.registry.records import Snapshot, Tenant
 from plait.rpc.call import Call
 from plait.rpc.deadline import Deadline
 from plait.telemetry.metrics import Metrics
+from router import wire
 from router.admission import Admission, Flow, Waiter
+from router.connections import CallPlan
 from router.cost import Costs, Line
 from router.fair_queue import PRIORITIES
 from router.question import Question, Response, Road
@@ -23,10 +25,14 @@ from router.route_table import Arm, ServingRoute
 from router.settings import AdmissionSettings
 from router.tensors import parameter
 
+if TYPE_CHECKING:
+    from plait.api.inference.v2 import inference_pb2
+
 _NORMAL: Final = PRIORITIES.index("normal")
 _PRIORITY: Final = "x-plait-priority"
 _ENOUGH: Final = 32  # answers of a step of the limit are all learnt from, of more
 _ONE_OF: Final = 8  # one: learning takes longer than all else here
+_UNKNOWN_COLUMNS: Final = 80  # of a version that no route leads to; what it really costs is learnt from its answers
 _LATE: Final = 2.0  # times the predicted cost behind the gate: whoever had so long and ran out of time met a queue
 
 
@@ -118,7 +124,7 @@ class Gate:
             flow = flows.get(question.tenant) or others
             slots = admission.enter(flow, line.a + line.b * rows)
             if not slots:
-                flow = self._lowered(flow, question)
+                flow = self._lowered(flow, question.metadata)
                 slots = await self._wait(flow, line.of(rows), question.deadline)
             question.watch.admitted = question.watch.stamp()
             began_s = time.monotonic()
@@ -128,9 +134,8 @@ class Gate:
                 self._learn_from(error, line.of(rows), began_s)
                 raise
             else:
-                self._answered += 1
-                if admission.limiter.samples < _ENOUGH or not self._answered % _ONE_OF:
-                    self._learn(question, line, began_s)
+                if self._teaches():
+                    self._learn(question.scored, rows, line, began_s)
                 return response
             finally:
                 self._leave(flow, slots)
@@ -150,10 +155,54 @@ class Gate:
 
         return counted if self._quotas.of else gated
 
-    def _learn(self, question: Question, line: Line, began_s: float) -> None:
+    async def infer(self, call: Call, plan: CallPlan, route: str, send: Callable[[], Awaitable[bytes]]) -> bytes:
+        """Have an inference done behind the gate that nobody looks into, as its bytes; `route` is empty where a model was named.
+
+        Raises as a road behind the gate does.
+        """
+        rank = self._ranks.get(route, _NORMAL)
+        quota = self._quotas.of.get(call.tenant)
+        if quota is None:
+            return await self._infer(call, plan, rank, send)
+        try:
+            quota.begin(plan.rows)
+        except ResourceExhausted as error:
+            raise self._refused(error, rank) from None
+        try:
+            return await self._infer(call, plan, rank, send)
+        finally:
+            quota.end()
+
+    async def _infer(self, call: Call, plan: CallPlan, rank: int, send: Callable[[], Awaitable[bytes]]) -> bytes:
+        admission, rows = self._admission, plan.rows
+        line = self._costs.line(plan.model, plan.version, _UNKNOWN_COLUMNS)
+        flow = self._flow(rank, call.tenant)
+        slots = admission.enter(flow, line.of(rows))
+        if not slots:
+            flow = self._lowered(flow, call.metadata)
+            slots = await self._wait(flow, line.of(rows), plan.deadline)
+        began_s = time.monotonic()
+        try:
+            answer = await send()
+        except (ResourceExhausted, DeadlineExceeded) as error:
+            self._learn_from(error, line.of(rows), began_s)
+            raise
+        else:
+            if self._teaches():
+                self._learn(wire.without_tensors(answer), rows, line, began_s)
+            return answer
+        finally:
+            self._leave(flow, slots)
+
+    def _teaches(self) -> bool:
+        """Whether this answer is one to learn from."""
+        self._answered += 1
+        return self._admission.limiter.samples < _ENOUGH or not self._answered % _ONE_OF
+
+    def _learn(self, answer: inference_pb2.ModelInferResponse | None, rows: int, line: Line, began_s: float) -> None:
         """Hear from a worker's answer what it took."""
-        admission, answer, rows = self._admission, question.scored, question.rows
-        if answer is not None:
+        admission = self._admission
+        if answer is not None and "compute_us" in answer.parameters:  # (a foreign server does not say)
             compute_ms = parameter(answer, "compute_us") / 1e3
             batch_rows = parameter(answer, "batch_rows")
             admission.limiter.sample(line.window(rows), parameter(answer, "queue_us") / 1e3, compute_ms)
@@ -231,11 +280,11 @@ class Gate:
         """Return the flow of a tenant; those that are not in the registry share one, or names could grow the state."""
         return self._flows[rank].get(tenant) or self._others[rank]
 
-    def _lowered(self, flow: Flow, question: Question) -> Flow:
+    def _lowered(self, flow: Flow, metadata: Sequence[tuple[str, str | bytes]]) -> Flow:
         """Return the flow of the class that the caller asks for; only a lower one than its route's is heard. Looked for only where it matters."""
-        asked = next((value for key, value in question.metadata if key == _PRIORITY), "")
+        asked = next((str(value) for key, value in metadata if key == _PRIORITY), "")
         rank = PRIORITIES.index(asked) if asked in PRIORITIES else 0
-        return flow if rank <= flow.rank else self._flow(rank, question.tenant)
+        return flow if rank <= flow.rank else self._flow(rank, flow.tenant)
 
     def _same_flow(self, rank: int, tenant: Tenant) -> Flow:
         """Return the flow a tenant had, if its weight is still the same: what is under way stays counted."""

@@ -7,17 +7,27 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from plait.api.model_worker.v1 import model_worker_service_pb2 as pb
-from plait.errors import Cancelled, FailedPrecondition, InvalidArgument, NotFound, PlaitError, Unavailable
+from plait.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PlaitError,
+    Unavailable,
+    Unimplemented,
+)
 from plait.registry.policies import KubernetesService, PoolEndpoint
 from plait.registry.pool_rules import DEFAULT
 from plait.registry.records import EMPTY, Pool, Snapshot
+from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
 from plait.telemetry.tracing import Tracing
 from router.balancer import Balancer
 from router.connections import CallPlan, Connections, framed, lost
 from router.discovery.found import Found
 from router.discovery.kubernetes import KubernetesDiscovery
-from router.endpoints import Endpoint, OnLoad, Transport
+from router.endpoints import OnLoad, Transport
 from router.pool_metrics import PoolMetrics
 from router.settings import WorkersSettings
 from router.transports.foreign import ForeignTransport
@@ -84,10 +94,6 @@ class Pools:
         """Whether some endpoint holds the version ready, as far as is known."""
         return self._connections(model).holds(model, version)
 
-    def some(self, model: str, version: str = "") -> Endpoint:
-        """Return an endpoint that may hold a model, for calls about it. Raises Unavailable (POOL_UNAVAILABLE) where there is none."""
-        return self._connections(model).some(model, version)
-
     async def infer(self, frame: pb.StreamInferRequest, call: CallPlan) -> inference_pb2.ModelInferResponse:
         """Return the answer to a filled frame.
 
@@ -116,6 +122,27 @@ class Pools:
             raise _to_caller(error) from error
         return response
 
+    async def ask(self, model: str, version: str, method: str, request: bytes, deadline: Deadline) -> bytes:
+        """Return the first answer that an endpoint has to a question about a model, bytes for bytes. Raises as `infer`, and Unimplemented."""
+        refused: PlaitError = Unavailable("the model's pool has no endpoint", reason="POOL_UNAVAILABLE", retry_after_s=_LOOK_S)
+        for transport in self._connections(model).transports(model, version):
+            try:
+                return await transport.ask(method, request, deadline)
+            except (InvalidArgument, Unimplemented, DeadlineExceeded):
+                raise
+            except PlaitError as error:
+                refused = error
+        raise _to_caller(refused)
+
+    async def ask_all(self, method: str, request: bytes, deadline: Deadline) -> list[bytes]:
+        """Return the answers of every endpoint of every pool that has one."""
+        transports = [transport for pool in self._all() for transport in pool.connections.transports()]
+        answers = await asyncio.gather(*(transport.ask(method, request, deadline) for transport in transports), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, PlaitError):
+                raise answer
+        return [answer for answer in answers if isinstance(answer, bytes)]
+
     async def run(self) -> None:
         """Look at all endpoints every second. Raises what went wrong where a search for endpoints ended, which it never should."""
         while True:
@@ -123,8 +150,12 @@ class Pools:
                 if pool.search is not None and pool.search.done():
                     pool.search.result()
                     raise RuntimeError(f"the search for the endpoints of pool {pool.record.name!r} ended, which it never should")
-            await asyncio.gather(*(pool.connections.look() for pool in self._all()))
+            await self.look()
             await asyncio.sleep(_LOOK_S)
+
+    async def look(self) -> None:
+        """Ask every endpoint which versions it holds."""
+        await asyncio.gather(*(pool.connections.look() for pool in self._all()))
 
     async def close(self) -> None:
         """Close every connection."""

@@ -8,14 +8,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 from plait.errors import QuotaViolation, ResourceExhausted
 from plait.registry.policies import Quota
 from plait.registry.records import Snapshot
 
+_LEASE_S: Final = 1.0  # after which a router that has no part of a quota now may have one
 _RETRY_S: Final = 0.1  # when one of many under way may have ended
 _LONGEST_RETRY_S: Final = 60.0
+
+
+class Parts(NamedTuple):
+    """Parts of a quota's bounds, 1 being the whole: requests a second, rows a second, requests at once."""
+
+    requests: float
+    rows: float
+    in_flight: float
+
+
+ALL: Final = Parts(1.0, 1.0, 1.0)
 
 
 class Bucket:
@@ -39,7 +51,7 @@ class Bucket:
         self._refill(now_s)
         missing = min(count, self._burst) - self._tokens
         if missing > 1e-9:
-            return missing / self._rate
+            return missing / self._rate if self._rate else _LEASE_S
         self._tokens -= count
         return 0.0
 
@@ -63,7 +75,8 @@ class TenantQuota:
         self._clock = clock
         now_s = clock()
         self._requests = Bucket(quota.requests_per_s, _burst(quota), now_s) if quota.requests_per_s else None
-        self._rows = Bucket(quota.rows_per_s, quota.rows_per_s, now_s) if quota.rows_per_s else None
+        self._rows = Bucket(quota.rows_per_s, max(1.0, quota.rows_per_s), now_s) if quota.rows_per_s else None
+        self.parts = ALL  # that this router may have
         self._most = float(quota.in_flight)
         self._in_flight = 0
         self._peak = 0
@@ -80,7 +93,7 @@ class TenantQuota:
 
     def begin(self, rows: int) -> None:
         """Count a request's rows and itself as under way, until `end`. Raises as `request`."""
-        if self._most:
+        if self.quota.in_flight:
             self._peak = max(self._peak, self._in_flight + 1)
             if self._in_flight + 1 > max(1.0, self._most):
                 raise self._exceeded(f"{self.quota.in_flight} requests under way at once", _RETRY_S)
@@ -94,24 +107,25 @@ class TenantQuota:
         """A request that began is over."""
         self._in_flight -= 1
 
-    def wants(self, passed_s: float) -> tuple[float, float, float]:
-        """Return what was asked for since the last call, `passed_s` ago: requests and rows a second, and the most at once."""
-        asked = []
-        for bucket in (self._requests, self._rows):
-            asked.append(bucket.used / passed_s if bucket is not None else 0.0)
+    def wants(self, passed_s: float) -> Parts:
+        """Return what was asked for since the last call, `passed_s` ago, given or not."""
+        quota, asked = self.quota, []
+        for bucket, rate in ((self._requests, quota.requests_per_s), (self._rows, quota.rows_per_s)):
+            asked.append(bucket.used / passed_s / rate if bucket is not None else 0.0)
             if bucket is not None:
                 bucket.used = 0.0
         peak, self._peak = self._peak, self._in_flight
-        return asked[0], asked[1], float(peak)
+        return Parts(asked[0], asked[1], peak / quota.in_flight if quota.in_flight else 0.0)
 
-    def grant(self, requests: float, rows: float, in_flight: float) -> None:
-        """Go on with these parts (0..1) of the quota."""
+    def grant(self, parts: Parts) -> None:
+        """Go on with these parts of the quota. One request at once, and one after a while, is always let through."""
         now_s, quota = self._clock(), self.quota
         if self._requests is not None:
-            self._requests.resize(quota.requests_per_s * requests, max(1.0, _burst(quota) * requests), now_s)
+            self._requests.resize(quota.requests_per_s * parts.requests, max(1.0, _burst(quota) * parts.requests), now_s)
         if self._rows is not None:
-            self._rows.resize(quota.rows_per_s * rows, quota.rows_per_s * rows, now_s)
-        self._most = quota.in_flight * in_flight
+            self._rows.resize(quota.rows_per_s * parts.rows, max(1.0, quota.rows_per_s * parts.rows), now_s)
+        self._most = quota.in_flight * parts.in_flight
+        self.parts = parts
 
     def _exceeded(self, what: str, wait_s: float) -> ResourceExhausted:
         retry_s = min(wait_s, _LONGEST_RETRY_S)

@@ -4,7 +4,7 @@
 
 A route's road is made once per snapshot, of the steps that the route uses and no others:
 
-    asked before? → kept? → ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity] → sign
+    asked before? → kept? → [shadows →] ladder → gate → [retrieve →] features [and rules] → [filter →] predict → [boost →] order [→ diversity] → sign
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from router.gate import Gate
 from router.ladder import Ladder
 from router.question import TIER_POPULARITY, Question, Response, Road
 from router.repeats import Repeats
-from router.route_table import NO_ROUTES, ServingRoute, compile_table
+from router.route_table import NO_ROUTES, RouteTable, ServingRoute, compile_table
 from router.shadow import Shadows
 from router.stopwatch import RankingMetrics, Stopwatch
 from router.trail import Trail
@@ -70,16 +70,21 @@ class Ranking:
         self._shadows = shadows
         self._exposures = exposures
         self._metrics = metrics
-        self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)))
+        self._asking = Asking(int(max_message_bytes * (1 - _ENVELOPE)), consulting.ready)
         self._table = NO_ROUTES
         self._roads: dict[str, Road] = {}
 
     def __repr__(self) -> str:
         return f"<Ranking {self._table!r} {self._gate!r} {self._consulting!r} {self._answers!r} {self._repeats!r}>"
 
+    @property
+    def table(self) -> RouteTable:
+        """The routes of the newest snapshot."""
+        return self._table
+
     def adopt(self, snapshot: Snapshot) -> None:
         """Serve by a new snapshot from the next request on."""
-        table = compile_table(snapshot)
+        table = compile_table(snapshot, self._table)
         for route in table.routes.values():
             for variant, fault in route.left_out.items():
                 log.warning("a variant cannot serve", route=route.name, variant=variant, reason=fault.reason, error=fault.message)

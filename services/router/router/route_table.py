@@ -27,6 +27,7 @@ from plait.registry.rule_columns import columns_named
 from plait.registry.shapes import SetShape
 from router.experiments import ServingExperiment, assign, compile_experiments
 from router.reranking import Cap, Test
+from router.route_sources import Reading, Sources
 from router.rules import ServingRule, compile_condition
 
 _POLICIES: Final = {
@@ -195,10 +196,12 @@ class ServingRoute:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteTable:
-    """All routes of one snapshot."""
+    """All routes of one snapshot, and what they were made of."""
 
     revision: int
     routes: Mapping[str, ServingRoute]
+    sources: Mapping[str, Sources]
+    reading: Reading
 
     def __repr__(self) -> str:
         faulty = sum(route.fault is not None for route in self.routes.values())
@@ -222,13 +225,21 @@ class RouteTable:
         return route
 
 
-def compile_table(snapshot: Snapshot) -> RouteTable:
-    """Return the table of a snapshot."""
+def compile_table(snapshot: Snapshot, before: RouteTable | None = None) -> RouteTable:
+    """Return the table of a snapshot. Routes of the table `before` of which nothing changed are taken over; one that cannot serve is not."""
     experiments: dict[str, list[Experiment]] = defaultdict(list)
     for experiment in snapshot.experiments.values():
         experiments[experiment.route].append(experiment)
-    routes = {name: _route(route, experiments[name], snapshot) for name, route in snapshot.routes.items()}
-    return RouteTable(revision=snapshot.revision, routes=MappingProxyType(routes))
+    reading = Reading(snapshot, None if before is None else before.reading)
+    sources = {name: reading.sources(route, experiments[name]) for name, route in snapshot.routes.items()}
+    kept = {} if before is None else {name: before.routes[name] for name, found in sources.items() if before.sources.get(name) == found}
+    routes = {
+        name: kept[name]
+        if name in kept and not kept[name].left_out and kept[name].fault is None
+        else _route(route, experiments[name], snapshot)
+        for name, route in snapshot.routes.items()
+    }
+    return RouteTable(revision=snapshot.revision, routes=MappingProxyType(routes), sources=sources, reading=reading)
 
 
 def _route(route: Route, experiments: Sequence[Experiment], snapshot: Snapshot) -> ServingRoute:

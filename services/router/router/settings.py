@@ -76,6 +76,14 @@ class KubernetesSettings(Group):
     port: str = Field("grpc", min_length=1, description="name of the service's port")
 
 
+class QuotaSettings(Group):
+    """How routers share the quotas of tenants, where there is a Redis."""
+
+    lease_s: float = Field(
+        1.0, ge=0.1, le=60, description="for how long a router has its part of a quota, seconds; renewed five times in it"
+    )
+
+
 class EndpointsSettings(Group):
     """Where a service behind the router listens."""
 
@@ -145,4 +153,5 @@ class RouterSettings(ServiceSettings):
     redis: SharedSettings = Field(default_factory=SharedSettings, description="what routers share")
     cache: CacheSettings = Field(default_factory=CacheSettings, description="answers that are kept")
     repeats: RepeatsSettings = Field(default_factory=RepeatsSettings, description="answers that are kept for calls made again")
+    quotas: QuotaSettings = Field(default_factory=QuotaSettings, description="how routers share the quotas of tenants")
     journal: JournalSettings = Field(default_factory=JournalSettings, description="what is written down for experiments")

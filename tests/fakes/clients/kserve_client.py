@@ -1,6 +1,7 @@
-"""What KServe's gRPC client sees of a worker; run by an interpreter that has kserve, with the worker's address, it prints JSON.
+"""What KServe's gRPC client sees of a worker or a router; run by an interpreter that has kserve, with the address, it prints JSON.
 
-The client has no call to load a model, so those go through the stubs it was generated with, which have the model's name in field 1.
+With "control" behind the address it also unloads and loads the model. The client has no call for that, so those go through the stubs it was
+generated with, which have the model's name in field 1.
 """
 
 from __future__ import annotations
@@ -59,14 +60,15 @@ async def main() -> None:
             await client.infer(ranking("nobody", raw=True), headers=HEADERS)
         except grpc.RpcError as error:
             seen["unknown"] = error.code().name
-        await stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="ranker"), metadata=HEADERS)
-        while await is_ready(client):
-            pass
-        seen["unloaded"] = await is_ready(client)
-        await stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="ranker"), metadata=HEADERS)
-        while not await is_ready(client):
-            pass
-        seen["loaded"] = await score(client, raw=True)
+        if sys.argv[2:] == ["control"]:
+            await stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="ranker"), metadata=HEADERS)
+            while await is_ready(client):
+                pass
+            seen["unloaded"] = await is_ready(client)
+            await stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="ranker"), metadata=HEADERS)
+            while not await is_ready(client):
+                pass
+            seen["loaded"] = await score(client, raw=True)
     print(json.dumps(seen))  # noqa: T201
 
 

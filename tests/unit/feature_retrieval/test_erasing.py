@@ -14,10 +14,13 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fakes.calls import ADMIN, call_of
+from tests.fakes.event_world import messages
 from tests.fakes.redis_cluster import RedisCluster
 from tests.fakes.redis_places import Place
 from tests.fakes.upkeep import NOBODY, nothing_was_erased
 
+from feature_retrieval.aggregation.events import VALUES_INVALID
+from feature_retrieval.dead_letters import DeadLetters
 from feature_retrieval.epochs import EpochUpkeep
 from feature_retrieval.erasing import FOR_EVER_US, Erasing
 from feature_retrieval.erasure_guard import LOADED_KEY, ErasureGuard
@@ -26,7 +29,9 @@ from feature_retrieval.row_codec import KeySpace, encode_id
 from feature_retrieval.settings import RowStoreSettings
 from feature_retrieval.store.redis import RedisStore
 from feature_retrieval.write_metrics import WriteMetrics
+from plait.api.events.v1 import events_pb2
 from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as pb
+from plait.api.types.v1 import types_pb2
 from plait.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, PlaitError, Unavailable
 from plait.registry.certificates import Signer
 from plait.registry.database import open_pool
@@ -245,6 +250,52 @@ async def test_certificates_verify_and_say_what_they_do_not_cover(world: World) 
     assert len({c.entity_hash for c in certificates}) == 2
     assert any("dead letters" in words for words in certificates[0].not_covered)
     assert certificates[0].key_id == SIGNER.key_id
+
+
+async def test_the_dead_letters_about_it_are_removed_and_no_others(world: World) -> None:
+    letters = DeadLetters(world.store.streams)
+
+    async def add(payload: bytes | events_pb2.Event, tenant: str = "default") -> None:
+        [message] = messages([payload], tenant)
+        await letters.add(message, VALUES_INVALID)
+
+    def about(**parties: types_pb2.EntityIds) -> events_pb2.Event:
+        return events_pb2.Event(
+            event_id="e",
+            **{name: types_pb2.EntityRows(entity_type="item" if name == "object" else "user", ids=ids) for name, ids in parties.items()},
+        )  # type: ignore[arg-type]
+
+    ann, seven = types_pb2.EntityIds(string_ids=["ann"]), types_pb2.EntityIds(int64_ids=[7])
+    gone = [
+        about(object=ann),
+        about(object=ann, subject=seven),
+        about(object=types_pb2.EntityIds(string_ids=["x", "ann"])),  # two ids where one belongs: that is what it died of
+    ]
+    kept: list[bytes | events_pb2.Event] = [
+        about(subject=ann),  # a user of that name
+        about(object=types_pb2.EntityIds(string_ids=["annette"])),
+        about(subject=seven),
+        b"\xffann",
+        b"",
+    ]
+    for n in range(1100):  # some pages
+        if n % 300 == 0:
+            for payload in gone:
+                await add(payload)
+        await add(kept[n % len(kept)])
+    await add(gone[0], "rival")
+    [ann_s, bob_s] = await world.erase("ann", "bob")
+    assert (ann_s.dead_letters, bob_s.dead_letters) == (4 * len(gone), 0)
+    assert SIGNER.verify(ann_s)
+    assert await letters.count("default") == 1100
+    assert await letters.count("rival") == 1
+    page = await letters.page("default", size=1000, token="", reason="")
+    assert {e.fields[b"e"] for e in page.entries} == {one if isinstance(one, bytes) else one.SerializeToString() for one in kept}
+    assert (await world.erase("ann"))[0].dead_letters == 0
+    [user] = await world.erase(7, entity_type="user")
+    assert user.dead_letters == 220
+    await add(about(subject=types_pb2.EntityIds(string_ids=["7"])))  # of the wrong kind, and about the same user
+    assert (await world.erase(7, entity_type="user"))[0].dead_letters == 1
 
 
 async def test_ids_of_every_kind_are_erased_as_what_they_are(world: World) -> None:

@@ -31,6 +31,8 @@ from plait.registry.records import (
     Snapshot,
     TensorSpec,
 )
+from plait.rpc.call import Call, enter
+from plait.rpc.deadline import Deadline
 
 NAN = float("nan")
 LISTING = FeatureView(name="listing", entity=Entity(type="item"), features=tuple(Feature(name=n) for n in ("sold", "promoted", "seller")))
@@ -112,6 +114,19 @@ async def test_boosts_and_caps_change_the_order_and_scores_say_why() -> None:
         assert list(answer.scores) == [10, 4, 3, 2]
         assert await items(world, rank(candidates=strings("i2", "i3", "i4"), top_k=2)) == ["i4", "i3"]
         assert await items(world, rank(candidates=strings("i2", "i3", "i1"), top_k=2)) == ["i1", "i3"]
+
+
+async def test_an_explain_tells_what_each_stage_made_of_the_candidates() -> None:
+    rows = {"i1": (0, 1, 1), "i2": (1, 0, 7), "i3": (0, 0, 7), "i4": (0, NAN, 7)}
+    async with staged(rows, filter=(SOLD_OUT,), boost=(PROMOTED,), diversity=(ONE_PER_SELLER,)) as world:
+        enter(Call(method="test", tenant="shop", deadline=Deadline.after(20)))
+        told = await world.ranking.explain(pb.ExplainRequest(rank=rank(candidates=strings("i1", "i2", "i3", "i4"))))
+        assert [(s.stage, s.candidates_in, s.candidates_out, dict(s.by_rule)) for s in told.stages] == [
+            ("filter", 4, 3, {"sold-out": 1}),
+            ("rank", 3, 3, {}),
+            ("rerank", 3, 3, {"promoted": 1, "seller": 0}),
+        ]
+        assert list(told.rank.item_ids.string_ids) == ["i1", "i4", "i3"]
 
 
 async def test_inline_features_are_filtered_with_their_rows() -> None:

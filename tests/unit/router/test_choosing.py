@@ -14,7 +14,7 @@ from tests.unit.router.test_rules import facts
 
 from plait.registry.policies import Buckets, Condition, ExperimentArm, Rule
 from plait.registry.records import Experiment, Variant
-from router.choosing import Choice, choose
+from router.choosing import NOT_READY, Choice, choose, give_way
 from router.experiments import bucket_of
 from router.route_table import ServingRoute, compile_table
 from router.trail import Trail
@@ -146,3 +146,24 @@ def test_a_release_moves_no_unit() -> None:
     """Written down once: whoever changes these moves every unit of every running experiment."""
     assert [bucket_of("default", n) for n in range(4)] == [4829, 8477, 6469, 3848]
     assert [bucket_of("default", f"user-{n}") for n in range(4)] == [2020, 1078, 2283, 784]
+
+
+def test_a_version_that_no_worker_holds_gives_way_to_one_that_is_held() -> None:
+    home = serving(experiment("x"), rules=(STAFF, GERMANS))
+    canary, taken = choose(home, facts(metadata=())), choose(home, nobody())
+    assert give_way(home, "u1", canary, lambda *_: True) is canary
+    moved = give_way(home, "u1", canary, lambda _, version: version == "1")
+    assert (moved.arm.name, moved.assignments, moved.reasons) == ("main", (), (NOT_READY,))
+    assert give_way(home, "u1", canary, lambda *_: False) is canary, "the call will say what is missing"
+    trail = Trail()
+    moved = give_way(home, "u1", taken, lambda _, version: version == "2", trail)
+    assert (moved.arm.name, moved.assignments, trail.not_in) == ("canary", (), {"x": "not_ready"})
+
+
+@given(st.lists(st.text(max_size=5), min_size=1, max_size=50))
+def test_only_units_of_the_version_that_is_missing_move(units: list[str]) -> None:
+    home = serving()
+    for unit in units:
+        meant = Choice(arm=home.assign(unit))
+        moved = give_way(home, unit, meant, lambda _, version: version != "2")
+        assert (moved is meant) == (meant.arm.name != "canary")

@@ -12,6 +12,7 @@ from router.settings import RouterSettings
 
 NAMES = [
     "ADMISSION__ADAPTIVE",
+    "QUOTAS__LEASE_S",
     "ADMISSION__LIMIT",
     "ADMISSION__MIN_LIMIT",
     "ADMISSION__START",

@@ -81,7 +81,11 @@ def erase(
         write_json({"certificates": documents})
         return
     rows = sum(view.get("rows", 0) for document in documents for view in document.get("views", []))
-    write_line(f"{len(documents):,} entities are erased, {rows:,} rows were removed; the certificates are in {certificate}")
+    letters = sum(document.get("dead_letters", 0) for document in documents)
+    write_line(
+        f"{len(documents):,} entities are erased, {rows:,} rows and {letters:,} dead letters were removed; "
+        f"the certificates are in {certificate}"
+    )
     for place in documents[0].get("not_covered", []):
         write_note(f"not covered: {place}")
 

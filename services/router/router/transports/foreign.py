@@ -11,9 +11,13 @@ from plait.errors import DeadlineExceeded, InvalidArgument, NotFound, PlaitError
 from plait.rpc.channel import open_channel
 from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
-from router.endpoints import Versions
+from router.endpoints import INFERENCE, Metadata, Versions
 
-_INFER: Final = "/inference.GRPCInferenceService/ModelInfer"
+# What says who the caller is, is between them and us; the rest is gRPC's own business on each connection.
+_OURS: Final = frozenset(
+    ("authorization", "x-api-key", "x-forwarded-client-cert", "content-type", "te", "user-agent", "accept-encoding", "host", "connection")
+)
+_OURS_BY_START: Final = ("x-plait-", "grpc-", ":")
 
 
 class ForeignTransport:
@@ -22,7 +26,7 @@ class ForeignTransport:
     def __init__(self, address: str, settings: ChannelSettings) -> None:
         self._address = address
         self._channel = open_channel(address, settings)
-        self._infer: Any = self._channel.unary_unary(_INFER)  # bytes in, bytes out
+        self._infer: Any = self._channel.unary_unary(INFERENCE + "ModelInfer")  # bytes in, bytes out
 
     def __repr__(self) -> str:
         return f"<ForeignTransport {self._address}>"
@@ -32,15 +36,23 @@ class ForeignTransport:
         answer = await self.raw(frame.request.SerializeToString(), deadline=deadline, tenant=tenant, request_id=request_id)
         return inference_pb2.ModelInferResponse.FromString(answer)
 
-    async def raw(
-        self, request: bytes, *, deadline: Deadline, tenant: str, request_id: str, metadata: tuple[tuple[str, str], ...] = ()
-    ) -> bytes:
-        """Send a serialized ModelInferRequest and return the serialized response. Whose call it is, is nothing to a foreign server."""
+    async def raw(self, request: bytes, *, deadline: Deadline, tenant: str, request_id: str, metadata: Metadata = ()) -> bytes:
+        """Send a serialized ModelInferRequest and return the serialized response. Whose call it is, is nothing to a foreign server: of the
+        caller's `metadata` it gets all but credentials."""
         left_s = deadline.remaining_s()
         if left_s <= 0:
             raise DeadlineExceeded("no time was left to call the server: allow the call more time")
         try:
-            answer: bytes = await self._infer(request, timeout=left_s, metadata=metadata or None)
+            answer: bytes = await self._infer(request, timeout=left_s, metadata=_passed_on(metadata))
+        except grpc.aio.AioRpcError as error:
+            raise _typed(error) from error
+        return answer
+
+    async def ask(self, method: str, request: bytes, deadline: Deadline) -> bytes:
+        """Call another method of the protocol."""
+        call: Any = self._channel.unary_unary(INFERENCE + method)
+        try:
+            answer: bytes = await call(request, timeout=max(0.0, deadline.remaining_s()))
         except grpc.aio.AioRpcError as error:
             raise _typed(error) from error
         return answer
@@ -59,6 +71,10 @@ class ForeignTransport:
     async def close(self) -> None:
         """Close the channel."""
         await self._channel.close()
+
+
+def _passed_on(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
+    return tuple((name, value) for name, value in metadata if name not in _OURS and not name.startswith(_OURS_BY_START))
 
 
 def _typed(error: grpc.aio.AioRpcError) -> PlaitError:

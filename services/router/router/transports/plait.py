@@ -9,12 +9,13 @@ from typing import Any, Final
 import grpc
 
 from plait.api.inference.v2 import inference_pb2, inference_pb2_grpc
+from plait.errors import from_rpc_error
 from plait.rpc.channel import open_channel, service_metadata
 from plait.rpc.deadline import Deadline
 from plait.rpc.multiplex import Multiplexer
 from plait.settings import ChannelSettings
 from plait.telemetry.tracing import Tracing
-from router.endpoints import OnLoad, Versions
+from router.endpoints import INFERENCE, Metadata, OnLoad, Versions
 
 _CROWD: Final = 64  # calls on one stream; more are worth another one, up to the most
 _IDLE_S: Final = 60.0  # an extra stream that was not needed for so long is closed
@@ -73,10 +74,19 @@ class PlaitTransport:
         return self._calls().call(frame, deadline=deadline, tenant=tenant, request_id=request_id)
 
     def raw(
-        self, request: bytes, *, deadline: Deadline, tenant: str, request_id: str, metadata: tuple[tuple[str, str], ...] = ()
+        self, request: bytes, *, deadline: Deadline, tenant: str, request_id: str, metadata: Metadata = ()
     ) -> Coroutine[Any, Any, bytes]:
         """Send a serialized ModelInferRequest and return the serialized response. `metadata` stays here: a frame has no room for it."""
         return self._calls().call_raw(request, deadline=deadline, tenant=tenant, request_id=request_id)
+
+    async def ask(self, method: str, request: bytes, deadline: Deadline) -> bytes:
+        """Call another method of the protocol."""
+        call: Any = self._streams[0].channel.unary_unary(INFERENCE + method)
+        try:
+            answer: bytes = await call(request, metadata=self._metadata, timeout=max(0.0, deadline.remaining_s()))
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        return answer
 
     async def ready_versions(self, deadline: Deadline) -> Versions | None:
         """Ask what the worker holds ready; and close a stream that load no longer asks for."""

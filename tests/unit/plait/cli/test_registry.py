@@ -154,3 +154,16 @@ def test_a_registry_without_tables_says_so(plait: Plait, postgres_server: Any) -
         postgres_server.drop_database("test_empty_registry")
     assert result.exit_code == 1
     assert "[REGISTRY_NOT_MIGRATED]" in result.stderr
+
+
+def test_rollback_applies_an_earlier_generation_as_a_new_one(plait: Plait) -> None:
+    for text in ("one", "two", "three"):
+        Path("manifests/tenant.yaml").write_text(TENANT.replace("a shop", text))
+        plait("apply", "-f", "manifests/tenant.yaml")
+    assert "Tenant/shop updated (generation 4)" in plait("rollback", "tenant", "shop").stdout
+    assert json.loads(plait("get", "tenant", "shop", "--json").stdout)["spec"]["description"] == "two"
+    change = json.loads(plait("rollback", "tenant", "shop", "--to", "1", "--reason", "why", "--json").stdout)
+    assert (change["generation"], change["reason"]) == (5, "why")
+    assert json.loads(plait("get", "tenant", "shop", "--json").stdout)["spec"]["description"] == "one"
+    refused = plait("rollback", "tenant", "shop", "--to", "9")
+    assert (refused.exit_code, "no generation 9" in refused.stderr) == (1, True)

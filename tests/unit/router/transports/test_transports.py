@@ -15,7 +15,16 @@ from tests.fakes.registry_world import eventually
 
 from plait.api.inference.v2 import inference_pb2
 from plait.api.model_worker.v1 import model_worker_service_pb2 as pb
-from plait.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, PlaitError, ResourceExhausted, Unavailable
+from plait.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PlaitError,
+    ResourceExhausted,
+    Unavailable,
+    Unimplemented,
+)
 from plait.rpc.deadline import Deadline
 from plait.settings import ChannelSettings
 from router.connections import lost
@@ -154,3 +163,36 @@ async def test_metadata_goes_along_to_a_foreign_server() -> None:
         )
         assert server.metadata[0]["x-colour"] == "blue"
         assert not [name for name in server.metadata[0] if "plait" in name]
+
+
+async def test_other_questions_of_the_protocol_are_asked_bytes_for_bytes() -> None:
+    async with ForeignServer(("ranker", "2")) as server:
+        transport = ForeignTransport(server.address, ChannelSettings())
+        try:
+            answer = await transport.ask(
+                "RepositoryIndex", inference_pb2.RepositoryIndexRequest(ready=True).SerializeToString(), Deadline.after(20)
+            )
+            assert inference_pb2.RepositoryIndexResponse.FromString(answer).models
+            with pytest.raises(Unimplemented):
+                await transport.ask("TraceSetting", b"", Deadline.after(20))
+        finally:
+            await transport.close()
+
+
+async def test_a_foreign_server_gets_the_callers_metadata_but_no_credentials() -> None:
+    async with ForeignServer() as server:
+        transport = ForeignTransport(server.address, ChannelSettings())
+        sent = (
+            ("authorization", "Bearer secret"),
+            ("x-plait-service-token", "t"),
+            ("user-agent", "me"),
+            ("x-mine", "1"),
+            ("y-bin", b"\x00"),
+        )
+        try:
+            await transport.raw(request().SerializeToString(), deadline=Deadline.after(20), tenant="", request_id="", metadata=sent)
+        finally:
+            await transport.close()
+        [seen] = server.metadata
+        assert seen.pop("user-agent") != "me"
+        assert {name: value for name, value in seen.items() if name in dict(sent)} == {"x-mine": "1", "y-bin": b"\x00"}

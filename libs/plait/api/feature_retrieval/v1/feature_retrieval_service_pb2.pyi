@@ -1478,6 +1478,7 @@ class ErasureCertificate(_message.Message):
     NOT_COVERED_FIELD_NUMBER: _builtins.int
     KEY_ID_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     tenant: _builtins.str
     entity_type: _builtins.str
@@ -1488,11 +1489,13 @@ class ErasureCertificate(_message.Message):
     erased_at_us: _builtins.int
     key_id: _builtins.str
     signature: _builtins.bytes
+    dead_letters: _builtins.int
+    """Dead letters that were about it and are removed."""
     @_builtins.property
     def views(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErasedView]: ...
     @_builtins.property
     def not_covered(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Where the id may still be, and for how long: dead letters, the event stream, the skew log, backups."""
+        """Where the id may still be, and for how long: unreadable dead letters, the event stream, the skew log, backups."""
 
     def __init__(
         self,
@@ -1507,10 +1510,11 @@ class ErasureCertificate(_message.Message):
         not_covered: _abc.Iterable[_builtins.str] | None = ...,
         key_id: _builtins.str = ...,
         signature: _builtins.bytes = ...,
+        dead_letters: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entity_hash", b"entity_hash", "entity_type", b"entity_type", "erased_at_us", b"erased_at_us", "erased_until_us", b"erased_until_us", "id", b"id", "key_id", b"key_id", "not_covered", b"not_covered", "signature", b"signature", "tenant", b"tenant", "views", b"views"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dead_letters", b"dead_letters", "entity_hash", b"entity_hash", "entity_type", b"entity_type", "erased_at_us", b"erased_at_us", "erased_until_us", b"erased_until_us", "id", b"id", "key_id", b"key_id", "not_covered", b"not_covered", "signature", b"signature", "tenant", b"tenant", "views", b"views"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
