@@ -51,7 +51,7 @@ class KeyRecord(Protocol):
     def expires_at(self) -> float: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # nobody changes it; frozen would triple the cost of making one, and one is made per call
 class Identity:
     """An authenticated caller."""
 
