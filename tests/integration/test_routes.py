@@ -254,3 +254,21 @@ async def test_a_weight_never_goes_to_a_version_that_no_worker_holds() -> None:
         held.add(("ranker", "2"))
         await router.workers.look()
         assert {(await router.rank(rank(f"u{n}"))).variant for n in range(30)} == {"old", "new"}
+
+
+async def test_known_scores_answer_before_popularity_does() -> None:
+    ladder = (Tier(tier="cached", max_age_s=60), Tier(tier="popularity", feature="item-view:f0"))
+    registry = snapshot(route(variants=VARIANTS[:1], ladder=ladder, cache=CachePolicy(scores_ttl_s=0.001)))
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker(lambda _, item: -item[:, 0]) as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        asked = rank(candidates=ids("i2", "i9", "i5"))
+        assert (await router.rank(asked)).tier == "full"
+        await worker.server.drain()
+        answer = await router.rank(asked)
+        assert (answer.tier, list(answer.item_ids.string_ids)) == ("cached", ["i2", "i5", "i9"])
+        told = await router.explain(rank("another", candidates=ids("i2", "i9")))
+        assert [(t.tier, t.reason) for t in told.tiers] == [("full", "failed"), ("cached", "nothing_cached"), ("popularity", "answered")]
+        assert "because full failed and cached knew too little" in told.summary

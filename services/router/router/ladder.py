@@ -75,7 +75,7 @@ class Ladder:
             try:
                 response = await self._ask(rung, road, question, failed, filtering)
             except PlaitError as error:
-                _report(question, rung, "overloaded" if isinstance(error, ResourceExhausted) else "failed", left_s, expected_s)
+                _report(question, rung, _why(error), left_s, expected_s)
                 if below is None or whole.expired or not _steps_down(error):
                     raise
                 failed = error
@@ -130,8 +130,12 @@ class Ladder:
         """By scores that are in memory: nothing is asked, so nothing bounds it but the filter's own read."""
         watch = question.watch
         watch.admitted = watch.featured = watch.predicted = watch.stamp()
+        if not len(question.candidates):  # they were to be retrieved, by a model
+            raise Unavailable("no candidates could be retrieved: retry", reason="SCORES_UNKNOWN", retry_after_s=0.1)
         if filtering is not None:
             await filtering(question)
+        if not len(question.candidates):
+            return pb.RankResponse()  # all were filtered
         return self._scoring.by_known(question, max_age_s)
 
     def _settle(self, question: Question, rung: Rung, chosen: Arm) -> None:
@@ -148,6 +152,12 @@ class Ladder:
         """Return what a rung must leave of the budget so that, failing late, it leaves the next one time to answer."""
         wanted_s = self._expected_s(below, chosen, question) * _MARGIN or left_s * _UNKNOWN
         return max(min(wanted_s, left_s * _MOST_KEPT), 0.0)
+
+
+def _why(error: PlaitError) -> str:
+    if error.reason == "SCORES_UNKNOWN":
+        return "nothing_cached"
+    return "overloaded" if isinstance(error, ResourceExhausted) else "failed"
 
 
 def _steps_down(error: PlaitError) -> bool:
