@@ -18,7 +18,7 @@ from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.types.v1 import types_pb2
 from plait.errors import FailedPrecondition, Unavailable
 from plait.registry import crosschecks
-from plait.registry.policies import CachePolicy, Comparison, Diversity, Retrieve, Stages, Tier
+from plait.registry.policies import Comparison, Diversity, Retrieve, Stages, Tier
 from plait.registry.records import (
     Entity,
     Feature,
@@ -150,13 +150,12 @@ async def test_without_the_rules_columns_nothing_is_filtered_and_that_is_told(fa
 
 
 async def test_without_a_model_nothing_is_shown_that_is_sold_out_either() -> None:
-    ladder = (Tier(tier="cached", max_age_s=60), Tier(tier="popularity", feature="item-view:f0"))
+    ladder = (Tier(tier="popularity", feature="item-view:f0"),)
     stages = Stages(rules="rules", filter=(SOLD_OUT,))
-    cache = CachePolicy(scores_ttl_s=60)
     async with (
         Listings({"i3": (1, 0, 1)}) as features,
         FakeModelWorker() as worker,
-        router_world(features.address, worker.address, registry(stages, ladder=ladder, cache=cache)) as router,
+        router_world(features.address, worker.address, registry(stages, ladder=ladder)) as router,
     ):
         world = World(router.ranking, features, worker)
         worker.error = Unavailable("away")
@@ -289,8 +288,8 @@ def test_a_retriever_that_can_give_no_ids_is_refused(retrieve: Retrieve, phrase:
 
 async def test_without_candidates_there_is_nothing_to_be_popular() -> None:
     found = with_retriever("int64")
-    ladder = (Tier(tier="cached", max_age_s=60), Tier(tier="popularity", feature="item-view:f0"))
-    laddered = replace(found.routes["home"], ladder=ladder, cache=CachePolicy(scores_ttl_s=60))
+    ladder = (Tier(tier="popularity", feature="item-view:f0"),)
+    laddered = replace(found.routes["home"], ladder=ladder)
     async with retrieving("int64") as world:
         world.ranking.adopt(replace(found, routes={"home": laddered}))
         await world.worker.server.drain()
