@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 from tests.fakes.feature_retrieval import FakeFeatureRetrieval
 from tests.fakes.model_worker import FakeModelWorker
 from tests.fakes.router_world import INPUTS, KEY, OPERATING_KEY, OTHER_KEY, route, router_world, snapshot
@@ -272,3 +273,24 @@ async def test_known_scores_answer_before_popularity_does() -> None:
         told = await router.explain(rank("another", candidates=ids("i2", "i9")))
         assert [(t.tier, t.reason) for t in told.tiers] == [("full", "failed"), ("cached", "nothing_cached"), ("popularity", "answered")]
         assert "because full failed and cached knew too little" in told.summary
+
+
+async def test_what_rules_look_at_is_never_logged(caplog: pytest.LogCaptureFixture) -> None:
+    when = Condition(headers={"x-staff": ("a-header-value",)}, labels={"country": ("a-label-value",)})
+    registry = snapshot(route(variants=VARIANTS, rules=(Rule(name="r", variant="canary", when=when),), sticky="label:country"))
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        with caplog.at_level("DEBUG"), capture_logs() as logs:
+            asked = rank(labels={"country": "a-label-value"})
+            assert (await router.rank(asked, headers={"x-staff": "a-header-value"})).variant == "canary"
+            told = await router.explain(asked, headers={"x-staff": "another-header-value"})
+            too_long = rank(labels={"country": "a-label-value" * 30})
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await router.rank(too_long)
+    assert any(line["event"] == "answered" for line in logs)
+    for text in (str(logs), caplog.text, str(told.rules), told.summary, str(caught.value.details())):
+        assert "header-value" not in text
+        assert "label-value" not in text
