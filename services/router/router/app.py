@@ -106,7 +106,16 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
     servicer = RouterServicer(ranking, Invalidating(invalidations, shared), Outcomes(journal, metrics))
     server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
-    open_inference.add(server, OpenInference(passing, workers, version("plait-router")))
+    open_inference.add(
+        server,
+        OpenInference(
+            passing,
+            workers,
+            version("plait-router"),
+            max_in_flight=settings.rpc.max_in_flight,
+            default_timeout_s=settings.rpc.default_timeout_s,
+        ),
+    )
     watcher.subscribe(server.reexamine)
     return server
 
