@@ -10,6 +10,7 @@ from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
 from plait.redis.dispatch import Dispatch
 from plait.redis.opening import topology_of
 from plait.registry.watcher import Watcher
+from plait.rpc.loop_bound import LoopBound
 from plait.rpc.process import Tasks
 from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings
@@ -97,7 +98,13 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     watcher.subscribe(passing.adopt)
     tasks.start(workers.run(), "pools")
 
-    server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
+    bound = LoopBound(settings.rpc.max_in_flight)
+    tasks.start(bound.run(), "loop bound")
+    metrics.gauge("plait_router_calls_limit", "calls that may be under way at once, so that the loop keeps up").set_function(
+        lambda: bound.most
+    )
+    authenticator = auth.authenticator(settings.rpc, watcher)
+    server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing, takes=bound.takes)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
     servicer = RouterServicer(ranking, Invalidating(invalidations, shared), Outcomes(journal, metrics))
     server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
