@@ -9,10 +9,14 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 import redis
+from hypothesis import settings
 from tests.fakes.object_store import ObjectStore
 
 from plait.local.postgres import EmbeddedPostgres
 from plait.local.redis import EmbeddedRedis
+
+settings.register_profile("plait", deadline=None)  # how long an example takes says something of the machine, not of us
+settings.load_profile("plait")
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

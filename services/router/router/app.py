@@ -9,6 +9,7 @@ from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
 from plait.redis.dispatch import Dispatch
 from plait.redis.opening import topology_of
+from plait.registry.callers import authenticator
 from plait.registry.watcher import Watcher
 from plait.rpc.loop_bound import LoopBound
 from plait.rpc.process import Tasks
@@ -30,6 +31,7 @@ from router.journal import Journal
 from router.ladder import Ladder
 from router.open_inference import OpenInference
 from router.outcomes import Outcomes
+from router.partial_scoring import PartialScoring
 from router.pass_through import PassThrough
 from router.pool_metrics import PoolMetrics
 from router.pools import Pools
@@ -38,6 +40,7 @@ from router.quotas import Quotas
 from router.ranking import Ranking
 from router.redis_level import RedisLevel
 from router.repeats import Repeats
+from router.scores_cache import Scores
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
 from router.shadow import Shadows
@@ -79,11 +82,13 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     gate = Gate(settings.admission, quotas, metrics)
     shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     stack.push_async_callback(shadows.close)
+    scoring = PartialScoring(consulting, Scores(settings.cache.scores_bytes, invalidations, metrics))
     ranking = Ranking(
         gate=gate,
         consulting=consulting,
         cascade=Cascade(consulting, features, settings.features.budget_share),
-        ladder=Ladder(consulting, Expectations(), metrics),
+        ladder=Ladder(consulting, scoring, Expectations(), metrics),
+        scoring=scoring,
         answers=answers,
         repeats=repeats,
         shadows=shadows,
@@ -103,8 +108,9 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     metrics.gauge("plait_router_calls_limit", "calls that may be under way at once, so that the loop keeps up").set_function(
         lambda: bound.most
     )
-    authenticator = auth.authenticator(settings.rpc, watcher)
-    server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing, takes=bound.takes)
+    server = RpcServer(
+        settings.rpc, authenticator=authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing, takes=bound.takes
+    )
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
     servicer = RouterServicer(ranking, Invalidating(invalidations, shared), Outcomes(journal, metrics))
     server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)

@@ -3,8 +3,8 @@
 Two endpoints are drawn (Mitzenmacher, "The power of two choices in randomized load balancing", IEEE TPDS 2001) and compared by the rule
 hot-cold-lexicographic of Prequal (Wydrowski et al., "Load is not what you should balance", NSDI 2024): one whose calls in flight stand out
 is hot and loses; of two cold ones the faster wins, of two hot ones the one with fewer calls. What "faster" means is ours: Prequal's fleets
-have thousands of replicas, where the estimate alone spreads calls well enough; a pool here may have three, so the estimate is multiplied
-by the calls that are ahead (as Finagle's peak EWMA does).
+have thousands of replicas, where the estimate alone spreads calls well enough; a pool here may have three, so the calls that are ahead count
+as well (as in Finagle's peak EWMA; by their root, since the time that was measured holds a part of them already).
 
 What an endpoint says of itself comes with its answers; nothing is probed for it.
 """
@@ -22,6 +22,7 @@ from router.replica import Replica
 
 _LOOK_S: Final = 0.01  # how old the view over all endpoints may be
 _HOT_QUANTILE: Final = 0.84
+_CROWD: Final = 2.0  # times the mean; of three endpoints the busiest is always at the quantile, and need not stand out
 _NEVER_HOT: Final = 4.0  # calls in flight; so few are no crowd, whatever the others have
 _LEAST_S: Final = 1e-6
 _ZONE_READY: Final = 0.7
@@ -161,7 +162,8 @@ class Balancer:
         self._usable = usable
         if usable:
             loads = sorted(r.load(now_s) for r in usable)
-            self._hot = max(_NEVER_HOT, loads[math.ceil(_HOT_QUANTILE * len(loads)) - 1])
+            crowd = _CROWD * sum(loads) / len(loads)
+            self._hot = max(_NEVER_HOT, crowd, loads[math.ceil(_HOT_QUANTILE * len(loads)) - 1])
         known = [r.base_s() for r in usable if r.known(now_s)]
         self._median_s = statistics.median_low(known) if known else 0.0
 
@@ -183,6 +185,6 @@ class Balancer:
             return b if hot_a else a
         cost_a, cost_b = (load_a + 1.0) / a.warmth(now_s, self._slow_start_s), (load_b + 1.0) / b.warmth(now_s, self._slow_start_s)
         if not hot_a:
-            cost_a *= a.expected_s(rows, now_s, self._median_s) + _LEAST_S
-            cost_b *= b.expected_s(rows, now_s, self._median_s) + _LEAST_S
+            cost_a = math.sqrt(cost_a) * (a.expected_s(rows, now_s, self._median_s) + _LEAST_S)
+            cost_b = math.sqrt(cost_b) * (b.expected_s(rows, now_s, self._median_s) + _LEAST_S)
         return b if cost_b < cost_a else a

@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from google.protobuf.message import DecodeError
-
-from plait.api.inference.v2 import inference_pb2
 from plait.errors import DeadlineExceeded, PlaitError, ResourceExhausted
 from plait.registry.records import Snapshot, Tenant
 from plait.rpc.call import Call
-from plait.rpc.credentials import Metadata
 from plait.rpc.deadline import Deadline
 from plait.telemetry.metrics import Metrics
+from router import wire
 from router.admission import Admission, Flow, Waiter
 from router.connections import CallPlan
 from router.cost import Costs, Line
@@ -28,12 +25,14 @@ from router.route_table import Arm, ServingRoute
 from router.settings import AdmissionSettings
 from router.tensors import parameter
 
-_RAW_COLUMNS: Final = 100  # of a row of an inference whose tensors nobody reads
-_MOST_READ: Final = 1 << 16
+if TYPE_CHECKING:
+    from plait.api.inference.v2 import inference_pb2
+
 _NORMAL: Final = PRIORITIES.index("normal")
 _PRIORITY: Final = "x-plait-priority"
 _ENOUGH: Final = 32  # answers of a step of the limit are all learnt from, of more
 _ONE_OF: Final = 8  # one: learning takes longer than all else here
+_UNKNOWN_COLUMNS: Final = 80  # of a version that no route leads to; what it really costs is learnt from its answers
 _LATE: Final = 2.0  # times the predicted cost behind the gate: whoever had so long and ran out of time met a queue
 
 
@@ -125,7 +124,7 @@ class Gate:
             flow = flows.get(question.tenant) or others
             slots = admission.enter(flow, line.a + line.b * rows)
             if not slots:
-                flow = self._lowered(flow, question.metadata, question.tenant)
+                flow = self._lowered(flow, question.metadata)
                 slots = await self._wait(flow, line.of(rows), question.deadline)
             question.watch.admitted = question.watch.stamp()
             began_s = time.monotonic()
@@ -135,8 +134,7 @@ class Gate:
                 self._learn_from(error, line.of(rows), began_s)
                 raise
             else:
-                self._answered += 1
-                if admission.limiter.samples < _ENOUGH or not self._answered % _ONE_OF:
+                if self._teaches():
                     self._learn(question.scored, rows, line, began_s)
                 return response
             finally:
@@ -157,41 +155,49 @@ class Gate:
 
         return counted if self._quotas.of else gated
 
-    async def run(self, work: Callable[[], Awaitable[bytes]], plan: CallPlan, route: str = "") -> bytes:
-        """Have work done whose request and answer are a ModelInfer's bytes. Raises as the road behind the gate would."""
+    async def infer(self, call: Call, plan: CallPlan, route: str, send: Callable[[], Awaitable[bytes]]) -> bytes:
+        """Have an inference done behind the gate that nobody looks into, as its bytes; `route` is empty where a model was named.
+
+        Raises as a road behind the gate does.
+        """
         rank = self._ranks.get(route, _NORMAL)
-        quota = self._quotas.of.get(plan.tenant)
+        quota = self._quotas.of.get(call.tenant)
         if quota is None:
-            return await self._run(work, plan, rank)
+            return await self._infer(call, plan, rank, send)
         try:
             quota.begin(plan.rows)
         except ResourceExhausted as error:
             raise self._refused(error, rank) from None
         try:
-            return await self._run(work, plan, rank)
+            return await self._infer(call, plan, rank, send)
         finally:
             quota.end()
 
-    async def _run(self, work: Callable[[], Awaitable[bytes]], plan: CallPlan, rank: int) -> bytes:
-        admission = self._admission
-        line = self._costs.line(plan.model, plan.version, _RAW_COLUMNS)
-        flow, cost = self._flow(rank, plan.tenant), line.of(plan.rows)
-        slots = admission.enter(flow, cost)
+    async def _infer(self, call: Call, plan: CallPlan, rank: int, send: Callable[[], Awaitable[bytes]]) -> bytes:
+        admission, rows = self._admission, plan.rows
+        line = self._costs.line(plan.model, plan.version, _UNKNOWN_COLUMNS)
+        flow = self._flow(rank, call.tenant)
+        slots = admission.enter(flow, line.of(rows))
         if not slots:
-            flow = self._lowered(flow, plan.metadata, plan.tenant)
-            slots = await self._wait(flow, cost, plan.deadline)
+            flow = self._lowered(flow, call.metadata)
+            slots = await self._wait(flow, line.of(rows), plan.deadline)
         began_s = time.monotonic()
         try:
-            answer = await work()
+            answer = await send()
         except (ResourceExhausted, DeadlineExceeded) as error:
-            self._learn_from(error, cost, began_s)
+            self._learn_from(error, line.of(rows), began_s)
             raise
+        else:
+            if self._teaches():
+                self._learn(wire.without_tensors(answer), rows, line, began_s)
+            return answer
         finally:
             self._leave(flow, slots)
+
+    def _teaches(self) -> bool:
+        """Whether this answer is one to learn from."""
         self._answered += 1
-        if admission.limiter.samples < _ENOUGH or not self._answered % _ONE_OF:
-            self._learn(_read(answer), plan.rows, line, began_s)
-        return answer
+        return self._admission.limiter.samples < _ENOUGH or not self._answered % _ONE_OF
 
     def _learn(self, answer: inference_pb2.ModelInferResponse | None, rows: int, line: Line, began_s: float) -> None:
         """Hear from a worker's answer what it took."""
@@ -274,11 +280,11 @@ class Gate:
         """Return the flow of a tenant; those that are not in the registry share one, or names could grow the state."""
         return self._flows[rank].get(tenant) or self._others[rank]
 
-    def _lowered(self, flow: Flow, metadata: Metadata, tenant: str) -> Flow:
+    def _lowered(self, flow: Flow, metadata: Sequence[tuple[str, str | bytes]]) -> Flow:
         """Return the flow of the class that the caller asks for; only a lower one than its route's is heard. Looked for only where it matters."""
-        asked = next((value for key, value in metadata if key == _PRIORITY), "")
+        asked = next((str(value) for key, value in metadata if key == _PRIORITY), "")
         rank = PRIORITIES.index(asked) if asked in PRIORITIES else 0
-        return flow if rank <= flow.rank else self._flow(rank, tenant)
+        return flow if rank <= flow.rank else self._flow(rank, flow.tenant)
 
     def _same_flow(self, rank: int, tenant: Tenant) -> Flow:
         """Return the flow a tenant had, if its weight is still the same: what is under way stays counted."""
@@ -306,16 +312,6 @@ class Gate:
 def _columns(arm: Arm) -> int:
     """Return how many values the inputs of an arm hold for one row."""
     return sum(math.prod(item.spec.shape[1:]) for item in arm.inputs if item.per_row)
-
-
-def _read(answer: bytes) -> inference_pb2.ModelInferResponse | None:
-    """Return an answer to learn from, None where it is so large that reading it costs more than it tells."""
-    if len(answer) > _MOST_READ:
-        return None
-    try:
-        return inference_pb2.ModelInferResponse.FromString(answer)
-    except DecodeError:
-        return None
 
 
 def _send_away(waiter: Waiter, error: Exception) -> None:

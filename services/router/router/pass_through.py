@@ -7,12 +7,14 @@ The name is a route's, or else a model's: whoever speaks the Open Inference Prot
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
+from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, NotFound
-from plait.registry.records import EMPTY, Model, Snapshot
+from plait.registry.records import EMPTY, Model, Signature, Snapshot
 from plait.rpc.call import Call
 from plait.telemetry.metrics import Metrics
 from router import wire
@@ -27,7 +29,8 @@ UNIT_HEADER: Final = "x-plait-unit"
 _NEWEST: Final = ("", "-1")  # what clients say for "whichever is newest"; a worker knows which of those are ready
 _CHAMPION: Final = "champion"
 _MAX_REQUEST_ID_CHARS: Final = 128
-_BYTES_PER_ROW: Final = 400  # nobody looks at how many rows there are: a hundred floats are taken for one
+_ROW_BYTES: Final = 320  # of a version whose signature is not known
+_TEXT_BYTES: Final = 16
 _ATTEMPTS: Final = 2
 _SHOWN_CHARS: Final = 80
 
@@ -57,6 +60,7 @@ class PassThrough:
         self._gate = gate
         self._workers = workers
         self._models: Mapping[str, Model] = EMPTY.models
+        self._rows: dict[tuple[str, str], int] = {}
         self._passed = metrics.counter(
             "plait_router_inferences", "inferences answered by model version, and the route and variant that led to it, if any",
             ("route", "variant", "model", "version"),
@@ -68,6 +72,7 @@ class PassThrough:
     def adopt(self, snapshot: Snapshot) -> None:
         """Know the models of a new snapshot from the next request on."""
         self._models = snapshot.models
+        self._rows = {}
 
     async def infer(self, request: bytes, call: Call) -> bytes:
         """Return the serialized answer to a serialized ModelInferRequest.
@@ -83,7 +88,7 @@ class PassThrough:
         plan = CallPlan(
             model=target.model,
             version="" if target.version in _NEWEST else target.version,
-            rows=1 + len(request) // _BYTES_PER_ROW,
+            rows=1 + len(request) // self._row_bytes(target),
             deadline=call.deadline.at_most(target.route.timeout_s) if target.route is not None else call.deadline,
             tenant=call.tenant,
             request_id=call.request_id or head.id[:_MAX_REQUEST_ID_CHARS],
@@ -91,7 +96,7 @@ class PassThrough:
             attempts=target.route.attempts if target.route is not None else _ATTEMPTS,
             hedge=target.route.hedge if target.route is not None else None,
         )
-        answer = await self._gate.run(lambda: self._workers.infer_raw(request, plan), plan, target.route_name)
+        answer = await self._gate.infer(call, plan, target.route_name, lambda: self._workers.infer_raw(request, plan))
         self._passed.labels(target.route_name, target.variant, target.model, target.version).inc()
         return answer
 
@@ -115,6 +120,24 @@ class PassThrough:
                 reason="MODEL_NOT_FOUND",
             )
         return Target(name, _version(model, version))
+
+    def _row_bytes(self, target: Target) -> int:
+        """Return how many bytes a row takes, about: how much work a request is, is told by its size, as nobody looks at its shapes."""
+        key = (target.model, target.version)
+        found = self._rows.get(key)
+        if found is None:
+            model = self._models.get(target.model)
+            version = model.resolve(target.version) or model.versions[-1] if model is not None and model.versions else None
+            found = self._rows[key] = row_bytes(version.signature) if version is not None and version.signature is not None else _ROW_BYTES
+        return found
+
+
+def row_bytes(signature: Signature) -> int:
+    """Return what the inputs of one row take, those that are per request not counted; text is taken for 16 bytes."""
+    sizes = (
+        (BY_NAME[spec.dtype].size_bytes or _TEXT_BYTES) * abs(math.prod(spec.shape[1:])) for spec in signature.inputs if spec.per == "row"
+    )
+    return max(1, sum(sizes))
 
 
 def _arm(route: ServingRoute, version: str, call: Call, request_id: str, ready: Ready) -> Arm:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from google.protobuf.message import DecodeError
+
+from plait.api.inference.v2 import inference_pb2
 from plait.errors import InvalidArgument
 from plait.rpc.frames import field, skip, varint
 
-_MODEL, _VERSION, _ID = 0x0A, 0x12, 0x1A  # the tags of fields 1 to 3, length-delimited
+_MODEL, _VERSION, _ID, _PARAMETERS = 0x0A, 0x12, 0x1A, 0x22  # the tags of fields 1 to 4, length-delimited
 
 
 class Head(NamedTuple):
@@ -49,6 +52,20 @@ def head(data: bytes) -> Head:
     except (IndexError, ValueError):  # (what is no UTF-8 is a ValueError)
         pass
     raise InvalidArgument("the request cannot be parsed: is it the message this method takes?", reason="MALFORMED_MESSAGE")
+
+
+def without_tensors(answer: bytes) -> inference_pb2.ModelInferResponse | None:
+    """Return what a serialized ModelInferResponse says before its tensors: names and parameters; None of what is no such message.
+
+    Servers write fields in the order of their numbers, as protobuf's libraries do; of one that does not, less is seen.
+    """
+    at, size = 0, len(answer)
+    try:
+        while at < size and answer[at] <= _PARAMETERS:
+            at = skip(answer, at)
+        return inference_pb2.ModelInferResponse.FromString(answer[:at])
+    except (IndexError, ValueError, DecodeError):
+        return None
 
 
 def renaming(model: str, version: str) -> bytes:

@@ -16,12 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fakes.foreign_server import ForeignServer
 from tests.fakes.model_worker import FakeModelWorker
-from tests.fakes.router_world import EXPIRED_KEY, KEY, NARROW_KEY, OTHER_KEY, RouterWorld, route, router_world, snapshot
+from tests.fakes.router_world import EXPIRED_KEY, KEY, NARROW_KEY, OTHER_KEY, SIGNATURE, RouterWorld, route, router_world, snapshot
 
 from plait.api.inference.v2 import inference_pb2 as pb
 from plait.errors import PlaitError, ResourceExhausted, from_rpc_error
 from plait.registry.policies import Comparison, Condition, Rule, Stages
-from plait.registry.records import FeatureSet, Model, Pool, PoolEndpoint, Variant
+from plait.registry.records import FeatureSet, Model, Pool, PoolEndpoint, Quota, TensorSpec, Variant
+from router.pass_through import row_bytes
 from router.settings import AdmissionSettings
 
 UNKNOWN = b"\xf8\x3f\x96\x01\xfa\x3f\x02hi"  # two fields that no version of the protocol has
@@ -238,3 +239,21 @@ async def test_a_model_of_a_foreign_pool_is_served_there(worker: FakeModelWorker
             assert "unexpected shape" in (await refused(world.infer(request()))).message
         assert not worker.requests
         assert not any(name in metadata for metadata in foreign.metadata for name in ("authorization", "x-plait-service-token"))
+
+
+def test_how_much_a_row_is() -> None:
+    assert row_bytes(SIGNATURE) == 3 * 4
+    words = TensorSpec(name="words", dtype="bytes", shape=(-1, 2))
+    assert row_bytes(replace(SIGNATURE, inputs=(*SIGNATURE.inputs, words))) == 3 * 4 + 2 * 16
+    assert row_bytes(replace(SIGNATURE, inputs=SIGNATURE.inputs[:1])) == 1
+
+
+async def test_a_tenants_quota_holds_for_inferences_too(worker: FakeModelWorker) -> None:
+    registry = snapshot()
+    shop = replace(registry.tenants["shop"], quota=Quota(requests_per_s=0.001, burst=2))
+    async with router_world(NOBODY, worker.address, replace(registry, tenants={**registry.tenants, "shop": shop})) as world:
+        for _ in range(2):
+            await world.infer(request())
+        error = await refused(world.infer(request()))
+        assert error.reason == "QUOTA_EXCEEDED"
+        assert (await world.infer(request(), key=OTHER_KEY)).model_version == "2"

@@ -67,3 +67,22 @@ def test_a_renamed_request_differs_by_its_name_alone(data: bytes, model: str, ve
     expected = inference_pb2.ModelInferRequest.FromString(data)
     expected.model_name, expected.model_version = model, version
     assert inference_pb2.ModelInferRequest.FromString(data + wire.renaming(model, version)) == expected
+
+
+@given(st.dictionaries(NAMES, st.integers(0, 2**40), max_size=4), NAMES, st.lists(st.binary(max_size=300), max_size=3))
+def test_an_answer_without_tensors_keeps_its_parameters(parameters: dict[str, int], name: str, tensors: list[bytes]) -> None:
+    answer = inference_pb2.ModelInferResponse(model_name=name, raw_output_contents=tensors)
+    for key, value in parameters.items():
+        answer.parameters[key].int64_param = value
+    for _ in tensors:
+        answer.outputs.add(name=name, shape=[1])
+    found = wire.without_tensors(answer.SerializeToString())
+    assert found is not None
+    assert not found.outputs
+    assert not found.raw_output_contents
+    assert (found.model_name, {key: one.int64_param for key, one in found.parameters.items()}) == (name, parameters)
+
+
+@given(st.binary(max_size=64))
+def test_of_random_bytes_nothing_is_learnt(data: bytes) -> None:
+    wire.without_tensors(data)
