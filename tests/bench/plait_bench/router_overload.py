@@ -1,7 +1,6 @@
 """What a router does with more than its worker can do: answers in time, and the p99 of those let in, from 0.7 to 4 times the capacity.
 
-Open loop with a budget per call, against a real router process and a worker of known capacity. `python -m plait_bench.router_overload` prints
-the figures.
+Open loop with a budget per call, against a real router process and a worker of known capacity.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import json
 import os
 import secrets
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -40,8 +38,9 @@ from plait.registry.records import (
 from plait.rpc.credentials import digest
 from plait_bench.http2 import GrpcRequest
 from plait_bench.load import Tally, Target, open_loop
-from plait_bench.measure import FULL, QUICK, Plan
+from plait_bench.measure import Plan
 from plait_bench.processes import ServerProcess, cores
+from plait_bench.running import Say
 
 FIXED_MS, EACH_MS, BATCH = 20.0, 2.0, 4  # far less than a router can do, so that it is not the CPU that is measured
 CAPACITY_PER_S: Final = BATCH / (FIXED_MS + EACH_MS * BATCH) * 1e3
@@ -51,28 +50,38 @@ _ROWS, _COLUMNS = 20, 8
 _METHOD: Final = "/plait.api.router.v1.RouterService/Rank"
 _NO_POSTGRES: Final = "postgresql://nobody@127.0.0.1:1/nothing"
 _START_S: Final = 60.0
+_MEETING: Final = 0.7  # of the length of a measurement pass before it begins
 
 
-def measure(plan: Plan) -> dict[str, Any]:
-    """Return the figures of each load, all relative to what the worker can do."""
+def seconds(plan: Plan) -> float:
+    """How long `measure` takes, about."""
+    return 10.0 + len(LOADS) * plan.rounds * plan.seconds * (1 + _MEETING)
+
+
+def measure(plan: Plan, folder: Path, say: Say) -> dict[str, Any]:
+    """Return the figures of each load, relative to what the worker can do. The router and the worker share a core, the load has the other."""
+    length_s = plan.rounds * plan.seconds
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plait-overload-")))
+        say("a router before a worker of known capacity", 10.0)
         router, key = _start(folder, stack)
         target = Target(port=router, request=_request(key))
-        seconds = max(3.0, plan.rounds * plan.seconds)
-        open_loop(target, per_s=CAPACITY_PER_S * 0.5, seconds=2.0)
+        give_up_s = time.monotonic() + _START_S
+        while not open_loop(target, per_s=20.0, seconds=0.1).taken_s and time.monotonic() < give_up_s:
+            pass  # the router has not found the worker yet
         found = {}
         for load in LOADS:
-            open_loop(target, per_s=CAPACITY_PER_S * load, seconds=2.0)  # what is measured is how it lives with a load, not how it meets it
-            found[f"{load:g}"] = _figures(open_loop(target, per_s=CAPACITY_PER_S * load, seconds=seconds))
+            say(f"{load:g} times what the worker can do", length_s * (1 + _MEETING))
+            per_s = CAPACITY_PER_S * load
+            open_loop(target, per_s=per_s, seconds=length_s * _MEETING)  # what is measured is how it lives with a load, not how it meets it
+            found[f"{load:g}"] = _figures(open_loop(target, per_s=per_s, seconds=length_s))
     peak = max(each["goodput"] for each in found.values())
     calm, worst = found[f"{LOADS[0]:g}"], found[f"{LOADS[-1]:g}"]
     return {
-        "capacity_per_s": round(CAPACITY_PER_S, 1),
+        "capacity_per_s": CAPACITY_PER_S,
         "budget_ms": BUDGET_MS,
         "loads": found,
-        "goodput_at_4_over_peak": round(worst["goodput"] / peak, 3),
-        "p99_at_4_over_p99_at_0.7": round(worst["p99_ms"] / calm["p99_ms"], 2),
+        "goodput_at_4_over_peak": worst["goodput"] / peak if peak else 0.0,
+        "p99_at_4_over_p99_at_0.7": worst["p99_ms"] / calm["p99_ms"] if calm["p99_ms"] else 0.0,
     }
 
 
@@ -81,19 +90,21 @@ def _figures(tally: Tally) -> dict[str, Any]:
     in_time = [taken for taken in taken_ms if taken <= BUDGET_MS]
     statuses: Counter[int] = tally.statuses
     return {
-        "goodput": round(len(in_time) / tally.seconds / CAPACITY_PER_S, 3),
-        "p50_ms": round(_percentile(taken_ms, 0.5), 1),
-        "p99_ms": round(_percentile(taken_ms, 0.99), 1),
+        "goodput": len(in_time) / tally.seconds / CAPACITY_PER_S,
+        "p50_ms": _percentile(taken_ms, 0.5),
+        "p99_ms": _percentile(taken_ms, 0.99),
         "statuses": {str(status): count for status, count in sorted(statuses.items())},
     }
 
 
 def _percentile(ordered: list[float], share: float) -> float:
-    return ordered[int(len(ordered) * share)] if ordered else float("inf")
+    return ordered[int(len(ordered) * share)] if ordered else 0.0
 
 
 def _start(folder: Path, stack: ExitStack) -> tuple[int, str]:
     """Start the worker and a router before it; return the router's port and a key."""
+    folder = folder / "overload"
+    folder.mkdir()
     key, token = f"plait_{secrets.token_hex(16)}", secrets.token_hex(16)
     server_core, _ = cores()
     place = folder / "worker.json"
@@ -156,7 +167,3 @@ def _request(key: str) -> GrpcRequest:
     request.inline_features.add(name="item", dtype=dtype, shape=[_ROWS, _COLUMNS], data=bytes(4 * _ROWS * _COLUMNS))
     metadata = (("authorization", f"Bearer {key}"),)
     return GrpcRequest(method=_METHOD, message=request.SerializeToString(), metadata=metadata, timeout_ms=BUDGET_MS)
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(measure(QUICK if "--quick" in sys.argv else FULL), indent=2) + "\n")
