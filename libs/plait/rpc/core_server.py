@@ -98,6 +98,7 @@ class CoreServer:
         self._started = self._stopping = self._stopped = False
         self._baton = threading.Lock()  # held by whoever takes events: the thread waits for it while the loop does
         self._baton.acquire()
+        self._destroying = threading.Lock()
         self._thread = threading.Thread(target=self._poll, name="grpc", daemon=True)
 
     def __repr__(self) -> str:
@@ -145,7 +146,8 @@ class CoreServer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, until_s - time.monotonic()) if not self._tasks else 0.0):
                 await asyncio.shield(self._ended)
-        self._server.cancel_all_calls()
+        with self._destroying:  # the core frees what it cancels calls of, should the last of them end now
+            self._server.cancel_all_calls()
         for task in tuple(self._tasks):
             self.cancel(task)
         await asyncio.shield(self._ended)
@@ -176,7 +178,8 @@ class CoreServer:
             self._baton.acquire()
         while (event := self._queue.poll(time.time())).completion_type != cygrpc.CompletionType.queue_timeout:
             event.tag(event)
-        self._server.destroy()
+        with self._destroying:
+            self._server.destroy()
         with contextlib.suppress(RuntimeError):  # the loop was closed under us: nobody is left to tell
             self._loop.call_soon_threadsafe(self._ended.set_result, None)
 
