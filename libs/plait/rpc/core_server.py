@@ -98,7 +98,9 @@ class CoreServer:
         self._started = self._stopping = self._stopped = False
         self._baton = threading.Lock()  # held by whoever takes events: the thread waits for it while the loop does
         self._baton.acquire()
-        self._destroying = threading.Lock()
+        self._destroying = (
+            threading.Lock()
+        )  # the core goes on with a server after it said that it is shut down, and the thread frees it then
         self._thread = threading.Thread(target=self._poll, name="grpc", daemon=True)
 
     def __repr__(self) -> str:
@@ -138,7 +140,8 @@ class CoreServer:
             return
         if not self._stopping:
             self._stopping = True
-            self._server.shutdown(self._queue, self._on_shutdown)
+            with self._destroying:
+                self._server.shutdown(self._queue, self._on_shutdown)
         until_s = time.monotonic() + (grace or 0.0)
         while self._tasks and (left_s := until_s - time.monotonic()) > 0:
             await asyncio.wait(tuple(self._tasks), timeout=left_s)
@@ -146,7 +149,7 @@ class CoreServer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, until_s - time.monotonic()) if not self._tasks else 0.0):
                 await asyncio.shield(self._ended)
-        with self._destroying:  # the core frees what it cancels calls of, should the last of them end now
+        with self._destroying:
             self._server.cancel_all_calls()
         for task in tuple(self._tasks):
             self.cancel(task)
