@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -26,6 +26,42 @@ class Group(BaseModel):
     """A named slice of the settings; a part of a service takes only its slice."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class JwtIssuer(Group):
+    """Whose tokens are believed, and what is read out of them."""
+
+    issuer: str = Field(min_length=1, description="who issues them, exactly as in the claim iss")
+    audience: str = Field(min_length=1, description="whom they are for: one of the claim aud must be this")
+    jwks: str = Field(min_length=1, description="the issuer's public keys: an https:// address or a file")
+    jwks_ca: Path | None = Field(None, description="PEM roots that the https:// address must chain to; default: the system's")
+    algorithms: tuple[Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA"], ...] = Field(
+        ("RS256", "ES256"), min_length=1, description="algorithms that its signatures may use"
+    )
+    tenant_claim: str = Field("tenant", min_length=1, description="claim that names the tenant; without it the tenant's manifest says")
+    roles_claim: str = Field("roles", min_length=1, description="claim that lists roles, which narrow those of the tenant's manifest")
+    leeway_s: float = Field(30.0, ge=0, le=300, description="how far clocks may be apart, seconds")
+
+    @field_validator("jwks")
+    @classmethod
+    def _safe(cls, value: str) -> str:
+        if "://" in value and not value.startswith("https://"):
+            raise ValueError("expected an https:// address or a file: who can change the keys on their way can forge tokens")
+        return value
+
+
+class JwtSettings(Group):
+    """Tokens (JWT) instead of API keys."""
+
+    issuers: tuple[JwtIssuer, ...] = Field(
+        (), description="JSON list of {issuer, audience, jwks, jwks_ca, algorithms, tenant_claim, roles_claim, leeway_s}; none = no tokens"
+    )
+
+    @model_validator(mode="after")
+    def _different(self) -> JwtSettings:
+        if len({issuer.issuer for issuer in self.issuers}) < len(self.issuers):
+            raise ValueError("an issuer is listed twice")
+        return self
 
 
 class RpcSettings(Group):
@@ -56,6 +92,10 @@ class RpcSettings(Group):
     tls_cert: Path | None = Field(None, description="PEM certificate chain to serve TLS with; needs tls_key")
     tls_key: Path | None = Field(None, description="PEM private key of tls_cert")
     tls_client_ca: Path | None = Field(None, description="PEM roots that client certificates must chain to (mutual TLS)")
+    trusted_proxies: tuple[str, ...] = Field(
+        (), description="JSON list of SPIFFE ids of proxies whose x-forwarded-client-cert says who calls; needs tls_client_ca"
+    )
+    jwt: JwtSettings = Field(default_factory=JwtSettings, description="tokens of other issuers")
 
     @model_validator(mode="after")
     def _guarded(self) -> RpcSettings:
@@ -63,6 +103,8 @@ class RpcSettings(Group):
             raise ValueError("tls_cert and tls_key go together: set both or neither")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        if self.trusted_proxies and self.tls_client_ca is None:
+            raise ValueError("trusted_proxies needs tls_client_ca: a proxy proves itself by its certificate")
         if self.host not in _LOOPBACK and not self.require_auth and not self.allow_insecure:
             raise ValueError(
                 "host is not loopback and require_auth is off: set require_auth=true, or allow_insecure=true if a mesh guards the port"

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from plait.registry import route_checks, rules, set_checks
+from plait.registry import identity_rules, route_checks, rules, set_checks
 from plait.registry.explain import suggestion
 from plait.registry.findings import Finding, Steps
 from plait.registry.policies import Retrieve
 from plait.registry.problems import Problem, path
-from plait.registry.records import Experiment, FeatureSet, Model, ModelInput, ModelVersion, Route, Signature, Snapshot, TensorSpec
+from plait.registry.records import Experiment, FeatureSet, Model, ModelInput, ModelVersion, Route, Signature, Snapshot, Tenant, TensorSpec
 from plait.registry.references_of import models_of
 from plait.registry.resources import Key, records_of
 from plait.registry.rule_columns import RuleColumns, columns_named, rule_columns
@@ -38,6 +38,8 @@ def check(snapshot: Snapshot) -> tuple[Problem, ...]:
                 found += route_checks.check_route(record, snapshot)
             case Experiment():
                 found += route_checks.check_experiment(record, snapshot)
+            case Tenant():
+                found += identity_rules.check_shared(record, snapshot)
             case _:
                 pass
         where = f"{kind_of(record)} {record.name}"

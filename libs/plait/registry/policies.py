@@ -146,6 +146,17 @@ class Stages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadIdentity:
+    """Who may call for a tenant without an API key, and in which roles: a SPIFFE id (a "*" at its end stands for any rest), or the subject
+    ("*" = any, where the token names the tenant) of tokens of an issuer."""
+
+    spiffe: str = ""
+    issuer: str = ""
+    subject: str = ""
+    roles: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quota:
     """What one tenant may use; 0 = no bound. `burst` requests may come at once (0 = one second's worth)."""
 

@@ -26,6 +26,7 @@ from plait.registry.policies import (
     Shadow,
     Stages,
     Tier,
+    WorkloadIdentity,
 )
 
 Name = str  # [a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?  checked by `manifests`
@@ -449,13 +450,15 @@ class Pool:
 class Tenant:
     """Who shares the mesh. Rows, keys and quotas are kept apart by tenant.
 
-    `weight`: its share, against the others', of what can be done when there is more to do.
+    `weight`: its share, against the others', of what can be done when there is more to do. `identities`: who may call for it besides those
+    with an API key.
     """
 
     name: Name
     description: str = ""
     weight: float = 1.0
     quota: Quota = field(default_factory=Quota)
+    identities: tuple[WorkloadIdentity, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Final
 
-from plait.registry import feature_rules, findings, pool_rules, route_rules
+from plait.registry import feature_rules, findings, identity_rules, pool_rules, route_rules
 from plait.registry.findings import Finding, Steps
 from plait.registry.records import (
     Experiment,
@@ -130,3 +130,4 @@ def _tenant(tenant: Tenant) -> Iterator[Finding]:
         yield from findings.in_range(("quota", name), getattr(tenant.quota, name), 0, 1e9)
     if tenant.quota.burst and not tenant.quota.requests_per_s:
         yield ("quota", "burst"), "is of no use without requests_per_s; leave it out"
+    yield from identity_rules.check(tenant)

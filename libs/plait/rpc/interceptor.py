@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import grpc
 from prometheus_client import Counter, Histogram
 
-from plait.errors import DETAILS_KEY, Internal, InvalidArgument, PlaitError, ResourceExhausted
+from plait.errors import DETAILS_KEY, Internal, InvalidArgument, PlaitError, ResourceExhausted, Unauthenticated
 from plait.rpc.call import Call, enter
 from plait.rpc.core_server import Refusal
 from plait.rpc.credentials import Authenticator
 from plait.rpc.deadline import Deadline
+from plait.rpc.identity.issuers import KeyUnknown
 from plait.telemetry.logging import get_logger, without_words
 from plait.telemetry.metrics import Metrics, observe_all
 
@@ -123,9 +124,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """End open streams whose callers would not be let in any more: a key that was revoked, a token that has expired."""
         for stream, (context, scope) in tuple(self._let_in.items()):
             try:
-                self._authenticator.identify(context.invocation_metadata() or (), scope)
+                self._authenticator.identify(context.invocation_metadata() or (), scope, context)
             except PlaitError as error:
                 stream.refuse(error)
+            except KeyUnknown as unknown:
+                if unknown.issuer.look(unknown=True) is None:  # asked just now: it is the issuer's no longer
+                    stream.refuse(Unauthenticated("the key that signed the token was taken back", reason="TOKEN_INVALID"))
 
     def drain(self) -> None:
         """End the request side of every open stream, as if its client had finished, so that handlers answer what they hold and return."""
@@ -164,7 +168,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             started = time.perf_counter()
             self._in_flight += 1
             try:
-                self._admit(context, method, scope)
+                await self._admit(context, method, scope)
                 if type(request) is Malformed:
                     raise InvalidArgument(f"the request {_UNPARSED}", reason="MALFORMED_MESSAGE")
                 response = await inner(request, context)
@@ -187,7 +191,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
             stream = _Open()
             try:
-                self._admit(context, method, scope)
+                await self._admit(context, method, scope)
                 if type(request) is Malformed:
                     raise InvalidArgument(f"the request {_UNPARSED}", reason="MALFORMED_MESSAGE")
                 self._let_in[stream] = (context, scope)
@@ -211,7 +215,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             stream = RequestStream(requests)
             self._streams.add(stream)
             try:
-                self._admit(context, method, scope)
+                await self._admit(context, method, scope)
                 self._let_in[stream] = (context, scope)
                 if self._draining:
                     stream.end()
@@ -236,10 +240,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return generating if inspect.isasyncgenfunction(inner) else writing
 
-    def _admit(self, context: Any, method: str, scope: str) -> None:
+    async def _admit(self, context: Any, method: str, scope: str) -> None:
         """Authenticate first: who is not let in learns nothing else."""
         metadata = context.invocation_metadata() or ()
-        identity = self._authenticator.identify(metadata, scope)
+        try:
+            identity = self._authenticator.identify(metadata, scope, context)
+        except KeyUnknown as unknown:
+            await self._authenticator.learn(unknown.issuer)
+            identity = self._authenticator.identify(metadata, scope, context, last=True)
         if self._in_flight > self._max_in_flight:
             raise self._overloaded()
         left = context.time_remaining()

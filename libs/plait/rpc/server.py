@@ -43,6 +43,7 @@ class RpcServer:
     ) -> None:
         """`loop_polls` as `CoreServer` has it."""
         self._settings = settings
+        self._authenticator = authenticator
         self._scopes: dict[str, str] = {}
         self._method_scopes: dict[str, str] = {}
         self.metrics = metrics or Metrics()
@@ -111,6 +112,7 @@ class RpcServer:
     async def tend(self) -> None:
         """Do, every second and for ever, what time brings: certificates are replaced, keys and tokens expire while streams are open."""
         while True:
+            self._authenticator.look()
             await asyncio.sleep(_TEND_S)
             self._interceptor.reexamine()
             if self._certificates is not None:
@@ -144,6 +146,7 @@ class RpcServer:
         await asyncio.sleep(self._settings.settle_s)
         self._interceptor.drain()
         await self._server.stop(self._settings.grace_s)
+        await self._authenticator.close()
 
     def _listen(self) -> int:
         target = f"{self._settings.host}:{self._settings.port}"

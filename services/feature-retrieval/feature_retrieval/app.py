@@ -52,12 +52,12 @@ from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as
 from plait.errors import Unavailable
 from plait.redis.opening import topology_of
 from plait.redis.topologies import Topology
+from plait.registry.callers import authenticator
 from plait.registry.certificates import Signer
 from plait.registry.database import open_pool
 from plait.registry.records import Snapshot
 from plait.registry.store import Store
 from plait.registry.watcher import Watcher
-from plait.rpc.credentials import Authenticator
 from plait.rpc.process import Tasks
 from plait.rpc.server import RpcServer
 from plait.telemetry.logging import get_logger
@@ -99,11 +99,6 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     future_s = settings.ingestion.max_future_s
     freshness, writes = Freshness(metrics), WriteMetrics(metrics)
 
-    authenticator = Authenticator(
-        lambda sha256: watcher.snapshot.keys.get(sha256),  # noqa: PLW0108  (the snapshot is swapped)
-        service_token=settings.rpc.service_token.get_secret_value(),
-        required=settings.rpc.require_auth,
-    )
     counts = ReadCounts()
     skew_log = open_skew_log(settings.skew_log, stack, tasks)
     ReadMetrics(metrics, counts, cache, reads, skew_log.outcomes if skew_log else {})
@@ -122,7 +117,7 @@ async def open_service(settings: FeatureRetrievalSettings, stack: AsyncExitStack
     applying = Applying(store, aggregations.plans, erasures_loaded=guard.loaded, max_future_s=future_s)
     replicas = Replicas(store.dispatch, _name_of_process(), lambda: min(ingestion.snapshots.oldest, applying.snapshots.oldest))
     await _announce(replicas, watcher, stack, tasks)
-    server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing)
+    server = RpcServer(settings.rpc, authenticator=authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     servicer = FeatureRetrievalServicer(
         retrieval,
         ingestion,

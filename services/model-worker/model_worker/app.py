@@ -23,8 +23,8 @@ from plait.api.inference.v2 import inference_pb2 as pb
 from plait.api.inference.v2 import inference_pb2_grpc as pb_grpc
 from plait.api.model_worker.v1 import model_worker_service_pb2 as stream_pb
 from plait.api.model_worker.v1 import model_worker_service_pb2_grpc as stream_pb_grpc
+from plait.registry.callers import authenticator
 from plait.registry.watcher import Watcher
-from plait.rpc.credentials import Authenticator
 from plait.rpc.process import Tasks
 from plait.rpc.server import RpcServer
 from plait.telemetry.metrics import Metrics
@@ -53,12 +53,7 @@ async def open_service(settings: ModelWorkerSettings, stack: AsyncExitStack, tas
     watcher.subscribe(models.adopt)
     tasks.start(models.run(), "models")
 
-    authenticator = Authenticator(
-        lambda sha256: watcher.snapshot.keys.get(sha256),  # noqa: PLW0108  (the snapshot is swapped)
-        service_token=settings.rpc.service_token.get_secret_value(),
-        required=settings.rpc.require_auth,
-    )
-    server = RpcServer(settings.rpc, authenticator=authenticator, metrics=metrics, tracing=tracing, loop_polls=True)
+    server = RpcServer(settings.rpc, authenticator=authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing, loop_polls=True)
     inference = Inference(models, instruments.statistics, instruments.failed)
     report = LoadReport(available_cpus(), lambda: instruments.statistics.busy_s, lambda: models.queued_rows)
     load = report if settings.protocol.trailers else None

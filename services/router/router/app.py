@@ -9,6 +9,7 @@ from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
 from plait.redis.dispatch import Dispatch
 from plait.redis.opening import topology_of
+from plait.registry.callers import authenticator
 from plait.registry.watcher import Watcher
 from plait.rpc.process import Tasks
 from plait.rpc.server import RpcServer
@@ -101,7 +102,7 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     watcher.subscribe(passing.adopt)
     tasks.start(workers.run(), "pools")
 
-    server = RpcServer(settings.rpc, authenticator=auth.authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
+    server = RpcServer(settings.rpc, authenticator=authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
     servicer = RouterServicer(ranking, Invalidating(invalidations, shared), Outcomes(journal, metrics))
     server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)

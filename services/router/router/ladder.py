@@ -114,6 +114,10 @@ class Ladder:
             raise failed or ResourceExhausted(
                 "too many requests are answered without a model: retry", reason="OVERLOADED", retry_after_s=0.1
             )
+        if not len(question.candidates):  # they were to be retrieved, by a model
+            raise failed or DeadlineExceeded(
+                "no candidates could be retrieved in time: allow the call more time", reason="BUDGET_TOO_SMALL"
+            )
         self._free -= 1
         try:
             if filtering is not None:

@@ -6,6 +6,7 @@ A role is only a name for scopes at the moment a key is made; what is stored wit
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
@@ -42,6 +43,11 @@ def check_scopes(scopes: Collection[str]) -> None:
 
 def granted(scopes: Collection[str]) -> frozenset[str]:
     """Return the scopes with all that they imply."""
+    return _granted(tuple(scopes))
+
+
+@lru_cache(maxsize=1024)  # asked at each call, and there are only so many different ones
+def _granted(scopes: tuple[str, ...]) -> frozenset[str]:
     return frozenset(scopes).union(*(_IMPLIED[scope] for scope in scopes if scope in _IMPLIED))
 
 

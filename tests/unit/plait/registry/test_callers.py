@@ -10,10 +10,12 @@ from pydantic import SecretStr
 from tests.fakes.router_world import KEY, NARROW_KEY, snapshot
 
 from plait.errors import PermissionDenied, Unauthenticated
+from plait.registry.callers import authenticator
 from plait.registry.records import Snapshot
 from plait.rpc.credentials import ANONYMOUS, digest
 from plait.settings import RpcSettings
-from router.auth import SCOPE, authenticator
+
+SCOPE = "rank"
 
 
 class Holder:
