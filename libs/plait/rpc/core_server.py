@@ -147,7 +147,8 @@ class CoreServer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, until_s - time.monotonic()) if not self._tasks else 0.0):
                 await asyncio.shield(self._ended)
-        self._server.cancel_all_calls()
+        with self._destroying:
+            self._server.cancel_all_calls()
         for task in tuple(self._tasks):
             self.cancel(task)
         await asyncio.shield(self._ended)
