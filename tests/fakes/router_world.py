@@ -45,11 +45,13 @@ from router.invalidating import Invalidating
 from router.invalidation import Invalidations
 from router.ladder import Ladder
 from router.outcomes import Outcomes
+from router.partial_scoring import PartialScoring
 from router.pass_through import PassThrough
 from router.pools import Pools
 from router.quotas import Quotas
 from router.ranking import Ranking
 from router.repeats import Repeats
+from router.scores_cache import Scores
 from router.servicer import RouterServicer
 from router.settings import AdmissionSettings, CacheSettings, FeaturesSettings, RepeatsSettings, WorkersSettings
 from router.shadow import Shadows
@@ -190,11 +192,13 @@ async def router_world(
     gate = Gate(admission or AdmissionSettings(), Quotas(), metrics)
     tracing = Tracing(telemetry or TelemetrySettings(), "router")
     shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
+    scoring = PartialScoring(consulting, Scores(CacheSettings().scores_bytes, invalidations, metrics))
     ranking = Ranking(
         gate=gate,
         consulting=consulting,
         cascade=Cascade(consulting, feature_client, features_share),
-        ladder=Ladder(consulting, Expectations(), metrics),
+        ladder=Ladder(consulting, scoring, Expectations(), metrics),
+        scoring=scoring,
         answers=answers,
         repeats=repeats,
         shadows=shadows,

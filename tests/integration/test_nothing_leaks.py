@@ -414,6 +414,15 @@ async def wrong_places(w: World) -> None:
     await either(w, w.stub.GetFeatures(fail, metadata=w.mine))
     for feature_set in ("secret", "none"):
         await w.refused(w.stub.GetFeatures(asked(feature_set, ids={"item": ITEM}), metadata=w.mine))
+    name = "n" * 50_000  # what is said of a name must fit into a trailer
+    for call in (
+        w.stub.GetFeatures(asked(name), metadata=w.mine),
+        w.stub.GetFeatures(pb.GetFeaturesRequest(feature_set="all", inputs=[name, name + "2"]), metadata=w.mine),
+        w.stub.DescribeFeatureSet(pb.DescribeFeatureSetRequest(feature_set=name), metadata=w.mine),
+        w.feast.GetOnlineFeatures(_feast("stats:a", entity=name), metadata=w.mine),
+        w.feast.GetOnlineFeatures(feast_pb.GetOnlineFeaturesRequest(feature_service=name), metadata=w.mine),
+    ):
+        assert await either(w, call) in {"NOT_FOUND", "INVALID_ARGUMENT", "OK"}
     bad = event(canaries.EVENT_ID)
     bad.value = float("inf")
     far = event("e" * 200 + canaries.EVENT_ID, at_us=now_us() + 10**12)

@@ -27,7 +27,7 @@ from plait.errors import (
     Unavailable,
     from_rpc_error,
 )
-from plait.registry.policies import Quota
+from plait.registry.policies import Hedge, Quota, Retry
 from plait.registry.records import Route, Tenant
 from router.settings import AdmissionSettings
 
@@ -120,6 +120,28 @@ async def test_a_worker_that_dies_mid_call_is_replaced_by_another() -> None:
         before = len(good.calls)
         await asyncio.gather(*(router.rank(rank()) for _ in range(20)))
         assert len(good.calls) == before + 20
+
+
+async def test_a_route_says_how_often_its_model_is_asked_and_when_a_second_worker_is() -> None:
+    async with FakeFeatureRetrieval(INPUTS) as features, FakeModelWorker() as one, FakeModelWorker() as two, AsyncExitStack() as stack:
+        registry = snapshot(
+            route("once", retry=Retry(attempts=1)), route("thrice", retry=Retry(attempts=3)), route("hedged", hedge=Hedge(share=0.5))
+        )
+        router = await stack.enter_async_context(router_world(features.address, f"{one.address},{two.address}", registry))
+        for name, attempts in (("once", 1), ("thrice", 2)):  # (there are two)
+            one.error = two.error = NotFound("Request for unknown model")
+            before = len(one.calls) + len(two.calls)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await router.rank(rank(name))
+            assert len(one.calls) + len(two.calls) - before == attempts
+        one.error = two.error = None
+        for _ in range(60):
+            await router.rank(rank("hedged"))
+        one.gate = asyncio.Event()  # it holds every call it gets from now on
+        one.calls.clear()
+        while not one.calls:
+            await router.rank(rank("hedged"))
+        await eventually(lambda: one.cancelled == 1)
 
 
 async def test_a_connection_that_was_reset_is_opened_again_within_the_call() -> None:

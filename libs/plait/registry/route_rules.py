@@ -8,8 +8,8 @@ from typing import Final
 
 from plait.registry import findings
 from plait.registry.findings import Finding, Steps
-from plait.registry.policies import CachePolicy, Comparison, Condition, Range, Stages, Tier
-from plait.registry.records import Experiment, Record, Route
+from plait.registry.policies import Comparison, Condition, Range, Stages, Tier
+from plait.registry.records import Experiment, Route
 
 MAX_VARIANTS: Final = 100
 MAX_CANDIDATES: Final = 10_000
@@ -26,18 +26,9 @@ _FEATURE: Final = re.compile(r"[^:]+:[^:]+\Z")
 _CREDENTIALS: Final = frozenset({"authorization", "x-api-key", "x-plait-service-token", "x-forwarded-client-cert", "cookie"})
 _TIERS: Final = ("light", "cached", "popularity")  # from the best to the cheapest
 
-# Nothing serves these yet, and a setting that would be ignored is refused.
-NOT_YET: Final = frozenset(
-    {
-        "scores_ttl_s",
-    }
-)  # fmt: skip
-_PLAIN: Final = Route(name="plain", variants=())
-
 
 def check_route(route: Route) -> Iterator[Finding]:
     """Yield what is wrong with a route."""
-    yield from not_yet(route, _PLAIN)
     yield from _variants(route)
     yield from findings.name(("subject",), route.subject)
     yield from findings.name(("candidate",), route.candidate)
@@ -56,16 +47,6 @@ def check_route(route: Route) -> Iterator[Finding]:
     yield from _policies(route)
     if route.stages is not None:
         yield from _stages(("stages",), route.stages)
-
-
-def not_yet(record: Record | CachePolicy, plain: Record | CachePolicy) -> Iterator[Finding]:
-    """Yield the fields, or the kind itself, that nothing serves yet; `plain` is a record of the same kind that uses none of them."""
-    kind = type(record).__name__
-    if kind in NOT_YET:
-        yield (), f"a {kind} is not served yet"
-    for name in sorted(NOT_YET):
-        if hasattr(record, name) and getattr(record, name) != getattr(plain, name):
-            yield (name,), "is not served yet; leave it out"
 
 
 def check_experiment(experiment: Experiment) -> Iterator[Finding]:
@@ -158,8 +139,6 @@ def _tier(at: Steps, tier: Tier, route: Route) -> Iterator[Finding]:
     for kind, name in takes.items():
         if kind != tier.tier and getattr(tier, name):
             yield (*at, name), f"belongs to tier {kind}, not to {tier.tier}; leave it out"
-    if tier.tier == "cached" and "scores_ttl_s" in NOT_YET:
-        yield (*at, "tier"), "is not served yet; leave it out"
     if tier.tier == "light":
         yield from _known_variant((*at, "variant"), tier.variant, route)
     elif tier.tier == "cached":
@@ -187,7 +166,8 @@ def _policies(route: Route) -> Iterator[Finding]:
         yield from findings.in_range(("hedge", "percentile"), route.hedge.percentile, 50, 99.9)
         yield from findings.in_range(("hedge", "share"), route.hedge.share, 0, 0.5, open_low=True)
     if route.cache is not None:
-        yield from ((("cache", *at), wrong) for at, wrong in not_yet(route.cache, CachePolicy()))
+        if route.cache.scores_ttl_s and route.stages is not None:
+            yield ("cache", "scores_ttl_s"), "is not looked at on a route with stages; leave it out"
         for name in ("ttl_s", "stale_s", "scores_ttl_s"):
             yield from findings.in_range(("cache", name), getattr(route.cache, name), 0, 86_400)
         yield from findings.in_range(("cache", "early_refresh"), route.cache.early_refresh, 0, 10)

@@ -125,7 +125,6 @@ def _tensor(at: Steps, tensor: TensorSpec) -> Iterator[Finding]:
 
 
 def _tenant(tenant: Tenant) -> Iterator[Finding]:
-    yield from route_rules.not_yet(tenant, Tenant(name=tenant.name))
     yield from findings.in_range(("weight",), tenant.weight, 0, 1e6, open_low=True)
     for name in ("requests_per_s", "burst", "rows_per_s", "in_flight"):
         yield from findings.in_range(("quota", name), getattr(tenant.quota, name), 0, 1e9)

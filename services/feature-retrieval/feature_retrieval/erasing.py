@@ -108,7 +108,7 @@ class Erasing:
         ids = _checked(request)
         _check_kind(request, self._snapshot())
         if not await self._registry.views_that_held(call.tenant, entity_type):
-            raise NotFound(f"no view ever held an entity type {entity_type!r}", reason="ENTITY_TYPE_NOT_FOUND")
+            raise NotFound(f"no view ever held an entity type {entity_type[:80]!r}", reason="ENTITY_TYPE_NOT_FOUND")
         now_us = int(self._clock() * 1e6)
         until_us = FOR_EVER_US if request.for_ever else now_us + int(self._max_future_s * 1e6)
         entities = [encode_id(entity_id) for entity_id in ids]

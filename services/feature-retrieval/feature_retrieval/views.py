@@ -208,11 +208,11 @@ def compile_plan(snapshot: Snapshot, name: str, inputs: tuple[str, ...] = ()) ->
     feature_set = snapshot.feature_sets.get(name)
     if feature_set is None:
         hint = suggestion(name, list(snapshot.feature_sets))
-        raise NotFound(f"no feature set {name!r}{hint}: see 'plait get featureset' for what there is", reason="FEATURE_SET_NOT_FOUND")
+        raise NotFound(f"no feature set {name[:80]!r}{hint}: see 'plait get featureset' for what there is", reason="FEATURE_SET_NOT_FOUND")
     unknown = set(inputs) - {i.name for i in feature_set.inputs}
     if unknown or len(set(inputs)) != len(inputs):
         raise InvalidArgument(
-            f"inputs: {sorted(unknown) or 'some are given twice'}; feature set {name!r} has {[i.name for i in feature_set.inputs]}"
+            f"inputs: {[name[:80] for name in sorted(unknown)[:8]] or 'some are given twice'}; feature set {name!r} has {[i.name for i in feature_set.inputs]}"
         )
     return _Compiler(snapshot, feature_set, tuple(i for i in feature_set.inputs if not inputs or i.name in inputs)).plan()
 

@@ -40,6 +40,7 @@ MISS: Final = explanation_pb.CACHE_STATUS_MISS
 HIT: Final = explanation_pb.CACHE_STATUS_HIT
 STALE: Final = explanation_pb.CACHE_STATUS_STALE
 SHARED: Final = explanation_pb.CACHE_STATUS_SHARED
+PARTIAL: Final = explanation_pb.CACHE_STATUS_PARTIAL
 _SAME_S: Final = 0.001  # an answer that is no newer than this is the one that is known already
 
 
@@ -97,7 +98,7 @@ class Answers:
         """Return the road that is only taken for what is not kept. A request that asks to explain is neither answered from here nor kept."""
         count = {
             status: self._outcomes.labels(route.name, word)
-            for status, word in ((MISS, "miss"), (HIT, "hit"), (STALE, "stale"), (SHARED, "shared"))
+            for status, word in ((MISS, "miss"), (HIT, "hit"), (STALE, "stale"), (SHARED, "shared"), (PARTIAL, "partial"))
         }
 
         async def cached(question: Question) -> Response:
@@ -133,7 +134,7 @@ class Answers:
         if found != "fresh":
             self._flights.refresh(key, partial(self._make, key, self._keys.snapshot, _anew(question), road, policy, entry.made_s))
         response.cache = STALE if found == "stale" else HIT
-        response.age_us = int(age_s * 1e6)
+        response.age_us += int(age_s * 1e6)  # of scores that were known when it was made
         return response
 
     def _would_be(self, question: Question, policy: CachePolicy) -> explanation_pb.CacheStatus.ValueType:
@@ -157,7 +158,8 @@ class Answers:
         if shared:
             question.arm, question.tier = made.arm, made.tier
             question.reasons += made.reasons
-        response.cache = HIT if made.from_redis else SHARED if shared else MISS
+        if shared or made.from_redis or not response.cache:  # (else scores were known)
+            response.cache = HIT if made.from_redis else SHARED if shared else MISS
         if made.from_redis:
             response.age_us = int((self._clock() - made.began_s) * 1e6)
         return response

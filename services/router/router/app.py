@@ -30,6 +30,7 @@ from router.journal import Journal
 from router.ladder import Ladder
 from router.open_inference import OpenInference
 from router.outcomes import Outcomes
+from router.partial_scoring import PartialScoring
 from router.pass_through import PassThrough
 from router.pool_metrics import PoolMetrics
 from router.pools import Pools
@@ -38,6 +39,7 @@ from router.quotas import Quotas
 from router.ranking import Ranking
 from router.redis_level import RedisLevel
 from router.repeats import Repeats
+from router.scores_cache import Scores
 from router.servicer import RouterServicer
 from router.settings import RouterSettings
 from router.shadow import Shadows
@@ -79,11 +81,13 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     gate = Gate(settings.admission, quotas, metrics)
     shadows = Shadows(consulting, lambda: gate.load, metrics, tracing)
     stack.push_async_callback(shadows.close)
+    scoring = PartialScoring(consulting, Scores(settings.cache.scores_bytes, invalidations, metrics))
     ranking = Ranking(
         gate=gate,
         consulting=consulting,
         cascade=Cascade(consulting, features, settings.features.budget_share),
-        ladder=Ladder(consulting, Expectations(), metrics),
+        ladder=Ladder(consulting, scoring, Expectations(), metrics),
+        scoring=scoring,
         answers=answers,
         repeats=repeats,
         shadows=shadows,

@@ -43,15 +43,23 @@ class Keys:
         self.snapshot = snapshot
         self._worlds = {}
 
+    def of_subject(self, question: Question) -> bytes:
+        """Return the key of all questions about a subject that differ in their candidates only; features of their own are not looked at."""
+        subject = question.request.subject.SerializeToString() if isinstance(question.request, pb.RankRequest) else b""
+        return self._key(question, [b"subject", subject])
+
     def of(self, question: Question) -> bytes:
         """Return the key of a question."""
+        return self._key(question, _asked(question.request))
+
+    def _key(self, question: Question, asked: Iterable[bytes]) -> bytes:
         arm = question.arm
         which = (question.tenant, question.route.name, arm.name, arm.model, arm.version)
         world = self._worlds.get(which)
         if world is None:
             world = self._worlds[which] = hashlib.blake2b(_joined(self._world(question)), digest_size=KEY_BYTES)
         key = world.copy()
-        key.update(_joined(_asked(question.request)))
+        key.update(_joined(asked))
         digest: bytes = key.digest()
         return digest
 

@@ -84,6 +84,8 @@ class Consulting:
         candidates score alike and keep the caller's order."""
         question.watch.admitted = question.watch.featured = question.watch.predicted = question.watch.stamp()
         name, rows = popularity.place.name, len(question.candidates)
+        if not rows:
+            return pb.RankResponse()  # all were filtered
         tensor = question.inline.get(name)
         if tensor is None:
             features = await self._features_with(question, popularity)

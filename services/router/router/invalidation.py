@@ -39,6 +39,14 @@ class Invalidations:
     def __repr__(self) -> str:
         return f"<Invalidations position={self.position:#x} known={len(self._order)}>"
 
+    def told(self, since: int, space: Space) -> Iterator[Id]:
+        """Yield the names of one space that were told after a position, newest first; one that was told twice comes twice."""
+        for told_in, id_, position in reversed(self._order):
+            if position <= since:
+                return
+            if told_in == space:
+                yield id_
+
     @property
     def heard(self) -> int:
         """How much of what all routers were told this one has heard: comparable between routers."""

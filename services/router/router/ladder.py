@@ -1,6 +1,6 @@
 """What answers when time, or a model, is short: the rungs of a route, from its own variant down to the popularity of the candidates.
 
-    full → light → popularity
+    full → light → cached → popularity
 
 A rung is passed over when what is left of the budget is less than it may be expected to take, and left when it fails for want of time,
 place or workers. Which rung answered is told in the answer: nothing is passed off as the full model's.
@@ -18,6 +18,7 @@ from plait.rpc.deadline import Deadline
 from plait.telemetry.metrics import Metrics
 from router.consulting import Consulting
 from router.expectations import Expectations
+from router.partial_scoring import PartialScoring
 from router.question import TIER_FULL, Question, Response, Road
 from router.route_table import Arm, Popularity, Rung, ServingRoute
 
@@ -33,8 +34,11 @@ _REFUSED_FOR_GOOD: Final = frozenset({"QUOTA_EXCEEDED", "REQUEST_TOO_COSTLY", "M
 class Ladder:
     """Goes down the rungs of a route. At most `most_without` requests at once read features for a rung that needs no model."""
 
-    def __init__(self, consulting: Consulting, expectations: Expectations, metrics: Metrics, most_without: int = 64) -> None:
+    def __init__(
+        self, consulting: Consulting, scoring: PartialScoring, expectations: Expectations, metrics: Metrics, most_without: int = 64
+    ) -> None:
         self._consulting = consulting
+        self._scoring = scoring
         self._expectations = expectations
         self._free = most_without
         self._answered = metrics.counter(
@@ -85,6 +89,8 @@ class Ladder:
         raise AssertionError("the last rung answers or raises")
 
     async def _ask(self, rung: Rung, road: Road, question: Question, failed: PlaitError | None, filtering: Filtering | None) -> Response:
+        if rung.max_age_s:
+            return await self._by_known(rung.max_age_s, question, filtering)
         if rung.popularity is not None:
             return await self._without_model(rung.popularity, question, failed, filtering)
         watch, arm = question.watch, question.arm
@@ -108,6 +114,10 @@ class Ladder:
             raise failed or ResourceExhausted(
                 "too many requests are answered without a model: retry", reason="OVERLOADED", retry_after_s=0.1
             )
+        if not len(question.candidates):  # they were to be retrieved, by a model
+            raise failed or DeadlineExceeded(
+                "no candidates could be retrieved in time: allow the call more time", reason="BUDGET_TOO_SMALL"
+            )
         self._free -= 1
         try:
             if filtering is not None:
@@ -115,6 +125,14 @@ class Ladder:
             return await self._consulting.by_popularity(question, popularity)
         finally:
             self._free += 1
+
+    async def _by_known(self, max_age_s: float, question: Question, filtering: Filtering | None) -> Response:
+        """By scores that are in memory: nothing is asked, so nothing bounds it but the filter's own read."""
+        watch = question.watch
+        watch.admitted = watch.featured = watch.predicted = watch.stamp()
+        if filtering is not None:
+            await filtering(question)
+        return self._scoring.by_known(question, max_age_s)
 
     def _settle(self, question: Question, rung: Rung, chosen: Arm) -> None:
         question.tier = rung.tier
@@ -124,7 +142,7 @@ class Ladder:
         self._answered.labels(question.route.name, rung.tier).inc()
 
     def _expected_s(self, rung: Rung, chosen: Arm, question: Question) -> float:
-        return 0.0 if rung.popularity is not None else self._expectations.expected_s(rung.arm or chosen, question.rows)
+        return 0.0 if rung.popularity is not None or rung.max_age_s else self._expectations.expected_s(rung.arm or chosen, question.rows)
 
     def _kept_s(self, below: Rung, chosen: Arm, question: Question, left_s: float) -> float:
         """Return what a rung must leave of the budget so that, failing late, it leaves the next one time to answer."""
@@ -140,7 +158,7 @@ def _steps_down(error: PlaitError) -> bool:
 
 def _suits(rung: Rung, question: Question) -> bool:
     """Whether a rung can answer this request, and is another one."""
-    if rung.popularity is not None:
+    if rung.popularity is not None or rung.max_age_s:
         return isinstance(question.request, pb.RankRequest)
     return rung.arm is not None and rung.arm is not question.arm and question.suits(rung.arm)
 

@@ -13,6 +13,9 @@ class PoolMetrics:
         self._in_flight = metrics.gauge("plait_router_endpoint_in_flight", "calls under way to the endpoints of a pool", pool)
         self._endpoints = metrics.gauge("plait_router_endpoints", "endpoints of a pool, avoided ones included", pool)
         self._avoided = metrics.gauge("plait_router_endpoints_avoided", "endpoints avoided because they failed or were lost", pool)
+        self._stale_s = metrics.gauge(
+            "plait_router_discovery_stale_seconds", "time since the endpoints of a pool were last heard of, seconds", pool
+        )
         self._retries = metrics.counter("plait_router_retries", "calls worth another try, by whether there was one", ("pool", "outcome"))
         self._hedges = metrics.counter("plait_router_hedges", "second calls made because the first was late", pool)
 
@@ -21,6 +24,10 @@ class PoolMetrics:
         self._in_flight.labels(pool).set(in_flight)
         self._endpoints.labels(pool).set(endpoints)
         self._avoided.labels(pool).set(avoided)
+
+    def heard(self, pool: str, ago_s: float) -> None:
+        """Set how long ago the search for a pool's endpoints had an answer."""
+        self._stale_s.labels(pool).set(ago_s)
 
     def retried(self, pool: str) -> None:
         """Count a call that is tried again."""
@@ -36,5 +43,5 @@ class PoolMetrics:
 
     def gone(self, pool: str) -> None:
         """Forget a pool that is no more."""
-        for gauge in (self._in_flight, self._endpoints, self._avoided):
+        for gauge in (self._in_flight, self._endpoints, self._avoided, self._stale_s):
             gauge.remove_by_labels({"pool": pool})

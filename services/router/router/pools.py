@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,14 +44,18 @@ _LOOK_S: Final = 1.0
 
 
 class _OpenPool:
-    """A pool in use: what the registry says of it, its connections, and who looks for its endpoints."""
+    """A pool in use: what the registry says of it, its connections, who looks for its endpoints, and when that last had an answer."""
 
-    __slots__ = ("connections", "record", "search")
+    __slots__ = ("connections", "heard_s", "record", "search")
 
     def __init__(self, record: Pool, connections: Connections, search: asyncio.Task[None] | None) -> None:
         self.record = record
         self.connections = connections
         self.search = search
+        self.heard_s = time.monotonic()
+
+    def heard(self) -> None:
+        self.heard_s = time.monotonic()
 
 
 class Pools:
@@ -147,11 +152,17 @@ class Pools:
         """Look at all endpoints every second. Raises what went wrong where a search for endpoints ended, which it never should."""
         while True:
             for pool in self._all():
-                if pool.search is not None and pool.search.done():
-                    pool.search.result()
-                    raise RuntimeError(f"the search for the endpoints of pool {pool.record.name!r} ended, which it never should")
+                if pool.search is not None:
+                    self._look_after(pool, pool.search)
             await self.look()
             await asyncio.sleep(_LOOK_S)
+
+    def _look_after(self, pool: _OpenPool, search: asyncio.Task[None]) -> None:
+        if search.done():
+            search.result()
+            raise RuntimeError(f"the search for the endpoints of pool {pool.record.name!r} ended, which it never should")
+        if self._metrics is not None:
+            self._metrics.heard(pool.record.name, time.monotonic() - pool.heard_s)
 
     async def look(self) -> None:
         """Ask every endpoint which versions it holds."""
@@ -184,8 +195,10 @@ class Pools:
             connections.adopt(_listed(record))
             return _OpenPool(record, connections, None)
         where = record.kubernetes
-        search = KubernetesDiscovery(where.namespace, where.service, where.port).run(connections.adopt)
-        return _OpenPool(record, connections, asyncio.create_task(search, name=f"endpoints of pool {record.name}"))
+        pool = _OpenPool(record, connections, None)
+        search = KubernetesDiscovery(where.namespace, where.service, where.port, on_news=pool.heard).run(connections.adopt)
+        pool.search = asyncio.create_task(search, name=f"endpoints of pool {record.name}")
+        return pool
 
     def _opener(self, record: Pool) -> Callable[[str, OnLoad], Transport]:
         channel = self._channel

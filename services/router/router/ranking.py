@@ -26,6 +26,7 @@ from router.explanation import explain
 from router.exposures import Exposures
 from router.gate import Gate
 from router.ladder import Ladder
+from router.partial_scoring import PartialScoring
 from router.question import TIER_POPULARITY, Question, Response, Road
 from router.repeats import Repeats
 from router.route_table import NO_ROUTES, RouteTable, ServingRoute, compile_table
@@ -54,6 +55,7 @@ class Ranking:
         consulting: Consulting,
         cascade: Cascade,
         ladder: Ladder,
+        scoring: PartialScoring,
         answers: Answers,
         repeats: Repeats,
         shadows: Shadows,
@@ -67,6 +69,7 @@ class Ranking:
         self._consulting = consulting
         self._cascade = cascade
         self._ladder = ladder
+        self._scoring = scoring
         self._shadows = shadows
         self._exposures = exposures
         self._metrics = metrics
@@ -90,6 +93,7 @@ class Ranking:
                 log.warning("a variant cannot serve", route=route.name, variant=variant, reason=fault.reason, error=fault.message)
         self._gate.adopt(snapshot)
         self._answers.adopt(snapshot)
+        self._scoring.adopt(snapshot)
         self._roads = {route.name: self._road(route) for route in table.routes.values()}
         self._table = table
 
@@ -127,6 +131,8 @@ class Ranking:
         """Return the steps of a route, the last one first: this is the only place where their order stands."""
         stages = route.stages
         road: Road = self._cascade.road(route, stages) if stages else self._consulting.answer
+        if route.cache is not None and route.cache.scores_ttl_s:
+            road = self._scoring.around(road, route.cache, max(route.cache.scores_ttl_s, *(rung.max_age_s for rung in route.ladder), 0.0))
         road = self._gate.around(road, route)
         if route.ladder:
             filtering = self._cascade.filtering(stages) if stages and stages.filters else None

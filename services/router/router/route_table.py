@@ -128,11 +128,12 @@ class Popularity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
-    """One tier of a ladder: a lighter `arm`, or `popularity`; neither is the route's own variant."""
+    """One tier of a ladder: a lighter `arm`, known scores of at most `max_age_s`, or `popularity`; none of them is the route's own variant."""
 
     tier: str
     arm: Arm | None = None
     popularity: Popularity | None = None
+    max_age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,6 +295,8 @@ def _ladder(route: Route, arms: Sequence[Arm], by_name: Mapping[str, Arm], snaps
     for tier in route.ladder:
         if tier.tier == "light" and tier.variant in by_name:
             yield Rung(tier=tier.tier, arm=by_name[tier.variant])
+        elif tier.tier == "cached":
+            yield Rung(tier=tier.tier, max_age_s=tier.max_age_s)
         elif tier.tier == "popularity":
             found = next((p for arm in arms if (p := _popularity(tier.feature, route, arm, snapshot)) is not None), None)
             if found is not None:

@@ -30,6 +30,7 @@ class CacheSettings(Group):
     """Answers that are kept, on routes that say so."""
 
     bytes: int = Field(64 << 20, ge=1 << 16, le=1 << 36, description="memory for answers, bytes; one of more than a 64th of it is not kept")
+    scores_bytes: int = Field(64 << 20, ge=1 << 16, le=1 << 36, description="memory for scores of single candidates, bytes")
     redis_budget_s: float = Field(0.005, gt=0, le=1, description="longest wait for what another router kept in the shared Redis, seconds")
 
 

@@ -161,6 +161,7 @@ async def test_without_a_model_nothing_is_shown_that_is_sold_out_either() -> Non
         worker.error = Unavailable("away")
         answer = await ask(world.ranking, rank(candidates=strings("i1", "i3", "i2")))
         assert (answer.tier, list(answer.item_ids.string_ids)) == ("popularity", ["i2", "i1"])
+        assert list((await ask(world.ranking, rank(candidates=strings("i3")))).item_ids.string_ids) == []
         features.rules_error = Unavailable("redis is away", reason="STORE_UNAVAILABLE")
         answer = await ask(world.ranking, rank(candidates=strings("i1", "i3", "i2")))
         assert list(answer.item_ids.string_ids) == ["i3", "i2", "i1"]
@@ -283,3 +284,16 @@ def test_a_retriever_that_can_give_no_ids_is_refused(retrieve: Retrieve, phrase:
     assert phrase in next(problem.message for problem in crosschecks.check(bad) if problem.field == "spec.stages.retrieve")
     assert not [problem for problem in crosschecks.check(found) if "stages" in problem.field]
     assert "Route home" in crosschecks.users_of(found, ("Model", "two-tower"))
+
+
+async def test_without_candidates_there_is_nothing_to_be_popular() -> None:
+    found = with_retriever("int64")
+    laddered = replace(found.routes["home"], ladder=(Tier(tier="popularity", feature="item-view:f0"),))
+    async with retrieving("int64") as world:
+        world.ranking.adopt(replace(found, routes={"home": laddered}))
+        await world.worker.server.drain()
+        with pytest.raises(Unavailable) as caught:
+            await ask(world.ranking, rank(candidates=None))
+        assert caught.value.reason == "WORKER_UNAVAILABLE"
+        answer = await ask(world.ranking, rank(candidates=types_pb2.EntityIds(int64_ids=[1, 2])))
+        assert (answer.tier, list(answer.item_ids.int64_ids)) == ("popularity", [2, 1])

@@ -80,7 +80,7 @@ def expect(expectations: Expectations, arm: Arm, rows: int, took_s: float) -> No
 
 async def climb(behind: Behind, question: Question, expectations: Expectations | None = None, **options: Any) -> Any:
     consulting: Any = behind
-    ladder = Ladder(consulting, expectations or Expectations(), Metrics(), **options)
+    ladder = Ladder(consulting, consulting, expectations or Expectations(), Metrics(), **options)
     return await ladder.around(behind.road, question.route)(question)
 
 

@@ -77,7 +77,9 @@ def _names(request: Any, plans: Plans) -> tuple[str, ...]:
     found = sets.get(request.feature_service)
     if found is None:
         hint = suggestion(request.feature_service, list(sets))
-        raise NotFound(f"no feature set {request.feature_service!r}{hint}: a feature service is one here", reason="FEATURE_SET_NOT_FOUND")
+        raise NotFound(
+            f"no feature set {request.feature_service[:80]!r}{hint}: a feature service is one here", reason="FEATURE_SET_NOT_FOUND"
+        )
     return tuple(dict.fromkeys(name for item in found.inputs for name in item.features))
 
 
@@ -105,7 +107,7 @@ def _wanted(name: str, plans: Plans) -> Wanted:
     if reference is None:
         raise InvalidArgument(f"{name[:80]!r} is not view:feature")
     if reference.kind != "stored":
-        message = f"{name!r} is not stored, and Feast's API has no place for what it needs: call GetFeatures"
+        message = f"{name[:160]!r} is not stored, and Feast's API has no place for what it needs: call GetFeatures"
         raise FailedPrecondition(message, reason="FEAST_UNSUPPORTED")
     view = plans.snapshot.feature_views.get(reference.view)
     view = None if view is None else view.at(reference.version)
@@ -149,7 +151,7 @@ def _part(columns: Columns, names: Sequence[str], entity: Entity, *, alone: bool
 def _column(name: str, repeated: Any) -> Sequence[Any]:
     kinds = [value.WhichOneof("val") for value in repeated.val]
     if any(kind not in _VALUES for kind in kinds):
-        raise InvalidArgument(f"{name!r}: an id is a string or an integer")
+        raise InvalidArgument(f"{name[:80]!r}: an id is a string or an integer")
     return [getattr(value, kind) for value, kind in zip(repeated.val, kinds, strict=True)]
 
 

@@ -15,9 +15,20 @@ from router.endpoints import INFERENCE, Metadata, Versions
 
 # What says who the caller is, is between them and us; the rest is gRPC's own business on each connection.
 _OURS: Final = frozenset(
-    ("authorization", "x-api-key", "x-forwarded-client-cert", "content-type", "te", "user-agent", "accept-encoding", "host", "connection")
+    (
+        "authorization",
+        "proxy-authorization",
+        "cookie",
+        "x-api-key",
+        "content-type",
+        "te",
+        "user-agent",
+        "accept-encoding",
+        "host",
+        "connection",
+    )
 )
-_OURS_BY_START: Final = ("x-plait-", "grpc-", ":")
+_OURS_BY_START: Final = ("x-plait-", "x-forwarded-", "grpc-", ":")
 
 
 class ForeignTransport:

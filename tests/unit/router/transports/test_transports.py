@@ -156,15 +156,6 @@ async def test_what_a_foreign_server_holds_is_known_where_it_says_so() -> None:
         assert await transport.ready_versions(Deadline.after(5.0)) is None
 
 
-async def test_metadata_goes_along_to_a_foreign_server() -> None:
-    async with both(ForeignServer) as (server, transport):
-        await transport.raw(
-            request().SerializeToString(), deadline=Deadline.after(20), tenant="shop", request_id="q", metadata=(("x-colour", "blue"),)
-        )
-        assert server.metadata[0]["x-colour"] == "blue"
-        assert not [name for name in server.metadata[0] if "plait" in name]
-
-
 async def test_other_questions_of_the_protocol_are_asked_bytes_for_bytes() -> None:
     async with ForeignServer(("ranker", "2")) as server:
         transport = ForeignTransport(server.address, ChannelSettings())
@@ -184,6 +175,9 @@ async def test_a_foreign_server_gets_the_callers_metadata_but_no_credentials() -
         transport = ForeignTransport(server.address, ChannelSettings())
         sent = (
             ("authorization", "Bearer secret"),
+            ("proxy-authorization", "Basic secret"),
+            ("cookie", "secret"),
+            ("x-forwarded-client-cert", "secret"),
             ("x-plait-service-token", "t"),
             ("user-agent", "me"),
             ("x-mine", "1"),
