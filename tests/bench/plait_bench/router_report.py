@@ -28,6 +28,7 @@ def remarks(facts: Figures) -> Iterator[str]:
             f"{found['added_p50_ms'][name]:.2f} ms p50 and {found['added_p99_ms'][name]:.2f} ms p99 {name}" for name in (ROUTER, PROXY)
         )
         yield f"{size}: {own:.0f} calls per second of the router's CPU, {found['per_core_to_proxy']:.2f} × of the proxy's {other:.0f}; added to a lone call: {added}"
+    yield "to know who calls by " + ", ".join(f"{name}: {took_us:.1f} us" for name, took_us in facts["identity_us"].items())
     machine = facts["machine"]
     before, after = machine["load_average"]["before"][0], machine["load_average"]["after"][0]
     yield (
