@@ -98,7 +98,7 @@ class CoreServer:
         self._started = self._stopping = self._stopped = False
         self._baton = threading.Lock()  # held by whoever takes events: the thread waits for it while the loop does
         self._baton.acquire()
-        self._shut = threading.Event()
+        self._destroying = threading.Lock()  # the core is still at work in `shutdown` when its event is here, and the thread frees it then
         self._thread = threading.Thread(target=self._poll, name="grpc", daemon=True)
 
     def __repr__(self) -> str:
@@ -138,8 +138,8 @@ class CoreServer:
             return
         if not self._stopping:
             self._stopping = True
-            self._server.shutdown(self._queue, self._on_shutdown)
-            self._shut.set()
+            with self._destroying:
+                self._server.shutdown(self._queue, self._on_shutdown)
         until_s = time.monotonic() + (grace or 0.0)
         while self._tasks and (left_s := until_s - time.monotonic()) > 0:
             await asyncio.wait(tuple(self._tasks), timeout=left_s)
@@ -179,8 +179,8 @@ class CoreServer:
             self._baton.acquire()
         while (event := self._queue.poll(time.time())).completion_type != cygrpc.CompletionType.queue_timeout:
             event.tag(event)
-        self._shut.wait()  # the event may be here before `shutdown` has returned from the core, which must not be destroyed under it
-        self._server.destroy()
+        with self._destroying:
+            self._server.destroy()
         with contextlib.suppress(RuntimeError):  # the loop was closed under us: nobody is left to tell
             self._loop.call_soon_threadsafe(self._ended.set_result, None)
 
