@@ -50,13 +50,13 @@ class HandlerCallDetails(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """What is answered to calls of the services named beyond `most` unary ones at once, before anything of them is looked at.
+    """What is answered to unary calls of the services named, before anything of them is looked at, while `takes` says no to how many there are.
 
     Refusing at once costs a third of letting a call become a task to be refused there, and what waits for the loop stays bounded. `told` hears
     of each, in whichever thread took the call.
     """
 
-    most: int
+    takes: Callable[[int], bool]
     services: Container[str]
     code: grpc.StatusCode
     details: str
@@ -147,7 +147,8 @@ class CoreServer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, until_s - time.monotonic()) if not self._tasks else 0.0):
                 await asyncio.shield(self._ended)
-        self._server.cancel_all_calls()
+        with self._destroying:
+            self._server.cancel_all_calls()
         for task in tuple(self._tasks):
             self.cancel(task)
         await asyncio.shield(self._ended)
@@ -237,7 +238,7 @@ class CoreServer:
         rpc._receive()  # noqa: SLF001
 
     def _is_too_many(self, method: str, refusal: Refusal) -> bool:
-        return self._arrived - self._left >= refusal.most and method[1:].partition("/")[0] in refusal.services
+        return not refusal.takes(self._arrived - self._left) and method[1:].partition("/")[0] in refusal.services
 
     @staticmethod
     def _refuse(event: Any, method: str, refusal: Refusal) -> None:

@@ -361,7 +361,7 @@ async def test_an_abandoned_crowd_is_forgotten() -> None:
 async def test_calls_beyond_the_limit_are_refused_before_they_reach_the_loop() -> None:
     told: list[str] = []
     trailers = (("why", "busy"),)
-    refusal = Refusal(2, ("e.Echo",), grpc.StatusCode.RESOURCE_EXHAUSTED, "too many", trailers, told.append)
+    refusal = Refusal(lambda under_way: under_way < 2, ("e.Echo",), grpc.StatusCode.RESOURCE_EXHAUSTED, "too many", trailers, told.append)
     echo = Echo()
     server = CoreServer(options=[("grpc.so_reuseport", 0)], refusal=refusal)
     server.add_registered_method_handlers("e.Echo", echo.handlers())
