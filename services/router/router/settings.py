@@ -18,7 +18,7 @@ class AdmissionSettings(Group):
     adaptive: bool = Field(True, description="find the limit by how long workers take; off: it is `limit`, always")
     limit: int = Field(1024, ge=1, le=100_000, description="most requests worked on at once, in requests of mean cost")
     min_limit: int = Field(2, ge=1, le=100_000, description="least the limit falls to while it adapts, in requests of mean cost")
-    start: int = Field(32, ge=1, le=100_000, description="the limit at first while it adapts, in requests of mean cost")
+    start: int = Field(64, ge=1, le=100_000, description="the limit at first while it adapts, in requests of mean cost")
     queue: int = Field(1024, ge=0, le=100_000, description="requests that may wait for their turn; more are answered RESOURCE_EXHAUSTED")
     max_wait_s: float = Field(0.2, gt=0, le=60, description="longest wait for a turn, seconds; much less while more comes in than goes out")
     min_budget_s: float = Field(0.001, ge=0, le=60, description="requests with less left of their deadline are refused at once, seconds")

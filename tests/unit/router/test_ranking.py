@@ -207,7 +207,7 @@ async def test_scores_that_are_no_numbers_are_told(world: World) -> None:
 async def test_repr_says_load_and_state_in_one_line(world: World) -> None:
     text = repr(world.ranking)
     assert "\n" not in text
-    assert text.startswith("<Ranking <RouteTable revision=7 routes=1 faulty=0> <Gate <Admission in_flight=0/32 waiting=0/1024>>")
+    assert text.startswith("<Ranking <RouteTable revision=7 routes=1 faulty=0> <Gate <Admission in_flight=0/64 waiting=0/1024>>")
     assert "<Consulting <FeatureClient " in text
 
 
