@@ -62,6 +62,7 @@ KEY = "plait_test-key"
 OTHER_KEY = "plait_other-tenants-key"
 NARROW_KEY = "plait_key-without-rank"
 OPERATING_KEY = "plait_operating-key"
+RANKING_OPERATOR_KEY = "plait_operating-key-that-may-rank"
 EXPIRED_KEY = "plait_expired-key"
 DEFAULT = 0.5  # of the first feature of each view; the others have none
 
@@ -109,6 +110,7 @@ def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_k
         ApiKey(id="k2", tenant="other", sha256=digest(OTHER_KEY)),
         ApiKey(id="k3", tenant="shop", sha256=digest(NARROW_KEY), scopes=("features",)),
         ApiKey(id="k5", tenant="shop", sha256=digest(OPERATING_KEY), scopes=("operate",)),
+        ApiKey(id="k6", tenant="shop", sha256=digest(RANKING_OPERATOR_KEY), scopes=("rank", "operate")),
         ApiKey(id="k4", tenant="shop", sha256=digest(EXPIRED_KEY), expires_at=1.0),
     )
     return Snapshot(

@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 from tests.fakes.feature_retrieval import FakeFeatureRetrieval
 from tests.fakes.model_worker import FakeModelWorker
-from tests.fakes.router_world import INPUTS, KEY, OPERATING_KEY, OTHER_KEY, route, router_world, snapshot
+from tests.fakes.router_world import INPUTS, KEY, OTHER_KEY, RANKING_OPERATOR_KEY, route, router_world, snapshot
 from tests.integration.test_router import ids
 
 from plait.api.router.v1 import explanation_pb2
@@ -153,7 +153,7 @@ async def test_explain_tells_what_is_true_of_the_very_same_answer() -> None:
         ]  # fmt: skip
         assert next((t.tier, t.answered, t.reason) for t in told.tiers) == ("full", True, "answered")
         assert [(a.what, a.kind, a.outcome) for a in told.attempts] == [("features", "first", "OK"), ("model", "first", "OK")]
-        operators = await router.explain(asked, key=OPERATING_KEY)
+        operators = await router.explain(asked, key=RANKING_OPERATOR_KEY)
         assert [a.endpoint for a in operators.attempts] == [features.address, worker.address]
         assert told.summary == "Variant 'canary' (ranker version 1) answered, by rule 'austria'."
         assert "experiment 'v4' (bucket " in (await router.explain(rank())).summary
