@@ -217,7 +217,7 @@ async def router_world(
         tracing=tracing,
     )
     servicer = RouterServicer(ranking, Invalidating(invalidations), Outcomes(None, metrics))
-    open_inference.add(server, open_inference.OpenInference(passing, pool, "1.2.3"))
+    open_inference.add(server, open_inference.OpenInference(passing, pool, "1.2.3", max_in_flight=8, default_timeout_s=20.0))
     server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, SERVICE, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
     await server.start()
     try:

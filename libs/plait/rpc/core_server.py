@@ -50,13 +50,13 @@ class HandlerCallDetails(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """What is answered to calls of the services named beyond `most` unary ones at once, before anything of them is looked at.
+    """What is answered to unary calls of the services named, before anything of them is looked at, while `takes` says no to how many there are.
 
     Refusing at once costs a third of letting a call become a task to be refused there, and what waits for the loop stays bounded. `told` hears
     of each, in whichever thread took the call.
     """
 
-    most: int
+    takes: Callable[[int], bool]
     services: Container[str]
     code: grpc.StatusCode
     details: str
@@ -98,9 +98,8 @@ class CoreServer:
         self._started = self._stopping = self._stopped = False
         self._baton = threading.Lock()  # held by whoever takes events: the thread waits for it while the loop does
         self._baton.acquire()
-        self._destroying = (
-            threading.Lock()
-        )  # the core goes on with a server after it said that it is shut down, and the thread frees it then
+        # The core goes on with a server after it said that it is shut down, and while it cancels calls; the thread must not free it meanwhile.
+        self._destroying = threading.Lock()
         self._thread = threading.Thread(target=self._poll, name="grpc", daemon=True)
 
     def __repr__(self) -> str:
@@ -240,7 +239,7 @@ class CoreServer:
         rpc._receive()  # noqa: SLF001
 
     def _is_too_many(self, method: str, refusal: Refusal) -> bool:
-        return self._arrived - self._left >= refusal.most and method[1:].partition("/")[0] in refusal.services
+        return not refusal.takes(self._arrived - self._left) and method[1:].partition("/")[0] in refusal.services
 
     @staticmethod
     def _refuse(event: Any, method: str, refusal: Refusal) -> None:
