@@ -145,6 +145,17 @@ class TelemetrySettings(Group):
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="port of the Prometheus endpoint (0 picks a free one); unset = no endpoint"
     )
+    metrics_tls_cert: Path | None = Field(None, description="PEM certificate chain of the Prometheus endpoint; needs metrics_tls_key")
+    metrics_tls_key: Path | None = Field(None, description="PEM private key of metrics_tls_cert")
+    metrics_tls_client_ca: Path | None = Field(None, description="PEM roots that Prometheus' own certificate must chain to (mutual TLS)")
+
+    @model_validator(mode="after")
+    def _complete(self) -> TelemetrySettings:
+        if (self.metrics_tls_cert is None) != (self.metrics_tls_key is None):
+            raise ValueError("metrics_tls_cert and metrics_tls_key go together: set both or neither")
+        if self.metrics_tls_client_ca is not None and self.metrics_tls_cert is None:
+            raise ValueError("metrics_tls_client_ca needs metrics_tls_cert and metrics_tls_key")
+        return self
 
 
 class RegistrySettings(Group):

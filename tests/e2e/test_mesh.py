@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from tests.fakes import small_ranker
 from tests.fakes.otlp_collector import OtlpCollector
 from tests.fakes.small_mesh import ROUTE, USER, SmallMesh, small_mesh
 
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2 as features_pb
+from plait.api.feature_retrieval.v1 import feature_retrieval_service_pb2_grpc as features_grpc
+from plait.api.inference.v2 import inference_pb2 as inference_pb
+from plait.api.inference.v2 import inference_pb2_grpc as inference_grpc
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
 from plait.api.types.v1 import types_pb2
@@ -252,3 +257,72 @@ async def test_logs_hold_neither_ids_nor_keys(mesh: SmallMesh) -> None:
         assert marked not in text
         assert mesh.endpoints.api_key not in text
         assert "Traceback" not in text, text
+
+
+async def test_credentials_are_repeated_nowhere(mesh: SmallMesh, collector: OtlpCollector) -> None:
+    mark = f"canary{time.time_ns()}"
+    token = ".".join((f"{mark}head", f"{mark}body", f"{mark}sign"))
+    sent = [
+        ("x-api-key", f"plait_{mark}"),
+        ("authorization", f"Bearer {token}"),
+        ("authorization", f"Basic {mark}"),
+        ("x-plait-service-token", mark),
+        ("x-forwarded-client-cert", f"URI=spiffe://td/{mark}"),
+    ]
+    metrics = []
+    trace_id = f"{time.time_ns():032x}"
+    traced = ("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01")
+    async with grpc.aio.insecure_channel(mesh.endpoints.router) as channel:
+        stub: Any = pb_grpc.RouterServiceStub(channel)
+        for header in sent:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Rank(pb.RankRequest(), metadata=(header, traced), timeout=20)
+            assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+            assert mark not in str(caught.value)
+    for address in mesh.endpoints.metrics.values():
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as answer:
+            metrics.append(answer.read().decode())
+    logs = [log.read_text(encoding="utf-8", errors="replace") for log in (mesh.folder / "state" / "logs").glob("*.log")]
+    spans = await asyncio.to_thread(collector.wait, lambda found: sum(span.trace_id.hex() == trace_id for _, span in found) >= len(sent))
+    for told in (*logs, *metrics, str(spans)):
+        assert mark not in told
+
+
+async def test_a_revoked_key_is_refused_by_every_service_and_its_streams_end(mesh: SmallMesh) -> None:
+    async with (
+        await Store.open(mesh.endpoints.postgres_dsn) as store,
+        grpc.aio.insecure_channel(mesh.endpoints.router) as router,
+        grpc.aio.insecure_channel(mesh.endpoints.feature_retrieval) as features,
+        grpc.aio.insecure_channel(mesh.endpoints.model_worker) as worker,
+    ):
+        key, secret = await store.create_key("default", ("rank", "infer", "read", "publish"), actor="test")
+        metadata = (("x-api-key", secret),)
+
+        async def refused() -> list[str]:
+            """Call each service with a request that it refuses for itself where it lets the caller in."""
+            routing: Any = pb_grpc.RouterServiceStub(router)
+            reading: Any = features_grpc.FeatureRetrievalServiceStub(features)
+            inferring: Any = inference_grpc.GRPCInferenceServiceStub(worker)
+            calls = (
+                routing.Rank(pb.RankRequest(), metadata=metadata, timeout=20),
+                reading.GetFeatures(features_pb.GetFeaturesRequest(), metadata=metadata, timeout=20),
+                inferring.ModelInfer(inference_pb.ModelInferRequest(), metadata=metadata, timeout=20),
+            )
+            found = await asyncio.gather(*calls, return_exceptions=True)
+            return [from_rpc_error(error).reason for error in found if isinstance(error, grpc.aio.AioRpcError)]
+
+        async def until(holds: Any) -> None:
+            async with asyncio.timeout(20):
+                while not holds(await refused()):
+                    await asyncio.sleep(0.02)
+
+        await until(lambda reasons: len(reasons) == 3 and "API_KEY_INVALID" not in reasons)
+        ingesting: Any = features_grpc.FeatureRetrievalServiceStub(features)
+        stream = ingesting.IngestFeatures(metadata=metadata)
+        await stream.write(features_pb.IngestFeaturesRequest(batch_id=1))
+        assert (await stream.read()).batch_id == 1
+        await store.revoke_key(key.id, actor="test")
+        await until(lambda reasons: reasons == ["API_KEY_INVALID"] * 3)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(stream.read(), 20)
+        assert from_rpc_error(caught.value).reason == "API_KEY_INVALID"

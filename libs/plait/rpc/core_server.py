@@ -98,8 +98,7 @@ class CoreServer:
         self._started = self._stopping = self._stopped = False
         self._baton = threading.Lock()  # held by whoever takes events: the thread waits for it while the loop does
         self._baton.acquire()
-        # The core goes on with a server after it said that it is shut down, and while it cancels calls; the thread must not free it meanwhile.
-        self._destroying = threading.Lock()
+        self._destroying = threading.Lock()  # the core is still at work in `shutdown` when its event is here, and the thread frees it then
         self._thread = threading.Thread(target=self._poll, name="grpc", daemon=True)
 
     def __repr__(self) -> str:

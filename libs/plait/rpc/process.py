@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 import uvloop
 
+from plait.rpc.https import metrics_context
 from plait.rpc.server import RpcServer
 from plait.settings import ServiceSettings, SettingsError, fields, load
 from plait.telemetry import logging
@@ -86,7 +87,9 @@ async def serve(name: str, settings: S, open_service: OpenService[S], stop: asyn
         stack.callback(server.tracing.close)
         addresses = {}
         if settings.telemetry.metrics_port is not None:
-            endpoint = server.metrics.serve(settings.telemetry.metrics_host, settings.telemetry.metrics_port)
+            endpoint = server.metrics.serve(
+                settings.telemetry.metrics_host, settings.telemetry.metrics_port, metrics_context(settings.telemetry)
+            )
             stack.callback(endpoint.close)
             addresses["metrics"] = endpoint.address
         await server.start()

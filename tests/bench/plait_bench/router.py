@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from plait.errors import InvalidArgument
-from plait_bench import router_overload, router_pass_through, router_report
+from plait_bench import router_identity, router_overload, router_pass_through, router_report
 from plait_bench.measure import FULL, QUICK, Plan
 from plait_bench.processes import cores
 from plait_bench.running import machine, progress, run_folder, write_json
@@ -60,6 +60,7 @@ def measure(console: Console, state_dir: Path | None, plan: Plan) -> dict[str, A
             "plan": {"rounds": plan.rounds, "seconds": plan.seconds, "warm_up_s": plan.warm_up_s},
             "pass_through": router_pass_through.measure(plan, folder, say),
             "overload": router_overload.measure(plan, folder, say),
+            "identity_us": router_identity.measure(20 * plan.rounds),
         }
     facts["machine"]["load_average"] = {"before": [*load_before], "after": [*os.getloadavg()]}
     facts["took_s"] = time.monotonic() - began_s

@@ -34,6 +34,7 @@ def remarks(facts: Figures) -> Iterator[str]:
         f"at 4 times the capacity {overload['goodput_at_4_over_peak']:.2f} of the most answers in time, "
         f"and {overload['p99_at_4_over_p99_at_0.7']:.2f} times the p99 of 0.7 times the capacity for those let in"
     )
+    yield "to know who calls by " + ", ".join(f"{name}: {took_us:.1f} us" for name, took_us in facts["identity_us"].items())
     machine = facts["machine"]
     before, after = machine["load_average"]["before"][0], machine["load_average"]["after"][0]
     yield (

@@ -47,6 +47,7 @@ class Tokens:
         self.issuers = {settings.issuer: Issuer(settings) for settings in issuers}
         self._clock = clock
         self._verified: OrderedDict[bytes, Claims] = OrderedDict()
+        self._parsed: dict[tuple[str, str, str], tuple[Jwk, jwt.PyJWK]] = {}
         self._jwt = jwt.PyJWT({"enforce_minimum_key_length": True})
 
     def __repr__(self) -> str:
@@ -94,7 +95,7 @@ class Tokens:
         try:
             return self._jwt.decode(
                 token,
-                jwt.PyJWK(dict(key), algorithm),
+                self._parse(key, algorithm, issuer.issuer),
                 algorithms=[algorithm],
                 audience=issuer.audience,
                 issuer=issuer.issuer,
@@ -105,6 +106,16 @@ class Tokens:
             raise Unauthenticated("the token has expired: get a new one from its issuer", reason="TOKEN_EXPIRED") from None
         except (jwt.PyJWTError, ValueError, TypeError, KeyError, OverflowError):
             raise _invalid() from None
+
+    def _parse(self, key: Jwk, algorithm: str, issuer: str) -> jwt.PyJWK:
+        """Return a key ready for use; parsing it costs as much as verifying with it. There are as many as issuers ever had ids of keys."""
+        place = issuer, str(key.get("kid", "")), algorithm
+        known = self._parsed.get(place)
+        if known is not None and known[0] is key:
+            return known[1]
+        parsed = jwt.PyJWK(dict(key), algorithm)
+        self._parsed[place] = key, parsed
+        return parsed
 
     def _read(self, issuer: JwtIssuer, claims: dict[str, Any]) -> Claims:
         subject, tenant, roles = claims["sub"], claims.get(issuer.tenant_claim, ""), claims.get(issuer.roles_claim)
