@@ -183,6 +183,8 @@ class Ranking:
 
     `degraded_reasons` is empty when the answer is the best possible one; `tier` is the rung of the route's ladder that answered, and
     `revision` the registry's. `timings` and `feature_report` are there only when asked for with `explain`.
+    `cache`: how a route that keeps answers came by this one (miss, hit, stale, shared, partial or repeated), "" where it was not asked;
+    `age_s` is how old it, or the oldest score in it, is.
     """
 
     item_ids: list[str] | list[int] | list[tuple[str | int, ...]]
@@ -197,6 +199,8 @@ class Ranking:
     timings: Timings | None
     feature_report: tuple[FeatureReport, ...]
     assignments: tuple[Assignment, ...] = ()
+    cache: str = ""
+    age_s: float = 0.0
 
     @property
     def items(self) -> tuple[tuple[Id, float], ...]:
@@ -219,6 +223,8 @@ class Prediction:
     feature_report: tuple[FeatureReport, ...]
     tier: str = "full"
     assignments: tuple[Assignment, ...] = ()
+    cache: str = ""
+    age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -880,7 +886,14 @@ def _ranking(answer: pb.RankResponse) -> Ranking:
         timings=_same(Timings, answer.timings) if answer.HasField("timings") else None,
         feature_report=tuple(_same(FeatureReport, view) for view in answer.feature_report),
         assignments=tuple(_same(Assignment, given) for given in answer.assignments),
+        cache=_cache(answer.cache),
+        age_s=answer.age_us / 1e6,
     )
+
+
+def _cache(status: explanation_pb2.CacheStatus.ValueType) -> str:
+    word = explanation_pb2.CacheStatus.Name(status) if status in explanation_pb2.CacheStatus.values() else ""
+    return word.removeprefix("CACHE_STATUS_").lower() if status else ""
 
 
 def _prediction(answer: pb.PredictResponse) -> Prediction:
@@ -896,6 +909,8 @@ def _prediction(answer: pb.PredictResponse) -> Prediction:
         timings=_same(Timings, answer.timings) if answer.HasField("timings") else None,
         feature_report=tuple(_same(FeatureReport, view) for view in answer.feature_report),
         assignments=tuple(_same(Assignment, given) for given in answer.assignments),
+        cache=_cache(answer.cache),
+        age_s=answer.age_us / 1e6,
     )
 
 

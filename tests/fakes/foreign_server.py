@@ -25,6 +25,8 @@ class ForeignServer(pb_grpc.GRPCInferenceServiceServicer):
         self.fail: tuple[grpc.StatusCode, str] | None = None
         self.gate: asyncio.Event | None = None
         self.started = asyncio.Event()
+        self.index_asked = asyncio.Event()
+        self.index_gate: asyncio.Event | None = None
         self.requests: list[Any] = []
         self.metadata: list[dict[str, Any]] = []
         self.cancelled = 0
@@ -66,6 +68,9 @@ class ForeignServer(pb_grpc.GRPCInferenceServiceServicer):
         return response
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:
+        self.index_asked.set()
+        if self.index_gate is not None:
+            await self.index_gate.wait()
         if not self.lists:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no such method here")
         models = [pb.RepositoryIndexResponse.ModelIndex(name=m, version=v, state="READY") for m, v in self.held]

@@ -33,7 +33,7 @@ from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings, RpcSettings, TelemetrySettings
 from plait.telemetry.metrics import Metrics
 from plait.telemetry.tracing import Tracing
-from router import open_inference
+from router import auth, open_inference
 from router.answers import Answers
 from router.cascade import Cascade
 from router.consulting import Consulting
@@ -108,7 +108,7 @@ def snapshot(*routes: Route, revision: int = 7, user_key: str = "string", item_k
         ApiKey(id="k1", tenant="shop", sha256=digest(KEY)),
         ApiKey(id="k2", tenant="other", sha256=digest(OTHER_KEY)),
         ApiKey(id="k3", tenant="shop", sha256=digest(NARROW_KEY), scopes=("features",)),
-        ApiKey(id="k5", tenant="shop", sha256=digest(OPERATING_KEY), scopes=("rank", "operate")),
+        ApiKey(id="k5", tenant="shop", sha256=digest(OPERATING_KEY), scopes=("operate",)),
         ApiKey(id="k4", tenant="shop", sha256=digest(EXPIRED_KEY), expires_at=1.0),
     )
     return Snapshot(
@@ -217,8 +217,8 @@ async def router_world(
         tracing=tracing,
     )
     servicer = RouterServicer(ranking, Invalidating(invalidations), Outcomes(None, metrics))
-    open_inference.add(server, open_inference.OpenInference(passing, pool, "1.2.3"))
-    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, SERVICE, scope="rank")
+    open_inference.add(server, open_inference.OpenInference(passing, pool, "1.2.3", max_in_flight=8, default_timeout_s=20.0))
+    server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, SERVICE, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
     await server.start()
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]

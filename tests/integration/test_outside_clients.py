@@ -324,3 +324,19 @@ async def test_kserves_client_sees_a_router_as_one_server(ranker: ModelVersion) 
         "score raw": [1.0, 5.0],
         "unknown": "NOT_FOUND",
     }
+
+
+async def test_tritonclients_stream_and_asyncio_through_a_router(ranker: ModelVersion, cats: ModelVersion) -> None:
+    async with router_before_two_workers(snapshot(model("ranker", ranker), model("cats", cats))) as router:
+        streamed = await run_client(router, "triton_stream.py")
+        seen = await run_client(router, "triton_async.py")
+    for n, answer in enumerate(streamed[:64]):
+        if n in (7, 20, 21):
+            assert "does not fit the model's signature" in answer["error"]
+        else:
+            assert set(answer.pop("cost")) == {"queue_us", "compute_us", "batch_rows"}
+            assert answer == {"id": f"r{n}", "version": "1", "y": [[2 * n, 2 * n]], "final": True}
+    assert "Request for unknown model" in streamed[64]["error"]
+    assert seen["scores"] == [[n, 2 * n] for n in range(32)]
+    assert [answer for n, answer in enumerate(seen["streamed"]) if n % 4 != 3] == [[f"r{n}", [n, 2 * n]] for n in range(32) if n % 4 != 3]
+    assert int(seen["inference_count"]) == 2 * (32 + 24)

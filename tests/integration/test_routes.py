@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 from tests.fakes.feature_retrieval import FakeFeatureRetrieval
 from tests.fakes.model_worker import FakeModelWorker
 from tests.fakes.router_world import INPUTS, KEY, OPERATING_KEY, OTHER_KEY, route, router_world, snapshot
@@ -254,3 +255,42 @@ async def test_a_weight_never_goes_to_a_version_that_no_worker_holds() -> None:
         held.add(("ranker", "2"))
         await router.workers.look()
         assert {(await router.rank(rank(f"u{n}"))).variant for n in range(30)} == {"old", "new"}
+
+
+async def test_known_scores_answer_before_popularity_does() -> None:
+    ladder = (Tier(tier="cached", max_age_s=60), Tier(tier="popularity", feature="item-view:f0"))
+    registry = snapshot(route(variants=VARIANTS[:1], ladder=ladder, cache=CachePolicy(scores_ttl_s=0.001)))
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker(lambda _, item: -item[:, 0]) as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        asked = rank(candidates=ids("i2", "i9", "i5"))
+        assert (await router.rank(asked)).tier == "full"
+        await worker.server.drain()
+        answer = await router.rank(asked)
+        assert (answer.tier, list(answer.item_ids.string_ids)) == ("cached", ["i2", "i5", "i9"])
+        told = await router.explain(rank("another", candidates=ids("i2", "i9")))
+        assert [(t.tier, t.reason) for t in told.tiers] == [("full", "failed"), ("cached", "nothing_cached"), ("popularity", "answered")]
+        assert "because full failed and cached knew too little" in told.summary
+
+
+async def test_what_rules_look_at_is_never_logged(caplog: pytest.LogCaptureFixture) -> None:
+    when = Condition(headers={"x-staff": ("a-header-value",)}, labels={"country": ("a-label-value",)})
+    registry = snapshot(route(variants=VARIANTS, rules=(Rule(name="r", variant="canary", when=when),), sticky="label:country"))
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        router_world(features.address, worker.address, registry) as router,
+    ):
+        with caplog.at_level("DEBUG"), capture_logs() as logs:
+            asked = rank(labels={"country": "a-label-value"})
+            assert (await router.rank(asked, headers={"x-staff": "a-header-value"})).variant == "canary"
+            told = await router.explain(asked, headers={"x-staff": "another-header-value"})
+            too_long = rank(labels={"country": "a-label-value" * 30})
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await router.rank(too_long)
+    assert any(line["event"] == "answered" for line in logs)
+    for text in (str(logs), caplog.text, str(told.rules), told.summary, str(caught.value.details())):
+        assert "header-value" not in text
+        assert "label-value" not in text

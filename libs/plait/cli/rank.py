@@ -89,6 +89,8 @@ def document(ranking: Ranking) -> dict[str, Any]:
         "registry_revision": ranking.revision,
         "assignments": [dataclasses.asdict(given) for given in ranking.assignments],
     }
+    if ranking.cache:
+        found |= {"cache": ranking.cache, "age_s": ranking.age_s}
     if ranking.timings:
         found["timings"] = dataclasses.asdict(ranking.timings)
     if ranking.feature_report:
@@ -101,6 +103,8 @@ def show(ranking: Ranking) -> None:
     rows = [(place, shown(item), f"{score:.6f}") for place, (item, score) in enumerate(ranking.items, 1)]
     write_table(("rank", "item", "score"), rows)
     write_line(f"\n{ranking.model} version {ranking.version}, variant {ranking.variant}, request {ranking.request_id}", "dim")
+    if ranking.cache not in ("", "miss"):
+        write_line(f"from the cache ({ranking.cache}), {ranking.age_s:.3g} s old", "dim")
     if ranking.degraded_reasons:
         write_line(f"degraded: {', '.join(ranking.degraded_reasons)}", "yellow")
     if ranking.timings:

@@ -50,13 +50,13 @@ class HandlerCallDetails(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """What is answered to calls of the services named beyond `most` unary ones at once, before anything of them is looked at.
+    """What is answered to unary calls of the services named, before anything of them is looked at, while `takes` says no to how many there are.
 
     Refusing at once costs a third of letting a call become a task to be refused there, and what waits for the loop stays bounded. `told` hears
     of each, in whichever thread took the call.
     """
 
-    most: int
+    takes: Callable[[int], bool]
     services: Container[str]
     code: grpc.StatusCode
     details: str
@@ -98,6 +98,7 @@ class CoreServer:
         self._started = self._stopping = self._stopped = False
         self._baton = threading.Lock()  # held by whoever takes events: the thread waits for it while the loop does
         self._baton.acquire()
+        self._destroying = threading.Lock()  # the core is still at work in `shutdown` when its event is here, and the thread frees it then
         self._thread = threading.Thread(target=self._poll, name="grpc", daemon=True)
 
     def __repr__(self) -> str:
@@ -137,7 +138,8 @@ class CoreServer:
             return
         if not self._stopping:
             self._stopping = True
-            self._server.shutdown(self._queue, self._on_shutdown)
+            with self._destroying:
+                self._server.shutdown(self._queue, self._on_shutdown)
         until_s = time.monotonic() + (grace or 0.0)
         while self._tasks and (left_s := until_s - time.monotonic()) > 0:
             await asyncio.wait(tuple(self._tasks), timeout=left_s)
@@ -145,7 +147,8 @@ class CoreServer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, until_s - time.monotonic()) if not self._tasks else 0.0):
                 await asyncio.shield(self._ended)
-        self._server.cancel_all_calls()
+        with self._destroying:
+            self._server.cancel_all_calls()
         for task in tuple(self._tasks):
             self.cancel(task)
         await asyncio.shield(self._ended)
@@ -176,7 +179,8 @@ class CoreServer:
             self._baton.acquire()
         while (event := self._queue.poll(time.time())).completion_type != cygrpc.CompletionType.queue_timeout:
             event.tag(event)
-        self._server.destroy()
+        with self._destroying:
+            self._server.destroy()
         with contextlib.suppress(RuntimeError):  # the loop was closed under us: nobody is left to tell
             self._loop.call_soon_threadsafe(self._ended.set_result, None)
 
@@ -234,7 +238,7 @@ class CoreServer:
         rpc._receive()  # noqa: SLF001
 
     def _is_too_many(self, method: str, refusal: Refusal) -> bool:
-        return self._arrived - self._left >= refusal.most and method[1:].partition("/")[0] in refusal.services
+        return not refusal.takes(self._arrived - self._left) and method[1:].partition("/")[0] in refusal.services
 
     @staticmethod
     def _refuse(event: Any, method: str, refusal: Refusal) -> None:

@@ -57,7 +57,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handlers of our services; health, reflection and channelz pass untouched.
 
     `scopes` maps a service's full name to the scope its methods ask for; `method_scopes` maps methods ("/service/Method") that ask for
-    another. At most `max_in_flight` unary calls run at once.
+    another. At most `max_in_flight` unary calls run at once, and fewer where `takes` says so.
     """
 
     by_method: Final = True  # what is wrapped depends on the method alone
@@ -71,12 +71,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         max_in_flight: int,
         default_timeout_s: float,
         method_scopes: Mapping[str, str] = MappingProxyType({}),
+        takes: Callable[[int], bool] | None = None,
     ) -> None:
         self._authenticator = authenticator
         self._scopes = scopes
         self._method_scopes = method_scopes
         self._max_in_flight = max_in_flight
         self._default_timeout_s = default_timeout_s
+        self._takes = takes or (lambda in_flight: in_flight < max_in_flight)
         self._in_flight = 0
         self._streams: set[RequestStream] = set()
         self._let_in: dict[_Open, tuple[Any, str]] = {}  # streams under way: the context and the scope each was let in with
@@ -112,7 +114,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Return what a server that can refuse calls before they get here answers beyond the limit."""
         error = self._overloaded()
         return Refusal(
-            most=self._max_in_flight,
+            takes=self._takes,
             services=self._scopes,
             code=error.code,
             details=error.message,
@@ -248,7 +250,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except KeyUnknown as unknown:
             await self._authenticator.learn(unknown.issuer)
             identity = self._authenticator.identify(metadata, scope, context, last=True)
-        if self._in_flight > self._max_in_flight:
+        if not self._takes(self._in_flight - 1):
             raise self._overloaded()
         left = context.time_remaining()
         request_id = ""
@@ -271,7 +273,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _overloaded(self) -> ResourceExhausted:
         return ResourceExhausted(
-            f"{self._max_in_flight} calls are under way, which is all this process takes: retry later",
+            "as many calls are under way as this process takes: retry later",
             reason="OVERLOADED",
             retry_after_s=0.1,
         )

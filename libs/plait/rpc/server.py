@@ -40,8 +40,9 @@ class RpcServer:
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
         loop_polls: bool = False,
+        takes: Callable[[int], bool] | None = None,
     ) -> None:
-        """`loop_polls` as `CoreServer` has it."""
+        """`loop_polls` as `CoreServer` has it. `takes` says whether one more call is, where so many are under way; default: max_in_flight."""
         self._settings = settings
         self._authenticator = authenticator
         self._scopes: dict[str, str] = {}
@@ -55,6 +56,7 @@ class RpcServer:
             max_in_flight=settings.max_in_flight,
             default_timeout_s=settings.default_timeout_s,
             method_scopes=self._method_scopes,
+            takes=takes,
         )
         self._health = HealthServicer()
         self._waiting: set[str] = set()  # services that have said they are not ready

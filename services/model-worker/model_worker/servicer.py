@@ -17,7 +17,6 @@ from model_worker.inference import Inference
 from model_worker.lifecycle import State
 from model_worker.load_report import TRAILER, LoadReport, StreamLoad
 from model_worker.models import Models
-from model_worker.ordered_stream import answers
 from model_worker.statistics import Statistics
 from plait.api.inference.v2 import inference_pb2 as pb
 from plait.api.inference.v2 import inference_pb2_grpc as pb_grpc
@@ -29,6 +28,7 @@ from plait.registry.records import TensorSpec
 from plait.rpc import multiplex
 from plait.rpc.call import current, enter
 from plait.rpc.deadline import Deadline
+from plait.rpc.ordered_stream import answers
 from plait.telemetry.logging import get_logger, without_words
 from plait.telemetry.tracing import Tracing
 

@@ -11,6 +11,7 @@ from plait.redis.dispatch import Dispatch
 from plait.redis.opening import topology_of
 from plait.registry.callers import authenticator
 from plait.registry.watcher import Watcher
+from plait.rpc.loop_bound import LoopBound
 from plait.rpc.process import Tasks
 from plait.rpc.server import RpcServer
 from plait.settings import ChannelSettings
@@ -102,11 +103,27 @@ async def open_service(settings: RouterSettings, stack: AsyncExitStack, tasks: T
     watcher.subscribe(passing.adopt)
     tasks.start(workers.run(), "pools")
 
-    server = RpcServer(settings.rpc, authenticator=authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing)
+    bound = LoopBound(settings.rpc.max_in_flight)
+    tasks.start(bound.run(), "loop bound")
+    metrics.gauge("plait_router_calls_limit", "calls that may be under way at once, so that the loop keeps up").set_function(
+        lambda: bound.most
+    )
+    server = RpcServer(
+        settings.rpc, authenticator=authenticator(settings.rpc, watcher), metrics=metrics, tracing=tracing, takes=bound.takes
+    )
     name = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
     servicer = RouterServicer(ranking, Invalidating(invalidations, shared), Outcomes(journal, metrics))
     server.add(pb_grpc.add_RouterServiceServicer_to_server, servicer, name, scope=auth.SCOPE, scopes=auth.OTHER_SCOPES)
-    open_inference.add(server, OpenInference(passing, workers, version("plait-router")))
+    open_inference.add(
+        server,
+        OpenInference(
+            passing,
+            workers,
+            version("plait-router"),
+            max_in_flight=settings.rpc.max_in_flight,
+            default_timeout_s=settings.rpc.default_timeout_s,
+        ),
+    )
     watcher.subscribe(server.reexamine)
     return server
 

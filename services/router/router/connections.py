@@ -145,9 +145,12 @@ class Connections:
         """Ask every endpoint which versions it holds ready. Those that do not say so within a second are unknown."""
         deadline = Deadline.after(_LOOK_S)
         endpoints = tuple(self._by_address.values())
-        answers = await asyncio.gather(*(endpoint.transport.ready_versions(deadline) for endpoint in endpoints))
-        for endpoint, ready in zip(endpoints, answers, strict=True):
-            endpoint.ready = ready
+        asked = (endpoint.transport.ready_versions(deadline) for endpoint in endpoints)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for endpoint, answer in zip(endpoints, answers, strict=True):
+            if isinstance(answer, Exception) and not isinstance(answer, grpc.aio.UsageError):
+                raise answer
+            endpoint.ready = ready = None if isinstance(answer, BaseException) else answer  # (its channel was closed meanwhile)
             if ready is not None:
                 self._balancer.reached(endpoint.replica)
             if endpoint.wanted and not endpoint.replica.accepts and self._clock() >= endpoint.quiet_until_s:

@@ -9,6 +9,7 @@ from router.limiter import Window
 _START_A_MS: Final = 1.0
 _START_B_MS: Final = 0.002  # per thousand cells
 _DECAY: Final = 0.98  # of what was learnt before, per answer: half is forgotten after 34
+_BEHIND_SMOOTHING: Final = 0.05
 _LEAST_MS: Final = 0.001
 _SIZES: Final = 33
 
@@ -19,12 +20,13 @@ class Line:
     `a` and `b` may be read in place of `of`, which is what the hot path does.
     """
 
-    __slots__ = ("_n", "_windows", "_x", "_xx", "_xy", "_y", "a", "b")
+    __slots__ = ("_n", "_windows", "_x", "_xx", "_xy", "_y", "a", "b", "behind_s")
 
     def __init__(self, columns: int) -> None:
         self.a = _START_A_MS
         self.b = _START_B_MS * columns / 1000
         self._n = self._x = self._y = self._xx = self._xy = 0.0
+        self.behind_s = 0.0  # on average, of a request behind the gate; 0 = not known yet
         self._windows: list[Window | None] = [None] * _SIZES
 
     def of(self, rows: int) -> float:
@@ -38,6 +40,10 @@ class Line:
         if window is None:
             window = self._windows[size] = Window()
         return window
+
+    def took(self, seconds: float) -> None:
+        """Hear how long a request was behind the gate."""
+        self.behind_s += (seconds - self.behind_s) * (_BEHIND_SMOOTHING if self.behind_s else 1.0)
 
     def learn(self, rows: int, took_ms: float) -> None:
         """Hear what a request's own part of a forward pass took."""

@@ -8,7 +8,12 @@ from plait.api.router.v1 import router_service_pb2 as pb
 from router.question import TIER_FULL, TIER_POPULARITY, Question, Response
 from router.trail import Trail
 
-_PASSED: Final = {"failed": "failed", "overloaded": "was overloaded", "budget_too_small": "would have taken too long"}
+_PASSED: Final = {
+    "failed": "failed",
+    "overloaded": "was overloaded",
+    "budget_too_small": "would have taken too long",
+    "nothing_cached": "knew too little",
+}
 
 
 def explain(response: Response, question: Question, trail: Trail) -> pb.ExplainResponse:

@@ -33,6 +33,7 @@ _PRIORITY: Final = "x-plait-priority"
 _ENOUGH: Final = 32  # answers of a step of the limit are all learnt from, of more
 _ONE_OF: Final = 8  # one: learning takes longer than all else here
 _UNKNOWN_COLUMNS: Final = 80  # of a version that no route leads to; what it really costs is learnt from its answers
+_ANSWER_TIMES: Final = 1.3  # the time an answer takes on average: nobody waits into what its own needs
 _LATE: Final = 2.0  # times the predicted cost behind the gate: whoever had so long and ran out of time met a queue
 
 
@@ -125,7 +126,7 @@ class Gate:
             slots = admission.enter(flow, line.a + line.b * rows)
             if not slots:
                 flow = self._lowered(flow, question.metadata)
-                slots = await self._wait(flow, line.of(rows), question.deadline)
+                slots = await self._wait(flow, line, rows, question.deadline)
             question.watch.admitted = question.watch.stamp()
             began_s = time.monotonic()
             try:
@@ -180,7 +181,7 @@ class Gate:
         slots = admission.enter(flow, line.of(rows))
         if not slots:
             flow = self._lowered(flow, call.metadata)
-            slots = await self._wait(flow, line.of(rows), plan.deadline)
+            slots = await self._wait(flow, line, rows, plan.deadline)
         began_s = time.monotonic()
         try:
             answer = await send()
@@ -208,6 +209,7 @@ class Gate:
             admission.limiter.sample(line.window(rows), parameter(answer, "queue_us") / 1e3, compute_ms)
             line.learn(rows, compute_ms * min(1.0, rows / batch_rows) if batch_rows else compute_ms)
         now_s = time.monotonic()
+        line.took(now_s - began_s)
         admission.answered(now_s - began_s, now_s)
 
     def _learn_from(self, error: Exception, cost_ms: float, began_s: float) -> None:
@@ -230,14 +232,17 @@ class Gate:
                 else:
                     waiter.turn.set_result(None)
 
-    async def _wait(self, flow: Flow, cost: float, deadline: Deadline) -> int:
+    async def _wait(self, flow: Flow, line: Line, rows: int, deadline: Deadline) -> int:
         """Wait for a turn and return the places taken."""
         admission, settings, rank = self._admission, self._settings, flow.rank
         began_s = time.monotonic()
         budget_s = deadline.at_s - began_s - settings.min_budget_s
         if budget_s < 0:
             raise self._refused(self._too_late(), rank)
-        loop = asyncio.get_running_loop()
+        spare_s = budget_s - _ANSWER_TIMES * line.behind_s
+        if spare_s < 0:
+            raise self._refused(admission.overloaded("its deadline leaves no time to wait", line.behind_s), rank)
+        cost, loop = line.of(rows), asyncio.get_running_loop()
         waiter = Waiter.of(flow, cost, admission.slots(cost), loop.create_future())
         try:
             patience_s, victim = admission.line_up(waiter)
@@ -245,8 +250,10 @@ class Gate:
             raise self._refused(error, rank) from None
         if victim is not None:
             _send_away(victim, admission.overloaded("others were before this one", patience_s))
-        late = self._too_late() if budget_s < patience_s else admission.overloaded("the wait took too long", patience_s)
-        timer = loop.call_later(min(budget_s, patience_s), self._give_up, waiter, late)
+        late = (
+            self._too_late() if budget_s < patience_s and not line.behind_s else admission.overloaded("the wait took too long", patience_s)
+        )
+        timer = loop.call_later(min(spare_s, patience_s), self._give_up, waiter, late)
         try:
             await waiter.turn
         except PlaitError as error:

@@ -75,9 +75,9 @@ class Ladder:
             try:
                 response = await self._ask(rung, road, question, failed, filtering)
             except PlaitError as error:
-                _report(question, rung, "overloaded" if isinstance(error, ResourceExhausted) else "failed", left_s, expected_s)
-                if below is None or whole.expired or not _steps_down(error):
-                    raise
+                _report(question, rung, _why(error), left_s, expected_s)
+                if below is None or not _steps_down(error) or (whole.expired and _asks_a_model(below)):
+                    raise  # (what asks no model answers at once, and late is better than not at all: the caller's own deadline still holds)
                 failed = error
                 del question.reasons[told:]  # what was wrong with an answer that never came
                 continue
@@ -142,12 +142,22 @@ class Ladder:
         self._answered.labels(question.route.name, rung.tier).inc()
 
     def _expected_s(self, rung: Rung, chosen: Arm, question: Question) -> float:
-        return 0.0 if rung.popularity is not None or rung.max_age_s else self._expectations.expected_s(rung.arm or chosen, question.rows)
+        return self._expectations.expected_s(rung.arm or chosen, question.rows) if _asks_a_model(rung) else 0.0
 
     def _kept_s(self, below: Rung, chosen: Arm, question: Question, left_s: float) -> float:
         """Return what a rung must leave of the budget so that, failing late, it leaves the next one time to answer."""
         wanted_s = self._expected_s(below, chosen, question) * _MARGIN or left_s * _UNKNOWN
         return max(min(wanted_s, left_s * _MOST_KEPT), 0.0)
+
+
+def _asks_a_model(rung: Rung) -> bool:
+    return rung.popularity is None and not rung.max_age_s
+
+
+def _why(error: PlaitError) -> str:
+    if error.reason == "SCORES_UNKNOWN":
+        return "nothing_cached"
+    return "overloaded" if isinstance(error, ResourceExhausted) else "failed"
 
 
 def _steps_down(error: PlaitError) -> bool:
@@ -158,7 +168,7 @@ def _steps_down(error: PlaitError) -> bool:
 
 def _suits(rung: Rung, question: Question) -> bool:
     """Whether a rung can answer this request, and is another one."""
-    if rung.popularity is not None or rung.max_age_s:
+    if not _asks_a_model(rung):
         return isinstance(question.request, pb.RankRequest)
     return rung.arm is not None and rung.arm is not question.arm and question.suits(rung.arm)
 

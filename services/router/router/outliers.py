@@ -42,6 +42,8 @@ class Window:
 
     def _advance(self, now_s: float) -> int:
         tick = int(now_s / self._bucket_s)
+        if tick == self._tick:
+            return tick % _BUCKETS
         for passed in range(max(self._tick + 1, tick - _BUCKETS + 1), tick + 1):
             self._calls[passed % _BUCKETS] = self._failures[passed % _BUCKETS] = 0
         self._tick = max(self._tick, tick)

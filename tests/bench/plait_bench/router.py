@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from plait.errors import InvalidArgument
-from plait_bench import router_identity, router_pass_through, router_report
+from plait_bench import router_identity, router_overload, router_pass_through, router_report
 from plait_bench.measure import FULL, QUICK, Plan
 from plait_bench.processes import cores
 from plait_bench.running import machine, progress, run_folder, write_json
@@ -50,7 +50,7 @@ def measure(console: Console, state_dir: Path | None, plan: Plan) -> dict[str, A
     server_core, load_core = cores()
     with ExitStack() as stack:
         folder = stack.enter_context(run_folder(state_dir, "bench-router"))
-        say = stack.enter_context(progress(console, router_pass_through.seconds(plan)))
+        say = stack.enter_context(progress(console, router_pass_through.seconds(plan) + router_overload.seconds(plan)))
         allowed = os.sched_getaffinity(0)
         stack.callback(os.sched_setaffinity, 0, allowed)
         os.sched_setaffinity(0, {load_core})
@@ -59,6 +59,7 @@ def measure(console: Console, state_dir: Path | None, plan: Plan) -> dict[str, A
             "machine": machine(server_core, load_core, ("numpy", "grpcio", "protobuf")),
             "plan": {"rounds": plan.rounds, "seconds": plan.seconds, "warm_up_s": plan.warm_up_s},
             "pass_through": router_pass_through.measure(plan, folder, say),
+            "overload": router_overload.measure(plan, folder, say),
             "identity_us": router_identity.measure(20 * plan.rounds),
         }
     facts["machine"]["load_average"] = {"before": [*load_before], "after": [*os.getloadavg()]}

@@ -34,6 +34,10 @@ def test_every_call_is_answered_and_figures_can_be_read_back(facts: dict[str, An
             assert one["other_statuses"] == {}
         assert found["per_core_to_proxy"] == found["per_core"][ROUTER] / found["per_core"][PROXY]
         assert found["added_p50_ms"][ROUTER] == found["lone"][ROUTER]["p50_ms"] - found["lone"][DIRECT]["p50_ms"]
+    overload = facts["overload"]
+    assert list(overload["loads"]) == ["0.7", "1", "2", "4"]
+    for one in overload["loads"].values():
+        assert one["statuses"].keys() <= {"0", "4", "8"}, "answered, late, or refused"
     assert facts["machine"]["server_core"] in os.sched_getaffinity(0), "the run gives its cores back"
 
 
@@ -44,7 +48,7 @@ def test_a_person_can_read_it(facts: dict[str, Any]) -> None:
         console.print(table)
     for line in router_report.remarks(facts):
         console.print(line)
-    for word in (ROUTER, PROXY, DIRECT, "of the proxy's", "load average"):
+    for word in (ROUTER, PROXY, DIRECT, "of the proxy's", "in time ÷ capacity", "load average"):
         assert word in text.getvalue()
 
 

@@ -12,13 +12,16 @@ import grpc
 import pytest
 from pydantic import SecretStr
 from tests.fakes.feature_retrieval import FakeFeatureRetrieval
+from tests.fakes.foreign_server import ForeignServer
 from tests.fakes.model_worker import FakeModelWorker
-from tests.fakes.registry_world import HOME, eventually, manifests
+from tests.fakes.registry_world import HOME, RANKER, VERSION, eventually, manifests
 
 from plait.api.router.v1 import router_service_pb2 as pb
 from plait.api.router.v1 import router_service_pb2_grpc as pb_grpc
 from plait.api.types.v1 import types_pb2
-from plait.errors import PlaitError, Unavailable, from_rpc_error
+from plait.errors import FailedPrecondition, PlaitError, Unavailable, from_rpc_error
+from plait.registry.policies import PoolEndpoint
+from plait.registry.records import Pool
 from plait.registry.store import Store
 from plait.rpc.channel import open_channel
 from plait.rpc.process import serve
@@ -79,6 +82,41 @@ async def test_it_serves_by_the_newest_snapshot_until_it_is_told_to_stop(postgre
             assert later.registry_revision > answer.registry_revision
             stop.set()
             await process
+
+
+async def test_a_model_moves_to_a_foreign_server_while_it_serves(postgres_dsn: str, tmp_path: Path) -> None:
+    stop = asyncio.Event()
+    async with (
+        FakeFeatureRetrieval(INPUTS) as features,
+        FakeModelWorker() as worker,
+        ForeignServer(("ranker", "1")) as triton,
+        await Store.open(postgres_dsn) as store,
+    ):
+        await store.migrate()
+        await store.apply(manifests(), actor="test")
+        made = settings(tmp_path, postgres_dsn, features.address, worker.address)
+        process = asyncio.create_task(serve("router", made, open_service, stop))
+        await eventually(lambda: (tmp_path / "port").exists() or process.done(), 60)
+        async with open_channel(json.loads((tmp_path / "port").read_text())["rpc"], ChannelSettings()) as channel:
+            stub: Any = pb_grpc.RouterServiceStub(channel)
+            await stub.Rank(rank("i1"), metadata=TOKEN, timeout=20)
+            pool = Pool(name="triton", protocol="oip", endpoints=(PoolEndpoint(address=triton.address),))
+            there = replace(RANKER, pool="triton", versions=(replace(VERSION, artifact="", digest=""),))
+            await store.apply(manifests(pool, there), actor="test")
+
+            async def answered_there() -> Any:
+                while True:
+                    answer = await stub.Rank(rank("i1", "i3", "i2"), metadata=TOKEN, timeout=20)
+                    if triton.requests:
+                        return answer
+
+            answer = await asyncio.wait_for(answered_there(), 30)
+            assert list(answer.item_ids.string_ids) == ["i3", "i2", "i1"]
+            assert "the-token" not in repr(triton.metadata)
+            with pytest.raises(FailedPrecondition, match="Model ranker"):
+                await store.delete("Pool", "triton", actor="test")
+        stop.set()
+        await process
 
 
 async def test_what_is_behind_may_be_away_while_it_starts(postgres_dsn: str, tmp_path: Path) -> None:

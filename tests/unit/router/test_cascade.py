@@ -288,7 +288,8 @@ def test_a_retriever_that_can_give_no_ids_is_refused(retrieve: Retrieve, phrase:
 
 async def test_without_candidates_there_is_nothing_to_be_popular() -> None:
     found = with_retriever("int64")
-    laddered = replace(found.routes["home"], ladder=(Tier(tier="popularity", feature="item-view:f0"),))
+    ladder = (Tier(tier="popularity", feature="item-view:f0"),)
+    laddered = replace(found.routes["home"], ladder=ladder)
     async with retrieving("int64") as world:
         world.ranking.adopt(replace(found, routes={"home": laddered}))
         await world.worker.server.drain()

@@ -316,6 +316,17 @@ async def test_a_list_that_is_suddenly_empty_is_not_believed_at_once() -> None:
         await call(of)  # it is all there is
 
 
+async def test_an_empty_list_is_believed_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.connections._KEEP_S", 0.0)
+    async with FakeModelWorker() as worker, connections(worker.address) as of:
+        of.adopt(frozenset())
+        while worker.address in repr(of):
+            await asyncio.sleep(0)
+        with pytest.raises(Unavailable) as caught:
+            await call(of)
+        assert caught.value.reason == "POOL_UNAVAILABLE"
+
+
 async def test_one_that_is_about_to_stop_gets_nothing_new() -> None:
     async with FakeModelWorker() as stopping, FakeModelWorker() as other, connections(stopping.address, other.address) as of:
         stopping.load = pb.LoadReport(draining=True)

@@ -411,3 +411,20 @@ async def test_a_route_that_has_other_answers_than_a_models_is_not_refused_at_th
     for name in ("kept", "stepping", "unknown"):
         door.gate.knock(Call(method="/m", tenant="shop", deadline=Deadline.never()), name)
     await empty(door, *tasks)
+
+
+async def test_nobody_waits_into_the_time_that_answers_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    door = Door(limit=1)
+    [line] = door.gate._costs._lines.values()
+    line.took(4.0)
+    tasks = await guests(door, 1)
+    timers = Timers(monkeypatch)
+    error = await refused(door, Deadline.after(5.0))
+    assert error.reason == "OVERLOADED"
+    assert "its deadline leaves no time to wait" in error.message
+    [late] = await guests(door, 1, Deadline.after(10.0))
+    assert 4.0 < timers.asked[0][0] <= 10 - 1.3 * 4.0
+    timers.go_off()
+    with pytest.raises(ResourceExhausted, match="the wait took too long"):
+        await late
+    await empty(door, *tasks)

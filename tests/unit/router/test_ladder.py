@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -166,3 +167,18 @@ async def test_a_model_that_is_well_again_is_found_out() -> None:
     for _ in range(3):
         await climb(behind, asked(budget_s=1.0), expectations)
     assert [who for who, _ in behind.asked] == ["main", "main", "main"]
+
+
+async def test_what_asks_no_model_answers_even_when_the_time_is_just_over() -> None:
+    class Slow(Behind):
+        async def road(self, question: Question) -> pb.RankResponse:
+            while question.deadline.remaining_s() > -0.02:
+                await asyncio.sleep(0.005)
+            return await super().road(question)
+
+    behind, question = Slow(main="late"), asked(budget_s=0.02, ladder=LADDER[1:])
+    await climb(behind, question)
+    assert question.tier == "popularity"
+    behind, question = Slow(main="late"), asked(budget_s=0.02, ladder=LADDER[:1])
+    with pytest.raises(DeadlineExceeded):
+        await climb(behind, question)

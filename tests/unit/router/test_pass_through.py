@@ -257,3 +257,31 @@ async def test_a_tenants_quota_holds_for_inferences_too(worker: FakeModelWorker)
         error = await refused(world.infer(request()))
         assert error.reason == "QUOTA_EXCEEDED"
         assert (await world.infer(request(), key=OTHER_KEY)).model_version == "2"
+
+
+async def streamed(world: RouterWorld, *requests: Any, **more: Any) -> list[Any]:
+    stream = world.inference.ModelStreamInfer(metadata=(*AUTHORIZED, *more.pop("headers", ())), **more)
+    for one in requests:
+        await stream.write(one)
+    await stream.done_writing()
+    return [answer async for answer in stream]
+
+
+async def test_a_stream_is_answered_in_order_whatever_fails_in_between(world: RouterWorld) -> None:
+    asked = [request("nobody" if n in (3, 17) else "home", "2", id=f"r{n}") for n in range(30)]  # more than it holds at once
+    answers = await streamed(world, *asked, timeout=20)
+    assert [answer.infer_response.id for answer in answers] == [f"r{n}" for n in range(30)]
+    for n, answer in enumerate(answers):
+        if n in (3, 17):
+            assert "Request for unknown model: 'nobody'" in answer.error_message
+        else:
+            assert not answer.error_message
+            assert answer.infer_response.raw_output_contents[0] == np.array([0, 3], "<f4").tobytes()
+            assert answer.infer_response.parameters["triton_final_response"].bool_param
+            assert answer.infer_response.parameters["compute_us"].int64_param == 22
+
+
+async def test_a_stream_ends_with_a_status_for_who_asks_for_that(world: RouterWorld) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await streamed(world, request("nobody"), headers=(("triton_grpc_error", "true"),), timeout=20)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND

@@ -203,6 +203,19 @@ async def test_calls_go_to_those_that_hold_the_version(pool: Pools) -> None:
         await asyncio.gather(looking, return_exceptions=True)
 
 
+async def test_a_pool_that_goes_while_it_is_asked_what_it_holds_stops_nothing(pool: Pools) -> None:
+    async with ForeignServer(("ranker", "2")) as triton:
+        triton.index_gate = asyncio.Event()
+        pool.adopt(world(record("triton", triton.address, protocol="oip"), pool="triton"))
+        looking = asyncio.create_task(pool.look())
+        await asyncio.wait_for(triton.index_asked.wait(), 20)
+        pool.adopt(world())
+        while pool._leaving:
+            await asyncio.gather(*pool._leaving)
+        await asyncio.wait_for(looking, 20)
+        await pool.look()
+
+
 async def test_a_search_that_ends_stops_the_process(worker: FakeModelWorker) -> None:
     pool = Pools(WorkersSettings(addresses=worker.address), ChannelSettings())
 

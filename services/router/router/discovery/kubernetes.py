@@ -57,6 +57,11 @@ class KubernetesDiscovery:
 
     async def run(self, tell: Tell) -> None:
         """Tell of all endpoints, at once and whenever they change, until cancelled. What cannot be asked just now is retried for ever."""
+        try:
+            import kubernetes.aio  # noqa: PLC0415, F401  (as below)
+        except ImportError:  # a pool of the registry must not end a router that cannot follow it
+            log.exception("endpoints in Kubernetes cannot be followed: pip install 'plait-router[kubernetes]'", discovery=repr(self))
+            await asyncio.Event().wait()
         retry_s = _FIRST_RETRY_S
         while True:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
 import grpc
@@ -57,6 +58,12 @@ class ForeignTransport:
             answer: bytes = await self._infer(request, timeout=left_s, metadata=_passed_on(metadata))
         except grpc.aio.AioRpcError as error:
             raise _typed(error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled us, so it was the channel, which takes its calls along when it is closed.
+            raise Unavailable("the connection to the server was closed", reason="CONNECTION_LOST", retry_after_s=0.1) from None
         return answer
 
     async def ask(self, method: str, request: bytes, deadline: Deadline) -> bytes:

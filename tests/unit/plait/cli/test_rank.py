@@ -12,6 +12,7 @@ import pytest
 from tests.fakes.router import FakeRouter
 from typer.testing import Result
 
+from plait.api.router.v1 import explanation_pb2
 from plait.errors import InvalidArgument, NotFound, Violation
 from plait.local.endpoints import Endpoints
 
@@ -158,3 +159,14 @@ def test_a_router_that_is_not_there_is_told(plait: Plait) -> None:
     result = plait(*HOME, "--address", "unix:nobody.sock", "--json")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "[UNAVAILABLE]" in result.stderr
+
+
+async def test_it_says_what_came_from_the_cache(ask: Any, router: FakeRouter) -> None:
+    def kept(answer: Any) -> None:
+        answer.cache = explanation_pb2.CACHE_STATUS_STALE
+        answer.age_us = 6_500_000
+
+    router.change = kept
+    assert "from the cache (stale), 6.5 s old" in (await ask(*HOME)).stdout
+    document = json.loads((await ask(*HOME, "--json")).stdout)
+    assert (document["cache"], document["age_s"]) == ("stale", 6.5)

@@ -361,7 +361,7 @@ async def test_an_abandoned_crowd_is_forgotten() -> None:
 async def test_calls_beyond_the_limit_are_refused_before_they_reach_the_loop() -> None:
     told: list[str] = []
     trailers = (("why", "busy"),)
-    refusal = Refusal(2, ("e.Echo",), grpc.StatusCode.RESOURCE_EXHAUSTED, "too many", trailers, told.append)
+    refusal = Refusal(lambda under_way: under_way < 2, ("e.Echo",), grpc.StatusCode.RESOURCE_EXHAUSTED, "too many", trailers, told.append)
     echo = Echo()
     server = CoreServer(options=[("grpc.so_reuseport", 0)], refusal=refusal)
     server.add_registered_method_handlers("e.Echo", echo.handlers())
@@ -414,3 +414,34 @@ async def test_interceptors_that_go_by_the_method_are_asked_once(by_method: bool
             assert await world.unary(b"x") == b"x"
             assert [m async for m in world.channel.unary_stream("/e.Echo/UnaryStream")(b"1")] == [b"0"]
     assert len(asked) == (2 if by_method else 6)
+
+
+class Slow:
+    """A server of the core whose `shutdown` takes long to return, as it may on a busy machine."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+        self._destroyed = threading.Event()
+        self.destroyed_under_it = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._server, name)
+
+    def shutdown(self, queue: Any, tag: Any) -> None:
+        self._server.shutdown(queue, tag)
+        self.destroyed_under_it = self._destroyed.wait(0.2)  # (what must not come can only be waited for so long)
+
+    def destroy(self) -> None:
+        self._destroyed.set()
+        self._server.destroy()
+
+
+@pytest.mark.parametrize("loop_polls", [False, True])
+async def test_the_core_is_not_destroyed_before_its_shutdown_has_returned(loop_polls: bool) -> None:
+    server = CoreServer(loop_polls=loop_polls)
+    server.add_insecure_port("127.0.0.1:0")
+    slow = server._server = Slow(server._server)
+    await server.start()
+    await server.stop(1)
+    assert not slow.destroyed_under_it
+    assert slow._destroyed.is_set()

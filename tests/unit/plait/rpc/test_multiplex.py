@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import pytest
@@ -27,6 +27,7 @@ from plait.settings import ChannelSettings, RpcSettings
 TOKEN = "the-token"
 SERVICE = "plait.api.feature_retrieval.v1.FeatureRetrievalService"
 STREAM = f"/{SERVICE}/StreamFeatures"
+HOSTS = pytest.mark.parametrize("host", ["core", "aio"])
 
 
 class Servicer(pb_grpc.FeatureRetrievalServiceServicer):
@@ -81,9 +82,9 @@ class World:
 
 
 @asynccontextmanager
-async def world(token: str = TOKEN) -> AsyncIterator[World]:
+async def world(token: str = TOKEN, host: Literal["core", "aio"] = "core") -> AsyncIterator[World]:
     servicer = Servicer()
-    server = RpcServer(RpcSettings(grace_s=5), authenticator=Authenticator(lambda _: None, service_token=TOKEN))
+    server = RpcServer(RpcSettings(grace_s=5, server=host), authenticator=Authenticator(lambda _: None, service_token=TOKEN))
     server.add(pb_grpc.add_FeatureRetrievalServiceServicer_to_server, servicer, SERVICE, scope="features")
     await server.start()
     to = ChannelSettings(service_token=token)  # type: ignore[arg-type]
@@ -96,8 +97,9 @@ async def world(token: str = TOKEN) -> AsyncIterator[World]:
             await server.drain()
 
 
-async def test_concurrent_calls_get_their_own_answers() -> None:
-    async with world() as w:
+@HOSTS
+async def test_concurrent_calls_get_their_own_answers(host: Literal["core", "aio"]) -> None:
+    async with world(host=host) as w:
         assert await asyncio.gather(*(w.ask("ok", n) for n in range(200))) == list(range(200))
         assert "open" in repr(w.mux)
         assert w.mux.in_flight == 0
@@ -213,8 +215,9 @@ async def test_a_client_that_does_not_say_so_gets_no_joined_answers() -> None:
     assert not any(answer.more for answer in answers)
 
 
-async def test_what_is_asked_together_is_answered_together_by_the_one_that_was_asked() -> None:
-    async with world() as w:
+@HOSTS
+async def test_what_is_asked_together_is_answered_together_by_the_one_that_was_asked(host: Literal["core", "aio"]) -> None:
+    async with world(host=host) as w:
         [answer] = await messages_of(w.stub, pb.StreamFeaturesRequest(more=asking(1, 2, 0, 3)), metadata=(frames.JOINED,))
     assert {one.call_id: (one.response.registry_revision, one.status.code) for one in answer.more} == {
         1: (1, 0), 2: (2, 0), 0: (0, 5), 3: (3, 0),
@@ -275,9 +278,10 @@ async def test_raw_calls_are_answered_with_the_bytes_of_typed_ones() -> None:
             await w.mux.call_raw(request.SerializeToString(), deadline=Deadline.after(20))
 
 
-async def test_a_raw_request_that_cannot_be_parsed_hurts_no_other_call() -> None:
+@HOSTS
+async def test_a_raw_request_that_cannot_be_parsed_hurts_no_other_call(host: Literal["core", "aio"]) -> None:
     broken = b"\x0a\xff"  # a name that is cut off
-    async with world() as w:
+    async with world(host=host) as w:
         held = asyncio.create_task(w.ask("wait", 9))
         await asyncio.wait_for(w.servicer.started.wait(), 10)
         raw = w.mux.call_raw(broken, deadline=Deadline.after(20))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace as Is
@@ -131,6 +132,20 @@ async def test_an_api_that_is_away_is_found_when_it_comes_back() -> None:
         async with again:
             await again.put(endpoint_slice("s1", endpoint("10.0.0.1")))
             await eventually(lambda: watcher.found == {at("10.0.0.1")})
+
+
+async def test_without_the_package_it_says_what_to_install_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes.aio", None)
+    running = asyncio.create_task(KubernetesDiscovery("ml", "workers", "grpc").run(lambda _: pytest.fail("it knows of none")))
+    told = ""
+    while "plait-router[kubernetes]" not in told:
+        await asyncio.sleep(0)
+        told += capsys.readouterr().out
+    assert not running.done()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 # ---- slices → endpoints, without an API

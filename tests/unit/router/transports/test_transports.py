@@ -115,6 +115,17 @@ async def test_a_caller_that_leaves_is_heard_of(make: Make, call: Call) -> None:
 
 
 @pytest.mark.parametrize("call", [typed, raw])
+async def test_a_call_that_waits_when_its_connection_is_closed_ends_with_an_error(make: Make, call: Call) -> None:
+    async with both(make) as (server, transport):
+        server.gate = asyncio.Event()
+        waiting = asyncio.create_task(call(transport))  # type: ignore[arg-type,var-annotated]
+        await asyncio.wait_for(server.started.wait(), 20)
+        await transport.close()
+        with pytest.raises(PlaitError):
+            await waiting
+
+
+@pytest.mark.parametrize("call", [typed, raw])
 async def test_a_server_that_is_away_is_lost(make: Make, call: Call) -> None:
     async with make() as server:
         pass

@@ -147,7 +147,8 @@ class RankResponse(_message.Message):
     @_builtins.property
     def degraded_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Why the answer is not the best possible one; empty when it is. Stable words: features_defaulted, features_stale,
-        features_timed_out, features_unavailable, scores_not_finite.
+        features_timed_out, features_unavailable, scores_not_finite, rules_unavailable, variant_not_ready, tier_light, tier_cached,
+        tier_popularity.
         """
 
     @_builtins.property
@@ -507,7 +508,7 @@ class ExplainResponse(_message.Message):
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[_explanation_pb2.AttemptReport]: ...
     @_builtins.property
     def not_in(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Which experiments of the route the unit is not in, and why: "layer", "rule", "not_ready"."""
+        """Which experiments of the route the unit is not in, and why: "layer", "rule", "condition", "not_ready"."""
 
     def __init__(
         self,

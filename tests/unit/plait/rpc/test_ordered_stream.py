@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.fakes.registry_world import eventually
 
-from model_worker.ordered_stream import answers
+from plait.rpc.ordered_stream import answers
 
 
 class Work:
