@@ -12,10 +12,12 @@ from typing import Any
 from rich.console import Console
 
 from plait.errors import InvalidArgument
-from plait_bench import router_identity, router_overload, router_pass_through, router_report
+from plait_bench import router_cache, router_changes, router_faults, router_identity, router_overload, router_pass_through, router_report
 from plait_bench.measure import FULL, QUICK, Plan
 from plait_bench.processes import cores
 from plait_bench.running import machine, progress, run_folder, write_json
+
+_FAULTS_S, _CACHE_S, _CHANGES_S = 12.0, 1.0, 10.0  # about, where they are quick
 
 
 def run(
@@ -48,9 +50,10 @@ def measure(console: Console, state_dir: Path | None, plan: Plan) -> dict[str, A
     """Run every scenario; return the report."""
     began_s, load_before = time.monotonic(), os.getloadavg()
     server_core, load_core = cores()
+    total_s = router_pass_through.seconds(plan) + router_overload.seconds(plan) + _FAULTS_S + _CACHE_S + _CHANGES_S
     with ExitStack() as stack:
         folder = stack.enter_context(run_folder(state_dir, "bench-router"))
-        say = stack.enter_context(progress(console, router_pass_through.seconds(plan) + router_overload.seconds(plan)))
+        say = stack.enter_context(progress(console, total_s))
         allowed = os.sched_getaffinity(0)
         stack.callback(os.sched_setaffinity, 0, allowed)
         os.sched_setaffinity(0, {load_core})
@@ -62,6 +65,13 @@ def measure(console: Console, state_dir: Path | None, plan: Plan) -> dict[str, A
             "overload": router_overload.measure(plan, folder, say),
             "identity_us": router_identity.measure(20 * plan.rounds),
         }
+        small = plan.seconds < FULL.seconds
+        say("workers killed and slow", 0.0)
+        facts["faults"] = router_faults.measure(plan)
+        say("a cache's hits and misses", _FAULTS_S)
+        facts["cache"] = router_cache.measure(router_cache.QUICK if small else router_cache.FULL)
+        say("changes of a route", _CACHE_S)
+        facts["changes"] = router_changes.measure(router_changes.QUICK if small else router_changes.FULL)
     facts["machine"]["load_average"] = {"before": [*load_before], "after": [*os.getloadavg()]}
     facts["took_s"] = time.monotonic() - began_s
     return facts

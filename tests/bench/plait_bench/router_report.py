@@ -35,12 +35,31 @@ def remarks(facts: Figures) -> Iterator[str]:
         f"and {overload['p99_at_4_over_p99_at_0.7']:.2f} times the p99 of 0.7 times the capacity for those let in"
     )
     yield "to know who calls by " + ", ".join(f"{name}: {took_us:.1f} us" for name, took_us in facts["identity_us"].items())
+    yield from _faults(facts["faults"])
+    cache, changes = facts["cache"], facts["changes"]
+    yield (
+        f"the cache: a hit {cache['hit_p50_us']:.0f} us, a miss {cache['miss_overhead_us']:.0f} us more than without, {cache['zipf_hit_ratio']:.0%} hits of "
+        f"{cache['zipf_users']} users (Zipf {cache['zipf_exponent']}); {cache['stampede_callers']} callers at once ask the model {cache['stampede_model_calls']} times"
+    )
+    yield (
+        f"{changes['changes']} changes of a route on {changes['routers']} routers: {changes['answers_of_two_worlds']} of {changes['answers']} answers were of two worlds, "
+        f"the last router followed after {changes['last_router_p50_ms']:.0f} ms, {changes['last_router_max_ms']:.0f} ms at most"
+    )
     machine = facts["machine"]
     before, after = machine["load_average"]["before"][0], machine["load_average"]["after"][0]
     yield (
         f"{machine['cpu']}, {machine['cores']} cores (router on {machine['server_core']}, load and workers on {machine['load_core']}), "
         f"load average {before:.1f} before and {after:.1f} after, Python {machine['python']}, grpcio {machine['versions']['grpcio']}"
     )
+
+
+def _faults(found: Figures) -> Iterator[str]:
+    killed, slow = found["one_killed"], found["one_ten_times_slower"]
+    yield (
+        f"one of {found['workers']} workers killed under load: {killed['failed']:.0f} calls failed; p99 {killed['before']['p99_ms']:.0f} ms before, "
+        f"{killed['first_second']['p99_ms']:.0f} ms in the second after, {killed['after']['p99_ms']:.0f} ms then"
+    )
+    yield f"one ten times slower: p99 {slow['plait']['p99_ms']:.0f} ms, by calls in flight alone {slow['least_in_flight']['p99_ms']:.0f} ms"
 
 
 def _overload(found: Figures) -> Table:

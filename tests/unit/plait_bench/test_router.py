@@ -38,6 +38,9 @@ def test_every_call_is_answered_and_figures_can_be_read_back(facts: dict[str, An
     assert list(overload["loads"]) == ["0.7", "1", "2", "4"]
     for one in overload["loads"].values():
         assert one["statuses"].keys() <= {"0", "4", "8"}, "answered, late, or refused"
+    assert facts["faults"]["one_killed"]["failed"] == 0
+    assert facts["cache"]["stampede_model_calls"] == 1
+    assert facts["changes"]["answers_of_two_worlds"] == 0
     assert facts["machine"]["server_core"] in os.sched_getaffinity(0), "the run gives its cores back"
 
 
@@ -48,7 +51,18 @@ def test_a_person_can_read_it(facts: dict[str, Any]) -> None:
         console.print(table)
     for line in router_report.remarks(facts):
         console.print(line)
-    for word in (ROUTER, PROXY, DIRECT, "of the proxy's", "in time ÷ capacity", "load average"):
+    for word in (
+        ROUTER,
+        PROXY,
+        DIRECT,
+        "of the proxy's",
+        "in time ÷ capacity",
+        "calls failed",
+        "ten times slower",
+        "the cache",
+        "of two worlds",
+        "load average",
+    ):
         assert word in text.getvalue()
 
 
