@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
+from prometheus_client import Counter
+
 from plait.dtypes import BY_NAME
 from plait.errors import FailedPrecondition, NotFound
 from plait.registry.records import EMPTY, Model, Signature, Snapshot
@@ -61,6 +63,7 @@ class PassThrough:
         self._workers = workers
         self._models: Mapping[str, Model] = EMPTY.models
         self._rows: dict[tuple[str, str], int] = {}
+        self._counts: dict[tuple[str, str, str, str], Counter] = {}  # found once per snapshot: finding one costs more than counting
         self._passed = metrics.counter(
             "plait_router_inferences", "inferences answered by model version, and the route and variant that led to it, if any",
             ("route", "variant", "model", "version"),
@@ -73,6 +76,7 @@ class PassThrough:
         """Know the models of a new snapshot from the next request on."""
         self._models = snapshot.models
         self._rows = {}
+        self._counts = {}
 
     async def infer(self, request: bytes, call: Call) -> bytes:
         """Return the serialized answer to a serialized ModelInferRequest.
@@ -97,7 +101,7 @@ class PassThrough:
             hedge=target.route.hedge if target.route is not None else None,
         )
         answer = await self._gate.infer(call, plan, target.route_name, lambda: self._workers.infer_raw(request, plan))
-        self._passed.labels(target.route_name, target.variant, target.model, target.version).inc()
+        self._count(target)
         return answer
 
     def find(self, name: str, version: str, call: Call, request_id: str = "") -> Target:
@@ -120,6 +124,13 @@ class PassThrough:
                 reason="MODEL_NOT_FOUND",
             )
         return Target(name, _version(model, version))
+
+    def _count(self, target: Target) -> None:
+        labels = (target.route_name, target.variant, target.model, target.version)
+        count = self._counts.get(labels)
+        if count is None:
+            count = self._counts[labels] = self._passed.labels(*labels)
+        count.inc()
 
     def _row_bytes(self, target: Target) -> int:
         """Return how many bytes a row takes, about: how much work a request is, is told by its size, as nobody looks at its shapes."""
