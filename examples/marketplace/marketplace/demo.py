@@ -218,20 +218,23 @@ async def _train(data: Dataset, features: Features, state: Path, bar: Progress) 
 
 
 async def _ready(endpoints: Endpoints, data: Dataset) -> None:
-    """Wait until a Rank answers: the router and the worker have seen the model, and it is warm."""
+    """Wait until the model answers a Rank: router and worker have seen it, and it is warm. Until then popularity does, or nobody."""
 
     def attempt() -> None:
         give_up = time.monotonic() + _READY_WITHIN_S
         with SyncRankingClient(endpoints.router, api_key=endpoints.api_key) as client:
             while True:
                 try:
-                    client.rank(manifests.ROUTE, data.user_ids[0], list(data.item_ids[:2]), timeout_s=5)
+                    ranking = client.rank(manifests.ROUTE, data.user_ids[0], list(data.item_ids[:2]), timeout_s=5)
                 except PlaitError as error:
-                    if time.monotonic() > give_up:
-                        raise Unavailable(f"the model did not become ready within {_READY_WITHIN_S:.0f} s: {error}") from error
-                    time.sleep(0.05)
+                    found = str(error)
                 else:
-                    return
+                    if ranking.tier == "full":
+                        return
+                    found = f"tier {ranking.tier} answers"
+                if time.monotonic() > give_up:
+                    raise Unavailable(f"the model did not become ready within {_READY_WITHIN_S:.0f} s: {found}")
+                time.sleep(0.05)
 
     await asyncio.to_thread(attempt)
 
