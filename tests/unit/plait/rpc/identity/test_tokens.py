@@ -28,7 +28,7 @@ from plait.settings import JwtIssuer
 
 RSA, EC, ED = Key("RS256", "rsa"), Key("ES256", "ec"), Key("EdDSA", "ed")
 OTHER = Key("RS256", "rsa")  # another's key under the same id
-NOW = time.time()
+NOW = time.time()  # a whole run of tests may lie between this and a test
 
 
 def settings(jwks: str, **changes: Any) -> JwtIssuer:
@@ -75,7 +75,7 @@ def confused() -> str:
 
 
 def good(**changes: Any) -> dict[str, Any]:
-    return {"iss": ISSUER, "aud": AUDIENCE, "sub": "svc-feed", "exp": NOW + 600} | changes
+    return {"iss": ISSUER, "aud": AUDIENCE, "sub": "svc-feed", "exp": NOW + 86_400} | changes
 
 
 BAD: dict[str, tuple[Callable[[], str], str]] = {
@@ -103,8 +103,8 @@ BAD: dict[str, tuple[Callable[[], str], str]] = {
     "no subject": (lambda: RSA.sign(sub=None), "TOKEN_INVALID"),
     "an empty subject": (lambda: RSA.sign(sub=""), "TOKEN_INVALID"),
     "a long subject": (lambda: RSA.sign(sub="x" * 257), "TOKEN_INVALID"),
-    "not yet valid": (lambda: RSA.sign(nbf=NOW + 600), "TOKEN_INVALID"),
-    "issued in the future": (lambda: RSA.sign(iat=NOW + 600), "TOKEN_INVALID"),
+    "not yet valid": (lambda: RSA.sign(nbf=NOW + 86_400), "TOKEN_INVALID"),
+    "issued in the future": (lambda: RSA.sign(iat=NOW + 86_400), "TOKEN_INVALID"),
     "an expiry that is no number": (lambda: RSA.sign(good(exp="soon")), "TOKEN_INVALID"),
     "a tenant that is no text": (lambda: RSA.sign(tenant=["shop"]), "TOKEN_INVALID"),
     "roles that are no texts": (lambda: RSA.sign(roles=[1]), "TOKEN_INVALID"),
