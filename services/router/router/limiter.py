@@ -13,6 +13,8 @@ _QUEUE: Final = 1.0  # forward passes that a request may wait before the limit f
 _DELIBERATE_MS: Final = 10.0  # of a queue may be a worker's own wait for a fuller batch
 _FAR: Final = 10.0  # times what a worker takes when there is little to do; batches that may grow without end are held here
 _SMOOTHING: Final = 0.2
+_COLLAPSE: Final = 0.5  # of what is under way is let in where more requests fail for want of time or place than are answered
+_HOLD_S: Final = 0.3  # after which that is looked at again: what fails until then was let in before
 _GROWTH: Final = 0.25  # times the root of the limit, the room for a queue that is kept full
 _START_GROWTH: Final = 1.25  # a step, until a queue has been seen
 
@@ -80,6 +82,7 @@ class Limiter:
         self._dropped = 0
         self._congested = False
         self._next_s = 0.0
+        self._held_until_s = 0.0
 
     def __repr__(self) -> str:
         return f"<Limiter {self.limit} of {self._least}..{self._most} pass_ms={self.pass_ms:.1f}>"
@@ -112,10 +115,15 @@ class Limiter:
         for window in full:
             samples = window.count
             pressure += samples * window.close(now_s)
-        heard = count + self._dropped
+        heard, collapsed = count + self._dropped, self._dropped > count
         self.samples = sum(window.count for window in self._touched)
         self._dropped = 0
-        if heard and peak >= self._estimate / 2:
+        if collapsed:  # no time for smoothing
+            if now_s >= self._held_until_s:
+                self._congested = True
+                self._set(_COLLAPSE * min(self._estimate, peak))
+                self._held_until_s = now_s + _HOLD_S
+        elif heard and peak >= self._estimate / 2:
             self._move(max(0.5, min(1.0, heard / pressure)) if pressure else 1.0)
 
     def _move(self, gradient: float) -> None:
@@ -125,5 +133,8 @@ class Limiter:
             estimate = (1 - _SMOOTHING) * self._estimate + _SMOOTHING * wanted
         else:
             estimate = _START_GROWTH * self._estimate
+        self._set(estimate)
+
+    def _set(self, estimate: float) -> None:
         self._estimate = max(float(self._least), min(float(self._most), estimate))
         self.limit = int(self._estimate)

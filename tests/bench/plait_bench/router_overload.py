@@ -50,12 +50,18 @@ _ROWS, _COLUMNS = 20, 8
 _METHOD: Final = "/plait.api.router.v1.RouterService/Rank"
 _NO_POSTGRES: Final = "postgresql://nobody@127.0.0.1:1/nothing"
 _START_S: Final = 60.0
-_MEETING: Final = 0.7  # of the length of a measurement pass before it begins
+_MEETING: Final = 0.7  # of the length of a measurement pass before it begins, and at least
+_MEETING_S: Final = 2.0
 
 
 def seconds(plan: Plan) -> float:
     """How long `measure` takes, about."""
-    return 10.0 + len(LOADS) * plan.rounds * plan.seconds * (1 + _MEETING)
+    length_s = plan.rounds * plan.seconds
+    return 10.0 + len(LOADS) * (length_s + _meeting_s(length_s))
+
+
+def _meeting_s(length_s: float) -> float:
+    return max(_MEETING_S, _MEETING * length_s)
 
 
 def measure(plan: Plan, folder: Path, say: Say) -> dict[str, Any]:
@@ -70,9 +76,11 @@ def measure(plan: Plan, folder: Path, say: Say) -> dict[str, Any]:
             pass  # the router has not found the worker yet
         found = {}
         for load in LOADS:
-            say(f"{load:g} times what the worker can do", length_s * (1 + _MEETING))
+            say(f"{load:g} times what the worker can do", length_s + _meeting_s(length_s))
             per_s = CAPACITY_PER_S * load
-            open_loop(target, per_s=per_s, seconds=length_s * _MEETING)  # what is measured is how it lives with a load, not how it meets it
+            open_loop(
+                target, per_s=per_s, seconds=_meeting_s(length_s)
+            )  # what is measured is how it lives with a load, not how it meets it
             found[f"{load:g}"] = _figures(open_loop(target, per_s=per_s, seconds=length_s))
     peak = max(each["goodput"] for each in found.values())
     calm, worst = found[f"{LOADS[0]:g}"], found[f"{LOADS[-1]:g}"]

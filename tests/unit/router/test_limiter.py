@@ -143,3 +143,21 @@ def test_the_bounds_hold_whatever_is_heard(steps: list[tuple[float, float, int, 
             limiter.dropped()
         heard(limiter, number, queue_ms, compute_ms, count=answers, peak=peak)
         assert 3 <= limiter.limit <= 50
+
+
+def test_where_most_fail_the_limit_is_halved_at_once_and_not_again_for_what_was_let_in_before() -> None:
+    limiter = Limiter(start=64, least=2, most=1024)
+    seen = []
+    for step in range(1, 9):  # 0.1 s each; nobody is answered
+        for _ in range(12):
+            limiter.dropped()
+        limiter.step(step * 0.1, 60.0)
+        seen.append(limiter.limit)
+    assert seen[:3] == [30, 30, 30]  # of the 60 under way, not of the 64 allowed
+    assert sorted(set(seen), reverse=True) == [30, 15, 7]  # three cuts in 0.8 s, not eight
+    window = Window()
+    for step in range(9, 40):
+        for _ in range(12):
+            limiter.sample(window, 1.0, 10.0)
+        limiter.step(step * 0.1, float(limiter.limit))
+    assert limiter.limit > 7
