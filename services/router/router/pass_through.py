@@ -15,8 +15,9 @@ from typing import Final, NamedTuple
 from prometheus_client import Counter
 
 from plait.dtypes import BY_NAME
-from plait.errors import FailedPrecondition, NotFound
+from plait.errors import FailedPrecondition, NotFound, PermissionDenied
 from plait.registry.records import EMPTY, Model, Signature, Snapshot
+from plait.registry.references_of import models_of
 from plait.rpc.call import Call
 from plait.telemetry.metrics import Metrics
 from router import wire
@@ -62,6 +63,7 @@ class PassThrough:
         self._gate = gate
         self._workers = workers
         self._models: Mapping[str, Model] = EMPTY.models
+        self._open_to: Mapping[str, frozenset[str]] = {}
         self._rows: dict[tuple[str, str], int] = {}
         self._counts: dict[tuple[str, str, str, str], Counter] = {}  # found once per snapshot: finding one costs more than counting
         self._passed = metrics.counter(
@@ -75,13 +77,14 @@ class PassThrough:
     def adopt(self, snapshot: Snapshot) -> None:
         """Know the models of a new snapshot from the next request on."""
         self._models = snapshot.models
+        self._open_to = _open_to(snapshot)
         self._rows = {}
         self._counts = {}
 
     async def infer(self, request: bytes, call: Call) -> bytes:
         """Return the serialized answer to a serialized ModelInferRequest.
 
-        Raises InvalidArgument (MALFORMED_MESSAGE); NotFound (MODEL_NOT_FOUND, VERSION_NOT_FOUND); FailedPrecondition (ROUTE_NOT_RAW) and as
+        Raises InvalidArgument (MALFORMED_MESSAGE); NotFound (MODEL_NOT_FOUND, VERSION_NOT_FOUND); PermissionDenied (MODEL_NOT_OPEN); FailedPrecondition (ROUTE_NOT_RAW) and as
         `RouteTable.find` for a route that cannot serve it; as the gate and the workers do.
         """
         head = wire.head(request)
@@ -123,6 +126,11 @@ class PassThrough:
                 f"Request for unknown model: {shown}; 'plait get routes' and 'plait get models' list what can be asked for",
                 reason="MODEL_NOT_FOUND",
             )
+        if call.tenant not in self._open_to.get(name, (call.tenant,)):
+            raise PermissionDenied(
+                f"model {name!r} serves routes that are not open to the tenant of your key: ask the owner of one to add the tenant",
+                reason="MODEL_NOT_OPEN",
+            )
         return Target(name, _version(model, version))
 
     def _count(self, target: Target) -> None:
@@ -149,6 +157,17 @@ def row_bytes(signature: Signature) -> int:
         (BY_NAME[spec.dtype].size_bytes or _TEXT_BYTES) * abs(math.prod(spec.shape[1:])) for spec in signature.inputs if spec.per == "row"
     )
     return max(1, sum(sizes))
+
+
+def _open_to(snapshot: Snapshot) -> Mapping[str, frozenset[str]]:
+    """Return who may call a model by its name, where that is not everybody: those to whom a route that leads to it is open. A route that is
+    closed would be a fence with a gap beside it otherwise."""
+    found: dict[str, set[str] | None] = {}
+    for route in snapshot.routes.values():
+        for model in {model for model, _ in models_of(route)}:
+            known = found.get(model, set())
+            found[model] = None if known is None or not route.tenants else known | set(route.tenants)
+    return {model: frozenset(tenants) for model, tenants in found.items() if tenants is not None}
 
 
 def _arm(route: ServingRoute, version: str, call: Call, request_id: str, ready: Ready) -> Arm:

@@ -168,6 +168,19 @@ async def test_a_route_that_is_open_to_another_tenant_serves_it(world: RouterWor
     assert worker.calls[0].tenant == "other"
 
 
+async def test_a_model_behind_closed_routes_alone_is_closed_by_its_name_too(worker: FakeModelWorker) -> None:
+    registry = snapshot(route("closed", tenants=("other",)))
+    async with router_world(NOBODY, worker.address, registry) as world:
+        assert (await world.infer(request("ranker"), key=OTHER_KEY)).model_version == "2"
+        error = await refused(world.infer(request("ranker")))
+        assert (error.code.name, error.reason) == ("PERMISSION_DENIED", "MODEL_NOT_OPEN")
+        assert len(worker.requests) == 1
+    async with router_world(NOBODY, worker.address, snapshot(route("closed", tenants=("other",)), route("open"))) as world:
+        assert (await world.infer(request("ranker"))).model_version == "2"
+    async with router_world(NOBODY, worker.address, replace(registry, routes={})) as world:
+        assert (await world.infer(request("ranker"))).model_version == "2"
+
+
 async def test_a_routes_timeout_and_a_callers_going_reach_the_worker(world: RouterWorld, worker: FakeModelWorker) -> None:
     worker.gate = asyncio.Event()
     assert (await refused(world.infer(request("slow")))).code is grpc.StatusCode.DEADLINE_EXCEEDED
