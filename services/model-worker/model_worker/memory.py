@@ -24,9 +24,9 @@ _LISTED: Final = 5
 _RAISED: Final = "models.max_memory_bytes and the container's limit"
 _RAISED_DEVICE: Final = "models.device_memory_share"
 # Peak of resident memory (VmHWM) while loading and in the first run, above what the libraries take, per byte of the artifact's files. Measured on
-# 84 MB models of linear layers: torchscript 5.0, torch_export 4.3, safetensors 2.0; onnx 2.5 to 3.1 with its weights beside or in the graph, and
+# 84 MB models of linear layers: torchscript 5.0, torch_export 4.3, safetensors 2.0 to 2.11; onnx 2.5 to 3.1 with its weights beside or in the graph, and
 # 3.7 to 4.1 where the graph transposes them, which onnxruntime does once. aotinductor is a bound until somebody measures it.
-_PEAK: Final = {"torchscript": 5.1, "torch_export": 4.4, "aotinductor": 3.5, "onnx": 4.2, "safetensors": 2.1}
+_PEAK: Final = {"torchscript": 5.1, "torch_export": 4.4, "aotinductor": 3.5, "onnx": 4.2, "safetensors": 2.2}
 # On a GPU: the weights, which go there once, and what a pass over the sample takes. A bound until somebody measures it.
 _DEVICE_PEAK: Final = 1.5
 _DEVICE_CONTEXT_BYTES: Final = 512 * 1024**2  # what CUDA and its libraries take there for each further process
